@@ -1,0 +1,167 @@
+"""Which backend serves an op: the ladder, the only place that loads compiled code, the only reader of environment variables.
+
+Every op exists in plain PyTorch (``reference``), registered for all devices. A compiled library or a Triton launcher
+registers itself for one device and then takes precedence in PyTorch's own dispatcher, so a call site has no ``if`` and
+nothing is decided, or retried, during a call.
+
+==========  ========================================  =================
+device      ladder, best first                        registered under
+==========  ========================================  =================
+cpu         cpp, reference                            CPU
+cuda        cuda, triton, reference                   CUDA
+any other   reference                                 (all devices)
+==========  ========================================  =================
+
+Environment: ``DROPBP_KERNELS_BACKEND=reference|cpp|triton|cuda`` allows only that backend (above ``reference``);
+``TRITON_INTERPRET=1`` (Triton's own) lets the Triton kernels run on CPU tensors, for tests.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from . import reference
+
+BACKENDS = ("reference", "cpp", "triton", "cuda")
+_LADDER = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
+# Stems that csrc/cuda implements; the others are served by Triton on a GPU (docs/architecture.md says why).
+CUDA_STEMS = frozenset({"gated_residual_add"})
+
+_library = torch.library.Library("dropbp_kernels", "DEF")  # noqa: TOR901 - lives as long as the process
+_schemas: dict[str, dict[str, str]] = {}
+_missing: dict[str, str] = {}  # backend -> why it cannot serve
+
+
+def _forced() -> str | None:
+    name = os.environ.get("DROPBP_KERNELS_BACKEND")
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"DROPBP_KERNELS_BACKEND: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+def is_interpreting() -> bool:
+    """Whether Triton kernels run on the CPU, in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _load(backend: str, stem: str) -> None:
+    """Load the compiled library `stem`; on a miss keep the reason for `info`."""
+    if _forced() not in (None, backend):
+        _missing[backend] = f"DROPBP_KERNELS_BACKEND={_forced()}"
+        return
+    found = sorted(Path(__file__).parent.glob(f"{stem}.*so")) + sorted(Path(__file__).parent.glob(f"{stem}.pyd"))
+    if not found:
+        _missing[backend] = f"{stem} was not built"
+        return
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:  # a library built for another torch or platform: the package still works, and says so
+        _missing[backend] = f"{found[0].name} does not load: {error}"
+        warnings.warn(f"dropbp_kernels: {_missing[backend]}; using plain PyTorch instead", RuntimeWarning, stacklevel=2)
+
+
+def _launcher(stem: str, name: str) -> Callable[..., Any]:
+    """A raw op that imports its Triton kernels on the first call."""
+
+    def launch(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"dropbp_kernels._triton.{stem}"), f"launch_{name}")(*args)
+
+    return launch
+
+
+def install(schemas: dict[str, dict[str, str]]) -> None:
+    """Define the raw ops of `schemas` and register the best backend of each device. Called once, by `ops`."""
+    _schemas.update(schemas)
+    for names in schemas.values():
+        for name, signature in names.items():
+            _library.define(name + signature)
+            _library.impl(name, getattr(reference, f"{name}_reference"), "CompositeExplicitAutograd")
+
+    _load("cpp", "_C")
+    if torch.version.cuda is None:
+        _missing["cuda"] = "this torch was built without CUDA"
+    else:
+        _load("cuda", "_C_cuda")
+    if importlib.util.find_spec("triton") is None:
+        _missing["triton"] = "triton is not installed"
+    elif _forced() not in (None, "triton"):
+        _missing["triton"] = f"DROPBP_KERNELS_BACKEND={_forced()}"
+
+    if "triton" not in _missing and torch.version.cuda is not None:
+        _register(_library, "triton", "CUDA", [stem for stem in schemas if not _serves("cuda", stem)])
+    if "triton" not in _missing and _forced() == "triton" and is_interpreting():
+        _register(_library, "triton", "CPU", schemas)
+
+
+def _register(library: torch.library.Library, backend: str, key: str, stems: Any) -> None:
+    for stem in stems:
+        for name in _schemas[stem]:
+            kernel = getattr(reference, f"{name}_reference") if backend == "reference" else _launcher(stem, name)
+            library.impl(name, kernel, key)
+
+
+def _serves(backend: str, stem: str) -> bool:
+    return backend not in _missing and (backend != "cuda" or stem in CUDA_STEMS)
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Serve every op from `backend` inside the block: for tests, benchmarks and bug hunts; not thread-safe.
+
+    `cpp` and `cuda` serve their device already where they are built, so for them this only checks that they do.
+    Errors: ValueError for an unknown backend, RuntimeError when it cannot serve on this machine, with the reason.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend in _missing:
+        raise RuntimeError(f"backend {backend!r} cannot serve here: {_missing[backend]}")
+    if backend == "triton" and not is_interpreting() and torch.version.cuda is None:
+        raise RuntimeError("backend 'triton' needs a CUDA build of torch, or TRITON_INTERPRET=1 to run on the CPU")
+    library = torch.library.Library("dropbp_kernels", "IMPL")  # noqa: TOR901 - destroyed below
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="[\\s\\S]*verriding a previously registered kernel")
+            if backend == "reference" or (backend == "triton" and is_interpreting()):
+                _register(library, backend, "CPU", _schemas)
+            if backend in ("reference", "triton") and torch.version.cuda is not None:
+                _register(library, backend, "CUDA", _schemas)
+        yield
+    finally:
+        library._destroy()
+
+
+def why_not(backend: str, stem: str) -> str | None:
+    """Why `backend` cannot serve the ops of `stem` on this machine; None when it can."""
+    if backend == "cuda" and stem not in CUDA_STEMS and "cuda" not in _missing:
+        return "no CUDA C++ kernel; Triton serves it"
+    return _missing.get(backend)
+
+
+def serving(stem: str, device_type: str) -> str:
+    """Name of the backend that serves the ops of `stem` on `device_type` ("cpu", "cuda", ...)."""
+    if device_type == "cpu" and _forced() == "triton" and is_interpreting() and "triton" not in _missing:
+        return "triton"
+    return next(b for b in _LADDER.get(device_type, ("reference",)) if why_not(b, stem) is None)
+
+
+def host() -> ModuleType | None:
+    """The compiled host algorithms (`csrc/host`), or None where they were not built."""
+    if _forced() == "reference":
+        return None
+    name = "dropbp_kernels._host"
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None
+
+
+def cache_dir() -> Path:
+    """Folder for what the package keeps between runs: $DROPBP_KERNELS_CACHE, or dropbp_kernels in the user's cache."""
+    if folder := os.environ.get("DROPBP_KERNELS_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dropbp_kernels"

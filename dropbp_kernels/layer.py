@@ -1,0 +1,96 @@
+"""The gate of one residual branch: x + branch(x), with or without a backward for the branch.
+
+    x = self.gate_attention.residual_add(x, lambda x: self.attention(self.norm_1(x)))
+    x = self.gate_mlp.residual_add(x, lambda x: self.mlp(self.norm_2(x)))
+
+Pass the norm inside the branch: it belongs to it, and a dropped branch must not save the norm's input either.
+
+A kept branch runs as written. A dropped branch runs like inference, under ``no_grad``: it builds no graph and saves
+nothing, and x + constant gives the residual stream its gradient unchanged. The gate only reads its plan entry (`kept`);
+a `DropBPHandler` draws the plan of a step and writes it into all gates of a model.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .ops import gated_residual_add
+
+DROPPED_RUNS = ("inference", "detach")
+
+
+class DropBP(nn.Module):
+    """The gate of one droppable residual branch. It has no parameters and no buffers, so state_dict keys do not change.
+
+    Args:
+        flops: forward FLOPs of the branch as a function of (batch_size, seq_len), or None when unknown.
+        grad_scale: factor on the gradient entering the branch when it is kept; 1 is DropBP as published.
+        dropped_runs: how a dropped branch runs. "inference" (default): under no_grad. "detach": with autograd and
+            detached afterwards, as the published code does; the same gradients, nothing saved. Kept as a control.
+
+    Attributes:
+        kept: the plan entry; True until a handler says otherwise.
+        num_calls: training calls (those with gradients enabled) since the handler last drew a plan.
+        batch_size, seq_len: the first two dimensions of the residual in the last training call, 0 before it.
+
+    Source: DropBP (arXiv 2402.17812), section 3; the module D of a block.
+    """
+
+    def __init__(
+        self,
+        flops: Callable[[int, int], float] | None = None,
+        *,
+        grad_scale: float = 1.0,
+        dropped_runs: str = "inference",
+    ):
+        super().__init__()
+        if dropped_runs not in DROPPED_RUNS:
+            raise ValueError(f"dropped_runs: expected one of {', '.join(DROPPED_RUNS)}, got {dropped_runs!r}")
+        self.flops = flops
+        self.grad_scale = grad_scale
+        self.dropped_runs = dropped_runs
+        self.kept = True
+        self.num_calls = 0
+        self.batch_size = 0
+        self.seq_len = 0
+
+    def forward(self, residual: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """Same as `residual_add`; here so that module hooks and `torch.compile` of the gate work."""
+        return self.residual_add(residual, branch)
+
+    def residual_add(self, residual: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return residual + branch(residual); in a dropped branch only the residual gets a gradient.
+
+        Shapes: residual (batch, ..., D); branch maps it to the same shape.
+        Dtypes: those of `ops.gated_residual_add`.
+        Errors: those of `ops.gated_residual_add`.
+        Cost:   kept: the branch and one add. Dropped: the branch under no_grad and one add; 0 bytes saved, 0 autograd
+                nodes of its own (the residual's add is one node that saves nothing and runs no backward kernel).
+        Source: DropBP (arXiv 2402.17812), x + D(f(norm(x))).
+        """
+        return gated_residual_add(residual, self.run(residual, branch), grad_scale=self.grad_scale)
+
+    def run(self, residual: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return branch(residual) without the add, for blocks that fuse the add into the next norm.
+
+        The only place where a gate chooses how a dropped branch runs.
+        """
+        if not torch.is_grad_enabled():
+            return branch(residual)
+        self.saw(residual.shape)
+        if self.kept:
+            return branch(residual)
+        if self.dropped_runs == "detach":
+            return branch(residual).detach()
+        with torch.no_grad():
+            return branch(residual)
+
+    def saw(self, shape: Sequence[int]) -> None:
+        """Count a training call on a residual of this shape, for the handler's report and its checks."""
+        self.num_calls += 1
+        self.batch_size = shape[0]
+        self.seq_len = shape[1] if len(shape) > 2 else 1
+
+    def extra_repr(self) -> str:
+        return f"kept={self.kept}" + (f", grad_scale={self.grad_scale:g}" if self.grad_scale != 1.0 else "")

@@ -1,0 +1,36 @@
+"""The signature of every op. Read this first.
+
+Ops are grouped by stem; a stem names one file in each room: ``ops/<stem>.py`` (public function), ``_triton/<stem>.py``,
+``csrc/cpu/<stem>.cpp``, ``csrc/cuda/<stem>.cu``, ``tests/test_<stem>.py``, ``benchmarks/bench_<stem>.py``. A raw op
+called ``name`` is ``torch.ops.dropbp_kernels.name``, ``reference.name_reference`` and ``_triton.<stem>.launch_name``.
+
+The schemas stand in Python and not in C++ so that the package is whole without a compiler: the compiled libraries only
+add kernels to these ops. Raw ops know nothing of autograd and never return an alias of an input.
+"""
+
+SCHEMAS = {
+    "gated_residual_add": {
+        # residual (R, ..., D) + branch (K, ..., D) at rows (K,) of dim 0; rows=None: same shape, all rows.
+        "gated_residual_add": "(Tensor residual, Tensor branch, Tensor? rows) -> Tensor",
+        "gated_residual_add_": "(Tensor(a!) residual, Tensor branch, Tensor? rows) -> ()",
+        # grad_output (R, ..., D) -> grad_branch (K, ..., D) in dtype, times grad_scale, times row_scale (K,) along dim 0.
+        # A row whose row_scale is zero is written as zeros without reading grad_output.
+        "gated_residual_add_backward": (
+            "(Tensor grad_output, Tensor? rows, Tensor? row_scale, float grad_scale, ScalarType dtype) -> Tensor"
+        ),
+    },
+    "gated_residual_rms_norm": {
+        # residual (..., D), branch (..., D), weight (D,) -> normed (..., D) in branch's dtype,
+        # new_residual (..., D) in residual's dtype, rstd (...) in float32 (float64 for a float64 residual).
+        # gemma=False: weight * round(x * rstd); gemma=True: round(x * rstd * (1 + weight)).
+        "gated_residual_rms_norm": (
+            "(Tensor residual, Tensor branch, Tensor weight, float eps, bool gemma) -> (Tensor, Tensor, Tensor)"
+        ),
+        # -> grad_residual (..., D) in new_residual's dtype (the norm's gradient plus grad_new_residual if given),
+        # grad_weight (D,) in weight's dtype, or of size (0,) when weight_grad is False.
+        "gated_residual_rms_norm_backward": (
+            "(Tensor grad_normed, Tensor? grad_new_residual, Tensor new_residual, Tensor weight, Tensor rstd, "
+            "bool gemma, bool weight_grad) -> (Tensor, Tensor)"
+        ),
+    },
+}
