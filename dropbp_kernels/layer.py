@@ -25,14 +25,16 @@ class DropBP(nn.Module):
 
     Args:
         flops: forward FLOPs of the branch as a function of (batch_size, seq_len), or None when unknown.
+        modules: the modules that make up the branch, norm included; they tell a handler whether the branch has anything
+            to train. They stay where they are: the gate does not register them. Empty: unknown, taken as trainable.
         grad_scale: factor on the gradient entering the branch when it is kept; 1 is DropBP as published.
         dropped_runs: how a dropped branch runs. "inference" (default): under no_grad. "detach": with autograd and
             detached afterwards, as the published code does; the same gradients, nothing saved. Kept as a control.
 
     Attributes:
         kept: the plan entry; True until a handler says otherwise.
-        num_calls: training calls (those with gradients enabled) since the handler last drew a plan.
-        batch_size, seq_len: the first two dimensions of the residual in the last training call, 0 before it.
+        was_called: whether the gate was called with gradients enabled since the handler last drew a plan.
+        batch_size, seq_len: the first two dimensions of the residual in the last such call, 0 before it.
 
     Source: DropBP (arXiv 2402.17812), section 3; the module D of a block.
     """
@@ -41,6 +43,7 @@ class DropBP(nn.Module):
         self,
         flops: Callable[[int, int], float] | None = None,
         *,
+        modules: Sequence[nn.Module] = (),
         grad_scale: float = 1.0,
         dropped_runs: str = "inference",
     ):
@@ -48,10 +51,11 @@ class DropBP(nn.Module):
         if dropped_runs not in DROPPED_RUNS:
             raise ValueError(f"dropped_runs: expected one of {', '.join(DROPPED_RUNS)}, got {dropped_runs!r}")
         self.flops = flops
+        self.modules_of_branch = tuple(modules)  # a tuple, so that nn.Module does not register them
         self.grad_scale = grad_scale
         self.dropped_runs = dropped_runs
         self.kept = True
-        self.num_calls = 0
+        self.was_called = False
         self.batch_size = 0
         self.seq_len = 0
 
@@ -76,21 +80,27 @@ class DropBP(nn.Module):
 
         The only place where a gate chooses how a dropped branch runs.
         """
-        if not torch.is_grad_enabled():
-            return branch(residual)
-        self.saw(residual.shape)
-        if self.kept:
-            return branch(residual)
-        if self.dropped_runs == "detach":
-            return branch(residual).detach()
+        if torch.is_grad_enabled():
+            # Written and never read here: a counter would make torch.compile guard on it and recompile every step.
+            self.was_called = True
+            self.batch_size = residual.shape[0]
+            self.seq_len = residual.shape[1] if residual.dim() > 2 else 1
+        if self.records_graph:
+            output = branch(residual)
+            return output if self.kept else output.detach()
         with torch.no_grad():
             return branch(residual)
 
-    def saw(self, shape: Sequence[int]) -> None:
-        """Count a training call on a residual of this shape, for the handler's report and its checks."""
-        self.num_calls += 1
-        self.batch_size = shape[0]
-        self.seq_len = shape[1] if len(shape) > 2 else 1
+    @property
+    def records_graph(self) -> bool:
+        """Whether autograd records the branch under the present plan: it is kept, or dropped by detach."""
+        return self.kept or self.dropped_runs == "detach"
+
+    def is_trainable(self) -> bool:
+        """Whether the branch has a parameter to train, as far as the gate knows its modules."""
+        if not self.modules_of_branch:
+            return True
+        return any(p.requires_grad for module in self.modules_of_branch for p in module.parameters())
 
     def extra_repr(self) -> str:
         return f"kept={self.kept}" + (f", grad_scale={self.grad_scale:g}" if self.grad_scale != 1.0 else "")

@@ -1,0 +1,1 @@
+"""dropbp_kernels."""

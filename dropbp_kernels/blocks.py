@@ -1,0 +1,188 @@
+"""Fused DropBP transformer blocks, to build models from.
+
+A block does not add its last branch to the residual: it hands (residual, pending branch) on, and where the next norm reads
+the sum, one kernel adds and normalises (`ops.gated_residual_rms_norm`). Between two dropped branches nothing is saved.
+
+    stream = Stream(embedding(tokens))
+    rope = rotary_embedding(seq_len, head_dim, device=tokens.device)
+    for block in blocks:                       # LlamaBlock
+        stream = block(stream, rope)
+    hidden = finish(stream, final_norm)        # RMSNorm
+
+Parameter names are those of transformers' Llama layer, so ``block.load_state_dict(layer.state_dict())`` just works.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .flops import attention_core_flops, linear_flops
+from .layer import DropBP
+from .ops import gated_residual_rms_norm
+
+
+class Stream(NamedTuple):
+    """What flows between blocks: the residual (batch, seq, D) and a branch output (batch, seq, D) still to be added.
+
+    grad_scale is the factor on the gradient entering that branch.
+    """
+
+    residual: Tensor
+    branch: Tensor | None = None
+    grad_scale: float = 1.0
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, with Llama's casting: normalise in float32, round, then scale."""
+
+    def __init__(self, width: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions, through scaled_dot_product_attention."""
+
+    def __init__(self, width: int, num_heads: int, num_kv_heads: int, head_dim: int):
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.q_proj = nn.Linear(width, num_heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(width, num_kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(width, num_kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(num_heads * head_dim, width, bias=False)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        batch_size, seq_len, _ = x.shape
+        heads = (batch_size, seq_len, -1, self.head_dim)
+        query = rotate(self.q_proj(x).view(heads).transpose(1, 2), rope)
+        key = rotate(self.k_proj(x).view(heads).transpose(1, 2), rope)
+        value = self.v_proj(x).view(heads).transpose(1, 2)
+        output = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        return self.o_proj(output.transpose(1, 2).reshape(batch_size, seq_len, -1))
+
+    def flops(self, batch_size: int, seq_len: int) -> float:
+        """Forward FLOPs (two per multiply-add) for a batch of this shape."""
+        core = attention_core_flops(batch_size, seq_len, self.num_heads, self.head_dim)
+        return linear_flops(self, batch_size * seq_len) + core
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    def flops(self, batch_size: int, seq_len: int) -> float:
+        """Forward FLOPs (two per multiply-add) for a batch of this shape."""
+        return linear_flops(self, batch_size * seq_len)
+
+
+class LlamaBlock(nn.Module):
+    """A Llama block whose residual adds are fused with the norms that follow them, also across blocks.
+
+    Args:
+        width: D, size of the residual stream. hidden: size of the MLP's inner layer.
+        num_heads, num_kv_heads: query heads and key/value heads (a divisor of num_heads; default num_heads).
+        head_dim: size of a head; default width / num_heads. eps: of both norms.
+
+    Shapes: stream.residual and stream.branch (batch, seq, D); rope two tensors (seq, head_dim).
+    Errors: ValueError when num_heads is no multiple of num_kv_heads, or width of num_heads while head_dim is not given.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        eps: float = 1e-6,
+    ):
+        super().__init__()
+        num_kv_heads = num_kv_heads or num_heads
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads: expected a divisor of num_heads={num_heads}, got {num_kv_heads}")
+        if head_dim is None and width % num_heads:
+            raise ValueError(f"width: expected a multiple of num_heads={num_heads}, got {width}; or give head_dim")
+        self.input_layernorm = RMSNorm(width, eps)
+        self.self_attn = Attention(width, num_heads, num_kv_heads, head_dim or width // num_heads)
+        self.post_attention_layernorm = RMSNorm(width, eps)
+        self.mlp = SwiGLU(width, hidden)
+        self.gate_attention = DropBP(self.self_attn.flops, modules=(self.input_layernorm, self.self_attn))
+        self.gate_mlp = DropBP(self.mlp.flops, modules=(self.post_attention_layernorm, self.mlp))
+
+    def forward(self, stream: Stream, rope: tuple[Tensor, Tensor]) -> Stream:
+        normed, residual = enter(stream, self.input_layernorm, self.gate_attention)
+        branch = self.gate_attention.run(normed, lambda x: self.self_attn(x, rope))
+        stream = Stream(residual, branch, self.gate_attention.grad_scale)
+
+        normed, residual = enter(stream, self.post_attention_layernorm, self.gate_mlp)
+        branch = self.gate_mlp.run(normed, self.mlp)
+        return Stream(residual, branch, self.gate_mlp.grad_scale)
+
+
+def enter(stream: Stream, norm: RMSNorm, gate: DropBP) -> tuple[Tensor, Tensor]:
+    """Add the pending branch and normalise for the branch behind `gate`: (normed, residual), each (batch, seq, D).
+
+    When that branch is dropped, normed is a constant and nothing is saved for it.
+    Cost: one kernel; in the very first block, where nothing is pending, the plain norm.
+    """
+    if stream.branch is None:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and gate.records_graph):
+            return norm(stream.residual), stream.residual
+    return gated_residual_rms_norm(
+        stream.residual,
+        stream.branch,
+        norm.weight,
+        eps=norm.eps,
+        next_kept=gate.records_graph,
+        grad_scale=stream.grad_scale,
+    )
+
+
+def finish(stream: Stream, norm: RMSNorm) -> Tensor:
+    """Add the last pending branch and apply the model's final norm: (batch, seq, D)."""
+    if stream.branch is None:
+        return norm(stream.residual)
+    normed, _ = gated_residual_rms_norm(
+        stream.residual, stream.branch, norm.weight, eps=norm.eps, grad_scale=stream.grad_scale
+    )
+    return normed
+
+
+def rotary_embedding(
+    seq_len: int,
+    head_dim: int,
+    base: float = 10_000.0,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary positions 0 ... seq_len - 1, each (seq_len, head_dim) in dtype.
+
+    Source: RoFormer (arXiv 2104.09864), in the half-split layout of Llama.
+    """
+    inverse_wavelength = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angles = torch.outer(torch.arange(seq_len, device=device, dtype=torch.float32), inverse_wavelength)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each pair of channels (i, i + head_dim/2) of x (batch, heads, seq, head_dim) by its position's angle."""
+    cos, sin = rope
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin

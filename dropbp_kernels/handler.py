@@ -1,0 +1,292 @@
+"""DropBPHandler: finds the gates of a model, draws the plan of each step and keeps the books. No tensor arithmetic.
+
+    handler = DropBPHandler(model, drop_rate=0.75)
+    for batch in loader:
+        handler.step()                      # draws the plan of this step, before the forward
+        loss = model(**batch).loss
+        loss.backward(); optimizer.step(); optimizer.zero_grad()
+
+A plan is a pure function of (seed, step), so it is the same on every rank, after a resume and in a recompute.
+"""
+
+import json
+import math
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .allocation import allocate
+from .layer import DROPPED_RUNS, DropBP
+from .plan import DropPlan, set_plan
+from .samplers import Sampler, get_sampler
+from .sensitivity import compute_sensitivity
+
+STATE_VERSION = 1
+# Sequence length at which FLOPs are compared before the first training call has shown the real one.
+DEFAULT_SEQ_LEN = 512
+
+
+def find_gates(model: nn.Module) -> dict[str, DropBP]:
+    """The gates of `model` by module name, in model order; a gate that several blocks share appears once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, DropBP)}
+
+
+def check_drop_rate(drop_rate: float, name: str = "drop_rate") -> float:
+    """Return drop_rate as a float, or raise TypeError/ValueError unless it is a number with 0 <= drop_rate < 1."""
+    if isinstance(drop_rate, bool) or not isinstance(drop_rate, int | float):
+        raise TypeError(f"{name}: expected a number with 0 <= {name} < 1, got {drop_rate!r}")
+    if not 0.0 <= drop_rate < 1.0:
+        raise ValueError(f"{name}: expected 0 <= {name} < 1, got {drop_rate}")
+    return float(drop_rate)
+
+
+class DropBPHandler:
+    """Draws the drop plan of each step for all gates of a model.
+
+    Args:
+        model: a module that contains `DropBP` gates.
+        drop_rate: target share of backward work to drop, 0 <= drop_rate < 1; every branch starts with it.
+        sampler: "balanced" (equal FLOPs every step), "bernoulli", "published", or a callable like those in `samplers`.
+        grad_scale: factor on the gradient entering a kept branch, or "unbiased" for 1/(1 - drop_rate of the branch).
+        seed: seed of the plans; ranks that share it draw the same plans.
+        keep_one: keep at least one branch that has trainable parameters, so that a step is never lost.
+        strict: raise in `step` when a gate was not called since the last one.
+        dropped_runs: how dropped branches run, see `DropBP`.
+
+    Errors: ValueError without gates (the message names the module types found), for a drop_rate outside [0, 1) or an
+    unknown sampler; TypeError for arguments of a wrong type. The model is unchanged then.
+    Source: DropBP (arXiv 2402.17812), section 3.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        drop_rate: float,
+        *,
+        sampler: str | Sampler = "balanced",
+        grad_scale: float | str = 1.0,
+        seed: int = 0,
+        keep_one: bool = True,
+        strict: bool = True,
+        dropped_runs: str = "inference",
+    ):
+        gates = find_gates(model)
+        if not gates:
+            found = ", ".join(sorted({type(m).__name__ for m in model.modules()}))
+            raise ValueError(
+                f"model: expected at least one DropBP gate, got none; module types found: {found}. "
+                "Use apply_dropbp(model, ...) for a supported family, or put gates into your blocks."
+            )
+        if grad_scale != "unbiased" and (isinstance(grad_scale, str | bool) or not math.isfinite(grad_scale)):
+            raise ValueError(f'grad_scale: expected a finite number or "unbiased", got {grad_scale!r}')
+        if dropped_runs not in DROPPED_RUNS:
+            raise ValueError(f"dropped_runs: expected one of {', '.join(DROPPED_RUNS)}, got {dropped_runs!r}")
+        self.model = model
+        self.gates = gates
+        self.drop_rate = check_drop_rate(drop_rate)
+        self.sampler = get_sampler(sampler)
+        self.grad_scale = grad_scale
+        self.seed = seed
+        self.keep_one = keep_one
+        self.strict = strict
+        self.num_steps = 0
+        self.sensitivities: list[float] | None = None
+        self.plan = DropPlan((True,) * len(gates), seed=seed)
+        self._num_kept = [0] * len(gates)
+        self._awaits_call = False
+        for gate in gates.values():
+            gate.dropped_runs = dropped_runs
+        self.drop_rates: list[float] = []
+        self.set_drop_rates([self.drop_rate] * len(gates))
+
+    # ---- plans
+
+    def step(self) -> DropPlan:
+        """Draw the plan of the next step and set it; call once per optimizer step, before the forward.
+
+        Errors: RuntimeError in strict mode when a gate was not called with gradients enabled since the last `step`.
+        """
+        if self.strict and self._awaits_call:
+            self._check_called()
+        self.plan = self.draw(self.num_steps)
+        set_plan(self.gates, self.plan.kept)
+        for index, (gate, is_kept) in enumerate(zip(self.gates.values(), self.plan, strict=True)):
+            self._num_kept[index] += is_kept
+            gate.was_called = False
+        self.num_steps += 1
+        self._awaits_call = True
+        return self.plan
+
+    def draw(self, step: int) -> DropPlan:
+        """The plan of `step`: a pure function of (seed, step), the rates and the FLOPs; changes nothing."""
+        kept = tuple(self.sampler(self.drop_rates, self.flops(), self.seed, step))
+        if self.keep_one:
+            kept = self._with_one_kept(kept, step)
+        return DropPlan(kept, step, self.seed)
+
+    def _with_one_kept(self, kept: tuple[bool, ...], step: int) -> tuple[bool, ...]:
+        gates = list(self.gates.values())
+        if any(is_kept and gate.is_trainable() for is_kept, gate in zip(kept, gates, strict=True)):
+            return kept
+        candidates = [index for index, gate in enumerate(gates) if gate.is_trainable()]
+        if not candidates:  # only parameters outside the branches are trained: nothing to keep a branch for
+            return kept
+        weights = [1.0 - self.drop_rates[index] for index in candidates]
+        chosen = random.Random(f"keep_one:{self.seed}:{step}").choices(candidates, weights)[0]
+        return tuple(is_kept or index == chosen for index, is_kept in enumerate(kept))
+
+    def set_plan(self, kept: Sequence[bool]) -> DropPlan:
+        """Set a plan by hand until the next `step`: one bool per branch, True = kept. It does not count as a step.
+
+        Errors: ValueError for a wrong length, TypeError for entries that are not bool; the old plan stays.
+        """
+        set_plan(self.gates, tuple(kept))
+        self.plan = DropPlan(tuple(kept), seed=self.seed)
+        return self.plan
+
+    def _check_called(self) -> None:
+        missed = [name for name, gate in self.gates.items() if not gate.was_called]
+        if missed:
+            shown = ", ".join(missed[:4]) + (", ..." if len(missed) > 4 else "")
+            raise RuntimeError(
+                f"step: {len(missed)} of {len(self.gates)} gates were not called with gradients enabled since the last "
+                f"step ({shown}). Run the patched model's forward between two steps, or pass strict=False."
+            )
+
+    # ---- rates
+
+    def set_drop_rates(self, drop_rates: Sequence[float]) -> None:
+        """Give every branch its own drop rate, in model order.
+
+        Errors: ValueError for a wrong length or a rate outside [0, 1), TypeError for one that is no number; no rate is
+        changed then.
+        """
+        if len(drop_rates) != len(self.gates):
+            raise ValueError(
+                f"drop_rates: expected one for each of the {len(self.gates)} branches, got {len(drop_rates)}"
+            )
+        self.drop_rates = [check_drop_rate(rate) for rate in drop_rates]
+        for gate, rate in zip(self.gates.values(), self.drop_rates, strict=True):
+            gate.grad_scale = 1.0 / (1.0 - rate) if self.grad_scale == "unbiased" else float(self.grad_scale)
+
+    def flops(self) -> list[float]:
+        """Forward FLOPs of each branch at the shape it last saw (before that: batch 1, sequence 512); 1.0 if unknown."""
+        return [
+            1.0 if gate.flops is None else float(gate.flops(gate.batch_size or 1, gate.seq_len or DEFAULT_SEQ_LEN))
+            for gate in self.gates.values()
+        ]
+
+    def calibrate(
+        self,
+        backprop: Callable[[], Any],
+        *,
+        definition: str = "norm",
+        allocation: str = "published",
+        min_rate: float = 0.0,
+        progress: bool = False,
+    ) -> list[float]:
+        """Measure the sensitivity of each branch and set the drop rates from it; return the rates.
+
+        backprop runs forward and backward on a fixed batch, nothing else (no optimizer step, no zero_grad).
+        Gradients, RNG state, train/eval mode and plan are left as found.
+        Errors: those of `compute_sensitivity` and `allocate`; the rates are unchanged then.
+        Cost:   1 + num_branches forwards and backwards, and one extra set of gradients with definition="element".
+        Source: DropBP (arXiv 2402.17812), section 3.3.
+        """
+        sensitivities = compute_sensitivity(self, backprop, definition, progress=progress)
+        rates = allocate(sensitivities, self.flops(), self.drop_rate, method=allocation, min_rate=min_rate)
+        self.set_drop_rates(rates)
+        self.sensitivities = sensitivities
+        return rates
+
+    # ---- books
+
+    def report(self) -> dict[str, Any]:
+        """What was dropped so far: realised rate and FLOPs kept, overall and per branch (`branches`, in model order)."""
+        flops = self.flops()
+        branches = [
+            {
+                "name": name,
+                "drop_rate": rate,
+                "num_kept": num_kept,
+                "num_dropped": self.num_steps - num_kept,
+                "realised_drop_rate": 1.0 - num_kept / self.num_steps if self.num_steps else None,
+                "flops": branch_flops,
+            }
+            for name, rate, num_kept, branch_flops in zip(
+                self.gates, self.drop_rates, self._num_kept, flops, strict=True
+            )
+        ]
+        kept_flops = sum(n * f for n, f in zip(self._num_kept, flops, strict=True))
+        return {
+            "num_steps": self.num_steps,
+            "drop_rate": self.drop_rate,
+            "realised_drop_rate": 1.0 - sum(self._num_kept) / (self.num_steps * len(flops)) if self.num_steps else None,
+            "flops_kept": kept_flops / (self.num_steps * sum(flops)) if self.num_steps else None,
+            "branches": branches,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rates, sensitivities, step, seed and counts, as plain Python values; also good as a JSON file."""
+        return {
+            "version": STATE_VERSION,
+            "branches": list(self.gates),
+            "drop_rate": self.drop_rate,
+            "drop_rates": list(self.drop_rates),
+            "sensitivities": None if self.sensitivities is None else list(self.sensitivities),
+            "num_steps": self.num_steps,
+            "seed": self.seed,
+            "plan": list(self.plan.kept),
+            "plan_step": self.plan.step,
+            "num_kept": list(self._num_kept),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly where the handler that saved `state` stood.
+
+        Errors: ValueError when the state is of another version or of a model with other branches; nothing is changed.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise ValueError(f"state: expected version {STATE_VERSION}, got {state.get('version')!r}")
+        self._check_branches(state["branches"], "state")
+        self.set_drop_rates(state["drop_rates"])
+        set_plan(self.gates, tuple(state["plan"]))
+        self.drop_rate = state["drop_rate"]
+        self.sensitivities = state["sensitivities"]
+        self.num_steps = state["num_steps"]
+        self.seed = state["seed"]
+        self.plan = DropPlan(tuple(state["plan"]), state["plan_step"], self.seed)
+        self._num_kept = list(state["num_kept"])
+        self._awaits_call = False
+
+    def save_rates(self, path: str | Path) -> None:
+        """Write the drop rates, by branch name, to a JSON file that `load_rates` reads."""
+        rates = dict(zip(self.gates, self.drop_rates, strict=True))
+        Path(path).write_text(json.dumps({"drop_rate": self.drop_rate, "drop_rates": rates}, indent=2) + "\n")
+
+    def load_rates(self, path: str | Path) -> None:
+        """Set the drop rates from a file of `save_rates`.
+
+        Errors: ValueError when the file holds no rates or those of a model with other branches; nothing is changed.
+        """
+        content = json.loads(Path(path).read_text())
+        rates = content.get("drop_rates") if isinstance(content, dict) else None
+        if not isinstance(rates, dict):
+            raise ValueError(f"{path}: expected a JSON object with drop_rates by branch name, as save_rates writes it")
+        self._check_branches(list(rates), str(path))
+        self.set_drop_rates([rates[name] for name in self.gates])
+
+    def _check_branches(self, names: Sequence[str], where: str) -> None:
+        ours = list(self.gates)
+        if set(names) == set(ours) and len(names) == len(ours):
+            return
+        other = next((name for name in names if name not in self.gates), None)
+        lacks = next((name for name in ours if name not in names), None)
+        raise ValueError(
+            f"{where}: expected the {len(ours)} branches of this model, got {len(names)} of another one"
+            + (f"; this model has no {other}" if other else "")
+            + (f"; it lacks {lacks}" if lacks else "")
+        )

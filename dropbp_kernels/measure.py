@@ -1,0 +1,100 @@
+"""Exact counts of what a backward costs: bytes saved, peak bytes live, autograd nodes. For tests, reports and benchmarks.
+
+    with saved_bytes() as saved, PeakLiveBytes() as live:
+        loss = model(**batch).loss
+        loss.backward()
+    print(saved.num_bytes, live.peak_bytes)
+
+All three count tensors, not allocator blocks, so they are the same on every device and repeatable to the byte.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass
+class SavedBytes:
+    """num_bytes: bytes of the distinct storages that autograd kept; num_tensors: how many times it kept one."""
+
+    num_bytes: int = 0
+    num_tensors: int = 0
+
+
+@contextmanager
+def saved_bytes() -> Iterator[SavedBytes]:
+    """Count what autograd saves for backward inside the block, parameters (and views of them) excluded.
+
+    A storage that several nodes save counts once. Tensors that lived before the block count too: autograd keeps them alive.
+    """
+    saved = SavedBytes()
+    storages: dict[int, Any] = {}  # data pointer -> storage, kept so that no pointer is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        base = tensor._base if tensor._base is not None else tensor
+        if isinstance(base, nn.Parameter):
+            return tensor
+        saved.num_tensors += 1
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in storages:
+            storages[storage.data_ptr()] = storage
+            saved.num_bytes += storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
+
+
+class PeakLiveBytes(TorchDispatchMode):
+    """Context manager: the peak number of bytes, over time, of live tensors that were allocated inside it.
+
+    Attributes: live_bytes (now), peak_bytes. Gradients of parameters count like any other tensor allocated inside.
+    Cost: a Python call for every operator; measure time without it. Scratch memory inside an operator is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._add(leaf.untyped_storage(), inputs)
+        return result
+
+    def _add(self, storage: Any, inputs: set[int]) -> None:
+        key = storage._cdata
+        if key in self._known or key in inputs:  # a view: nothing was allocated
+            return
+        self._known.add(key)
+        num_bytes = storage.nbytes()
+        self.live_bytes += num_bytes
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        weakref.finalize(storage, self._remove, key, num_bytes)
+
+    def _remove(self, key: int, num_bytes: int) -> None:
+        self._known.discard(key)
+        self.live_bytes -= num_bytes
+
+
+def num_autograd_nodes(*tensors: Tensor) -> int:
+    """Number of autograd nodes that a backward from `tensors` would visit, leaf accumulators excluded."""
+    stack = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        for node, _ in stack.pop().next_functions:
+            if node is not None and node not in seen and node.name() != "torch::autograd::AccumulateGrad":
+                seen.add(node)
+                stack.append(node)
+    return len(seen)
