@@ -1,4 +1,4 @@
-"""Which backend serves an op: the ladder, the only place that loads compiled code, the only reader of environment variables.
+"""Which backend serves an op. The only place that loads compiled code, and the only reader of environment variables.
 
 Every op exists in plain PyTorch (``reference``), registered for all devices. A compiled library or a Triton launcher
 registers itself for one device and then takes precedence in PyTorch's own dispatcher, so a call site has no ``if`` and
@@ -35,7 +35,7 @@ _LADDER = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 # Stems that csrc/cuda implements; the others are served by Triton on a GPU (docs/architecture.md says why).
 CUDA_STEMS = frozenset({"gated_residual_add"})
 
-_library = torch.library.Library("dropbp_kernels", "DEF")  # noqa: TOR901 - lives as long as the process
+_library = torch.library.Library("dropbp_kernels", "DEF")
 _schemas: dict[str, dict[str, str]] = {}
 _missing: dict[str, str] = {}  # backend -> why it cannot serve
 
@@ -125,7 +125,7 @@ def use_backend(backend: str) -> Iterator[None]:
         raise RuntimeError(f"backend {backend!r} cannot serve here: {_missing[backend]}")
     if backend == "triton" and not is_interpreting() and torch.version.cuda is None:
         raise RuntimeError("backend 'triton' needs a CUDA build of torch, or TRITON_INTERPRET=1 to run on the CPU")
-    library = torch.library.Library("dropbp_kernels", "IMPL")  # noqa: TOR901 - destroyed below
+    library = torch.library.Library("dropbp_kernels", "IMPL")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="[\\s\\S]*verriding a previously registered kernel")

@@ -1,7 +1,8 @@
 """Fused DropBP transformer blocks, to build models from.
 
-A block does not add its last branch to the residual: it hands (residual, pending branch) on, and where the next norm reads
-the sum, one kernel adds and normalises (`ops.gated_residual_rms_norm`). Between two dropped branches nothing is saved.
+A block does not add its last branch to the residual: it hands (residual, pending branch) on, and where the next norm
+reads the sum, one kernel adds and normalises (`ops.gated_residual_rms_norm`). Between two dropped branches nothing is
+saved.
 
     stream = Stream(embedding(tokens))
     rope = rotary_embedding(seq_len, head_dim, device=tokens.device)

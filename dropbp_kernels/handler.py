@@ -173,7 +173,7 @@ class DropBPHandler:
             gate.grad_scale = 1.0 / (1.0 - rate) if self.grad_scale == "unbiased" else float(self.grad_scale)
 
     def flops(self) -> list[float]:
-        """Forward FLOPs of each branch at the shape it last saw (before that: batch 1, sequence 512); 1.0 if unknown."""
+        """Forward FLOPs of each branch at the shape it last saw (before that 1 x 512 tokens); 1.0 if unknown."""
         return [
             1.0 if gate.flops is None else float(gate.flops(gate.batch_size or 1, gate.seq_len or DEFAULT_SEQ_LEN))
             for gate in self.gates.values()
@@ -205,7 +205,7 @@ class DropBPHandler:
     # ---- books
 
     def report(self) -> dict[str, Any]:
-        """What was dropped so far: realised rate and FLOPs kept, overall and per branch (`branches`, in model order)."""
+        """What was dropped so far: realised rate and FLOPs kept, overall and per branch (`branches`, model order)."""
         flops = self.flops()
         branches = [
             {

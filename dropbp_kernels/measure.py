@@ -1,4 +1,4 @@
-"""Exact counts of what a backward costs: bytes saved, peak bytes live, autograd nodes. For tests, reports and benchmarks.
+"""Exact counts of what a backward costs: bytes saved, peak bytes live, autograd nodes.
 
     with saved_bytes() as saved, PeakLiveBytes() as live:
         loss = model(**batch).loss
@@ -32,7 +32,7 @@ class SavedBytes:
 def saved_bytes() -> Iterator[SavedBytes]:
     """Count what autograd saves for backward inside the block, parameters (and views of them) excluded.
 
-    A storage that several nodes save counts once. Tensors that lived before the block count too: autograd keeps them alive.
+    A storage that several nodes save counts once. Tensors that lived before the block count too: autograd keeps them.
     """
     saved = SavedBytes()
     storages: dict[int, Any] = {}  # data pointer -> storage, kept so that no pointer is used twice

@@ -1,4 +1,4 @@
-"""The drop plan: which branches send a gradient in this step. Fixed before the forward, constant until the next step."""
+"""The drop plan: which branches send a gradient in this step. Fixed before the forward, until the next step."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Which modules of a known block form its branches: one small entry per model family.
 
-An entry names the block's class and rewrites its forward around two gates. The rewrite is the block's own arithmetic with
-``residual + branch`` replaced by the gate, so logits are the same bit for bit at any plan.
+An entry names the block's class and rewrites its forward around two gates. The rewrite is the block's own arithmetic
+with ``residual + branch`` replaced by the gate, so logits are the same bit for bit at any plan.
 """
 
 from collections.abc import Callable

@@ -4,9 +4,9 @@
     ...
     remove_dropbp(model)
 
-A block is patched by giving the instance a subclass of its own class, whose forward reads the gates. Its class keeps its
-name and its ancestors, so wrappers that look for a block by class (FSDP, accelerate, output recording) still find it, and
-transformers' gradient checkpointing, which is attached when a layer class is created, stays in force.
+A block is patched by giving the instance a subclass of its own class, whose forward reads the gates. Its class keeps
+its name and its ancestors, so wrappers that look for a block by class (FSDP, accelerate, output recording) still find
+it, and transformers' gradient checkpointing, which is attached when a layer class is created, stays in force.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from .families import FAMILIES, Family
 def apply_dropbp(model: nn.Module, drop_rate: float, **options: Any) -> DropBPHandler:
     """Gate every branch of a Llama-family model (with or without PEFT) and return the handler that draws its plans.
 
-    Works on Llama, Mistral, Qwen2 and Qwen3 decoders, before or after `get_peft_model`; `state_dict` keys do not change.
+    Works on Llama, Mistral, Qwen2 and Qwen3 decoders, before or after `get_peft_model`; `state_dict` keys stay.
     `options` are those of `DropBPHandler`: sampler, grad_scale, seed, keep_one, strict, dropped_runs.
 
     Errors: ValueError when the model is patched already, has no branch of a known family (the message names the module
@@ -60,9 +60,7 @@ def remove_dropbp(model: nn.Module) -> None:
 
 def _find_blocks(model: nn.Module) -> list[tuple[nn.Module, Family]]:
     by_name = {family.block: family for family in FAMILIES.values()}
-    return [
-        (module, by_name[type(module).__name__]) for module in model.modules() if type(module).__name__ in by_name
-    ]
+    return [(module, by_name[type(module).__name__]) for module in model.modules() if type(module).__name__ in by_name]
 
 
 def _patch(block: nn.Module, family: Family) -> None:

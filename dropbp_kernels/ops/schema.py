@@ -13,7 +13,7 @@ SCHEMAS = {
         # residual (R, ..., D) + branch (K, ..., D) at rows (K,) of dim 0; rows=None: same shape, all rows.
         "gated_residual_add": "(Tensor residual, Tensor branch, Tensor? rows) -> Tensor",
         "gated_residual_add_": "(Tensor(a!) residual, Tensor branch, Tensor? rows) -> ()",
-        # grad_output (R, ..., D) -> grad_branch (K, ..., D) in dtype, times grad_scale, times row_scale (K,) along dim 0.
+        # grad_output (R, ..., D) -> grad_branch (K, ..., D) in dtype, times grad_scale, times row_scale (K,) of dim 0.
         # A row whose row_scale is zero is written as zeros without reading grad_output.
         "gated_residual_add_backward": (
             "(Tensor grad_output, Tensor? rows, Tensor? row_scale, float grad_scale, ScalarType dtype) -> Tensor"
