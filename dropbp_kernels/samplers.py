@@ -1,0 +1,110 @@
+"""How a drop plan is drawn: from drop rates, FLOPs, seed and step to kept branches.
+
+A sampler is a pure function ``(rates, flops, seed, step) -> tuple[bool, ...]``, True = kept. It draws from a private
+generator seeded with the text "seed:step" and never touches a global one, so every rank, a resumed run and a recompute
+draw the same plan. Only `random.Random(text).random()` is used: Python keeps that stream the same in all versions
+(shuffles and choices it does not), so a plan does not depend on the Python that drew it.
+
+=========  ===================  ========================================  ==================================
+sampler    P(branch is kept)    backward work of a step                   branches of one step
+=========  ===================  ========================================  ==================================
+balanced   1 - rate, exactly    constant as far as exact rates allow      drawn without replacement
+bernoulli  1 - rate, exactly    varies freely                             independent
+published  below 1 - rate       at most the target share of branches      as bernoulli, then more are dropped
+=========  ===================  ========================================  ==================================
+"""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+
+Sampler = Callable[[Sequence[float], Sequence[float], int, int], tuple[bool, ...]]
+
+
+def _generator(rates: Sequence[float], flops: Sequence[float], seed: int, step: int) -> random.Random:
+    """The generator of (seed, step), once the other arguments are found valid."""
+    if len(rates) != len(flops):
+        raise ValueError(f"flops: expected one for each of the {len(rates)} rates, got {len(flops)}")
+    wrong = next((rate for rate in rates if not 0.0 <= rate < 1.0), None)
+    if wrong is not None:
+        raise ValueError(f"rates: expected 0 <= drop_rate < 1, got {wrong}")
+    return random.Random(f"{seed}:{step}")
+
+
+def bernoulli(rates: Sequence[float], flops: Sequence[float], seed: int, step: int) -> tuple[bool, ...]:
+    """Drop each branch with its own rate, independently of the others.
+
+    Errors: ValueError when the lengths differ or a rate is outside [0, 1).
+    Cost:   one random number per branch.
+    Source: DropBP (arXiv 2402.17812), section 3.1.
+    """
+    generator = _generator(rates, flops, seed, step)
+    return tuple(generator.random() >= rate for rate in rates)
+
+
+def published(rates: Sequence[float], flops: Sequence[float], seed: int, step: int) -> tuple[bool, ...]:
+    """Draw as `bernoulli`, then drop more branches until the dropped share is at least the mean rate.
+
+    The top-up goes through the branches in order of decreasing rate and, where rates are equal, in model order. So
+    early branches are dropped more often than their rate says, and the mean rate is overshot: kept for comparisons.
+
+    Errors: those of `bernoulli`.
+    Cost:   one random number per branch and a sort.
+    Source: github.com/WooSunghyeon/dropbp, the plan of one training step; its target is the mean rate here.
+    """
+    generator = _generator(rates, flops, seed, step)
+    dropped = [generator.random() < rate for rate in rates]
+    num_missing = math.ceil(math.fsum(rates) - 1e-9) - sum(dropped)  # 1e-9: ten rates of 0.3 ask for 3, not for 4
+    by_decreasing_rate = sorted(range(len(rates)), key=lambda index: -rates[index])
+    for index in [index for index in by_decreasing_rate if not dropped[index]][: max(num_missing, 0)]:
+        dropped[index] = True
+    return tuple(not is_dropped for is_dropped in dropped)
+
+
+def balanced(rates: Sequence[float], flops: Sequence[float], seed: int, step: int) -> tuple[bool, ...]:
+    """Keep each branch with probability exactly 1 - rate and spend nearly the same FLOPs in every step.
+
+    Systematic sampling over a random order: lay the branches on a line, each as long as its probability of being
+    kept, and keep those that contain one of the points u, u + 1, u + 2, ... with one uniform u. Branches of equal
+    FLOPs (a group: all attention branches, say) stand next to each other, in random order. Then, in every step, the
+    number of kept branches is the floor or the ceiling of its expectation, in each group and in total. Where a
+    group's expectation is whole, its kept FLOPs are the same in every step.
+
+    The groups stand in random order too. For two groups that changes nothing (the line read backwards draws the same
+    plans). For many, a fixed order would let only few plans occur: if all FLOPs differed and all rates were 0.875,
+    every branch would always be trained with the same seventh of the others.
+
+    Errors: those of `bernoulli`.
+    Cost:   one random number per branch and per group, and a sort.
+    Source: systematic sampling with unequal probabilities, W. G. Madow, Ann. Math. Statist. 20 (1949) 333-354.
+    """
+    generator = _generator(rates, flops, seed, step)
+    offset = generator.random()
+    place_of_group = {group: generator.random() for group in dict.fromkeys(flops)}
+    order = sorted((place_of_group[group], generator.random(), index) for index, group in enumerate(flops))
+    kept = [rate == 0.0 for rate in rates]
+    end = 0.0
+    for _, _, index in order:
+        if kept[index]:  # a length of 1 always holds a point; rounding must not decide that
+            continue
+        start, end = end, end + (1.0 - rates[index])
+        # Lengths such as 10 * (1 - 0.7) sum to a whole number only up to rounding.
+        kept[index] = math.floor(round(end, 9) + offset) > math.floor(round(start, 9) + offset)
+    return tuple(kept)
+
+
+SAMPLERS: dict[str, Sampler] = {"balanced": balanced, "bernoulli": bernoulli, "published": published}
+
+
+def get_sampler(sampler: str | Sampler) -> Sampler:
+    """Return the sampler of that name; a callable is returned as it is.
+
+    Errors: ValueError for an unknown name, TypeError for anything else.
+    """
+    if callable(sampler):
+        return sampler
+    if not isinstance(sampler, str):
+        raise TypeError(f"sampler: expected a name or a callable, got {type(sampler).__name__}")
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler: expected a callable or one of {', '.join(SAMPLERS)}, got {sampler!r}")
+    return SAMPLERS[sampler]
