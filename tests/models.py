@@ -1,0 +1,64 @@
+"""Small models that several tests share."""
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from dropbp_kernels import DropBP
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "use_cache": False,
+}
+CAUSAL_LMS = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+
+
+def tiny_causal_lm(family: str = "llama", **overrides) -> nn.Module:
+    """A transformers causal LM of three small blocks in training mode, with the same weights at every call."""
+    config_class, model_class = CAUSAL_LMS[family]
+    sizes = dict(SIZES, head_dim=8) if family == "qwen3" else SIZES
+    torch.manual_seed(0)
+    return model_class(config_class(**{**sizes, **overrides})).train()
+
+
+def tiny_batch(batch_size: int = 2, seq_len: int = 10, vocab_size: int = 64) -> dict[str, torch.Tensor]:
+    """Token ids with themselves as labels."""
+    tokens = torch.randint(vocab_size, (batch_size, seq_len), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": tokens, "labels": tokens}
+
+
+class ToyBlock(nn.Module):
+    """A user's own block: one gated branch around a norm and two linears."""
+
+    def __init__(self, width: int = 8, dropout: float = 0.0):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.dropout = nn.Dropout(dropout)
+        self.gate = DropBP(lambda batch_size, seq_len: 8.0 * batch_size * seq_len * width**2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gate.residual_add(x, lambda x: self.dropout(self.down(torch.relu(self.up(self.norm(x))))))
+
+
+def toy_model(num_blocks: int = 4, width: int = 8, dropout: float = 0.0) -> nn.Sequential:
+    """A stack of `ToyBlock`, with the same weights at every call."""
+    torch.manual_seed(0)
+    return nn.Sequential(*(ToyBlock(width, dropout) for _ in range(num_blocks)))
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor | None]:
+    """The gradient of each parameter by name, None where there is none."""
+    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}

@@ -1,0 +1,277 @@
+"""The handler: plans as a function of (seed, step), guarantees, books, state, and its errors."""
+
+import json
+import random
+
+import pytest
+import torch
+from models import gradients, toy_model
+
+from dropbp_kernels import DropBP, DropBPHandler, DropPlan
+
+
+def train_step(model, handler, x=None):
+    handler.step()
+    loss = model(torch.ones(2, 3, 8) if x is None else x).square().sum()
+    loss.backward()
+    return loss
+
+
+def test_step_sets_the_plan_it_returns():
+    model = toy_model()
+    handler = DropBPHandler(model, 0.5)
+    for step in range(4):
+        plan = handler.step()
+        assert plan.step == step
+        assert [gate.kept for gate in handler.gates.values()] == list(plan.kept)
+        assert plan is handler.plan
+        model(torch.ones(1, 1, 8))
+
+
+def test_plan_is_a_pure_function_of_seed_and_step():
+    first = DropBPHandler(toy_model(8), 0.5, seed=3)
+    second = DropBPHandler(toy_model(8), 0.5, seed=3, strict=False)
+    other = DropBPHandler(toy_model(8), 0.5, seed=4)
+    plans = [first.draw(step) for step in range(50)]
+    for step in reversed(range(50)):
+        assert second.draw(step) == plans[step]
+    assert plans != [other.draw(step) for step in range(50)]
+    assert len({plan.kept for plan in plans}) > 10
+
+
+def test_global_generators_are_not_touched():
+    np = pytest.importorskip("numpy")
+    handler = DropBPHandler(toy_model(), 0.5)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    handler.draw(0)
+    handler.step()
+    assert random.getstate() == before[0]
+    assert np.random.get_state()[1].tolist() == before[1]
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_one_trainable_branch_is_kept():
+    model = toy_model(4)
+    gates = [block.gate for block in model]
+    for block in model:
+        block.gate.modules_of_branch = (block.up,)
+    for block in model[:3]:
+        block.requires_grad_(False)
+    never = lambda rates, flops, seed, step: (False,) * len(rates)  # noqa: E731
+    handler = DropBPHandler(model, 0.9, sampler=never)
+    assert handler.draw(0).kept == (False, False, False, True)
+    assert gates[3].is_trainable()
+    only_frozen = lambda rates, flops, seed, step: (True, False, False, False)  # noqa: E731
+    assert DropBPHandler(model, 0.9, sampler=only_frozen).draw(0).kept == (True, False, False, True)
+    assert DropBPHandler(model, 0.9, sampler=never, keep_one=False).draw(0).kept == (False,) * 4
+    model.requires_grad_(False)
+    assert handler.draw(0).kept == (False,) * 4  # nothing to keep one for
+
+
+def test_kept_one_is_spread_over_the_branches():
+    never = lambda rates, flops, seed, step: (False,) * len(rates)  # noqa: E731
+    handler = DropBPHandler(toy_model(4), 0.5, sampler=never)
+    chosen = [handler.draw(step).kept.index(True) for step in range(400)]
+    assert all(60 < chosen.count(index) < 140 for index in range(4))  # expected 100, standard error 8.7
+
+
+def test_nothing_to_back_propagate_is_seen_from_the_loss():
+    model = toy_model()
+    handler = DropBPHandler(model, 0.5, keep_one=False)
+    handler.set_plan([False] * 4)
+    assert not model(torch.ones(1, 1, 8)).sum().requires_grad
+    x = torch.ones(1, 1, 8, requires_grad=True)  # full fine-tuning: the embedding below still needs its gradient
+    assert model(x).sum().requires_grad
+
+
+def test_dropped_branches_leave_exactly_their_parameters_without_gradient():
+    model = toy_model()
+    handler = DropBPHandler(model, 0.5)
+    handler.set_plan([True, False, True, False])
+    model(torch.ones(2, 3, 8)).sum().backward()
+    for name, grad in gradients(model).items():
+        assert (grad is not None) == (int(name.split(".")[0]) in (0, 2)), name
+
+
+def test_strict_mode_names_gates_that_were_not_called():
+    model = toy_model()
+    handler = DropBPHandler(model, 0.5)
+    handler.step()
+    with pytest.raises(RuntimeError, match=r"4 of 4 gates were not called .* \(0\.gate, 1\.gate, 2\.gate, 3\.gate\)"):
+        handler.step()
+    model[0](torch.ones(1, 1, 8))
+    with pytest.raises(RuntimeError, match=r"3 of 4 gates were not called"):
+        handler.step()
+    model(torch.ones(1, 1, 8))
+    handler.step()
+    with torch.no_grad():
+        model(torch.ones(1, 1, 8))
+    with pytest.raises(RuntimeError, match="4 of 4 gates"):
+        handler.step()
+    relaxed = DropBPHandler(model, 0.5, strict=False)
+    relaxed.step()
+    relaxed.step()
+
+
+def test_unbiased_grad_scale_follows_the_rates():
+    handler = DropBPHandler(toy_model(), 0.5, grad_scale="unbiased")
+    assert [gate.grad_scale for gate in handler.gates.values()] == [2.0] * 4
+    handler.set_drop_rates([0.0, 0.5, 0.75, 0.9])
+    assert [gate.grad_scale for gate in handler.gates.values()] == pytest.approx([1.0, 2.0, 4.0, 10.0])
+
+
+def test_unbiased_gradient_by_enumeration():
+    """The mean over all 2^4 plans of the scaled gradient, weighted by their probability, is the full gradient.
+
+    Exact only where no kept branch reads another one's backward: here branches in parallel on one input.
+    """
+    model, x = toy_model(4).double(), torch.randn(1, 2, 8, dtype=torch.float64)
+    handler = DropBPHandler(model, 0.5, grad_scale="unbiased", keep_one=False)
+
+    def grad(kept):
+        handler.set_plan(kept)
+        model.zero_grad()
+        total = sum(block(x) for block in model).sum()
+        if total.requires_grad:
+            total.backward()
+        return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+    mean = [torch.zeros_like(p) for p in model.parameters()]
+    for bits in range(16):
+        for total, g in zip(mean, grad([bool(bits >> i & 1) for i in range(4)]), strict=True):
+            total += g / 16
+    handler.set_drop_rates([0.0] * 4)
+    for m, g in zip(mean, grad([True] * 4), strict=True):
+        torch.testing.assert_close(m, g)
+
+
+def test_report_counts_what_was_drawn():
+    model = toy_model()
+    handler = DropBPHandler(model, 0.5)
+    for _ in range(10):
+        train_step(model, handler)
+    report = handler.report()
+    assert report["num_steps"] == 10
+    assert report["realised_drop_rate"] == pytest.approx(0.5)
+    assert report["flops_kept"] == pytest.approx(0.5)
+    assert [branch["name"] for branch in report["branches"]] == [f"{i}.gate" for i in range(4)]
+    assert sum(branch["num_kept"] for branch in report["branches"]) == 20
+    for branch in report["branches"]:
+        assert branch["num_kept"] + branch["num_dropped"] == 10
+        assert branch["flops"] == 8.0 * 2 * 3 * 64  # the shape of the last call
+    assert DropBPHandler(toy_model(), 0.5).report()["realised_drop_rate"] is None
+
+
+def test_resume_is_exact():
+    def fresh():
+        model = toy_model(6)
+        return model, DropBPHandler(model, 0.5, seed=7)
+
+    model, handler = fresh()
+    plans = []
+    for step in range(8):
+        if step == 4:
+            state = json.loads(json.dumps(handler.state_dict()))  # survives a JSON file
+        plans.append(handler.step())
+        model(torch.ones(1, 1, 8))
+    resumed_model, resumed = fresh()
+    resumed.load_state_dict(state)
+    assert resumed.plan == plans[3]
+    for step in range(4, 8):
+        assert resumed.step() == plans[step]
+        resumed_model(torch.ones(1, 1, 8))
+    assert resumed.state_dict() == handler.state_dict()
+
+
+def test_calibrate_sets_rates_and_leaves_the_model_as_found():
+    model = toy_model(6, dropout=0.1)
+    handler = DropBPHandler(model, 0.5)
+    handler.step()
+    x = torch.randn(4, 3, 8)
+    model(x).sum().backward()
+    before = gradients(model)
+    plan, rng = handler.plan, torch.get_rng_state()
+    rates = handler.calibrate(lambda: model(x).square().sum().backward())
+    assert rates == handler.drop_rates
+    assert len(set(rates)) > 1
+    assert sum(rates) / 6 == pytest.approx(0.5, abs=0.1)
+    assert handler.sensitivities is not None
+    assert handler.plan is plan
+    assert [gate.kept for gate in handler.gates.values()] == list(plan.kept)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert model.training
+    for name, grad in gradients(model).items():
+        assert (grad is None) == (before[name] is None)
+        assert grad is None or torch.equal(grad, before[name]), name
+
+
+def test_rates_file(tmp_path):
+    handler = DropBPHandler(toy_model(), 0.5)
+    handler.set_drop_rates([0.1, 0.2, 0.3, 0.4])
+    handler.save_rates(tmp_path / "rates.json")
+    other = DropBPHandler(toy_model(), 0.5)
+    other.load_rates(tmp_path / "rates.json")
+    assert other.drop_rates == [0.1, 0.2, 0.3, 0.4]
+    with pytest.raises(ValueError, match=r"rates\.json: expected the 5 branches of this model, got 4 .* lacks 4\.gate"):
+        DropBPHandler(toy_model(5), 0.5).load_rates(tmp_path / "rates.json")
+    (tmp_path / "other.json").write_text("[0.5]")
+    with pytest.raises(ValueError, match=r"other\.json: expected a JSON object with drop_rates"):
+        other.load_rates(tmp_path / "other.json")
+    (tmp_path / "bad.json").write_text(json.dumps({"drop_rates": dict.fromkeys(other.gates, 1.5)}))
+    with pytest.raises(ValueError, match="expected 0 <= drop_rate < 1, got 1.5"):
+        other.load_rates(tmp_path / "bad.json")
+    assert other.drop_rates == [0.1, 0.2, 0.3, 0.4]
+
+
+def test_state_of_another_model_changes_nothing():
+    handler = DropBPHandler(toy_model(4), 0.5)
+    state = DropBPHandler(toy_model(5), 0.25).state_dict()
+    with pytest.raises(ValueError, match=r"state: expected the 4 branches of this model, got 5 .* has no 4\.gate"):
+        handler.load_state_dict(state)
+    with pytest.raises(ValueError, match="state: expected version 1, got None"):
+        handler.load_state_dict({})
+    assert handler.drop_rate == 0.5
+    assert handler.drop_rates == [0.5] * 4
+
+
+@pytest.mark.parametrize("drop_rate", [1.0, -0.1, 1.5, float("nan"), float("inf")])
+def test_drop_rate_out_of_range(drop_rate):
+    with pytest.raises(ValueError, match="drop_rate: expected 0 <= drop_rate < 1"):
+        DropBPHandler(toy_model(), drop_rate)
+
+
+@pytest.mark.parametrize("drop_rate", ["0.5", None, True])
+def test_drop_rate_of_a_wrong_type(drop_rate):
+    with pytest.raises(TypeError, match="drop_rate: expected a number"):
+        DropBPHandler(toy_model(), drop_rate)
+
+
+def test_no_gates_names_the_module_types():
+    with pytest.raises(ValueError, match="at least one DropBP gate, got none; module types found: Linear, Sequential"):
+        DropBPHandler(torch.nn.Sequential(torch.nn.Linear(1, 1)), 0.5)
+
+
+def test_other_arguments():
+    with pytest.raises(ValueError, match="drop_rates: expected one for each of the 4 branches, got 2"):
+        DropBPHandler(toy_model(), 0.5).set_drop_rates([0.5, 0.5])
+    with pytest.raises(ValueError, match='grad_scale: expected a finite number or "unbiased"'):
+        DropBPHandler(toy_model(), 0.5, grad_scale="big")
+    with pytest.raises(ValueError, match="grad_scale"):
+        DropBPHandler(toy_model(), 0.5, grad_scale=float("nan"))
+    with pytest.raises(ValueError, match="dropped_runs"):
+        DropBPHandler(toy_model(), 0.5, dropped_runs="fast")
+    with pytest.raises((TypeError, ValueError), match="sampler"):
+        DropBPHandler(toy_model(), 0.5, sampler="fair")
+    with pytest.raises(ValueError, match="plan: expected one entry for each of the 4"):
+        DropBPHandler(toy_model(), 0.5).set_plan([True])
+
+
+def test_shared_gate_counts_once():
+    gate = DropBP()
+    model = torch.nn.ModuleList([gate, gate])
+    assert len(DropBPHandler(model, 0.5).gates) == 1
+
+
+def test_a_callable_sampler_is_used():
+    handler = DropBPHandler(toy_model(), 0.5, sampler=lambda rates, flops, seed, step: (step % 2 == 0,) * len(rates))
+    assert handler.draw(0) == DropPlan((True,) * 4, 0, 0)

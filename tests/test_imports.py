@@ -1,0 +1,99 @@
+"""Who may import whom (docs/architecture.md), and what an import must not do."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dropbp_kernels
+
+ROOT = Path(dropbp_kernels.__file__).parent
+# Rooms of the package, lowest first; a room imports only rooms of a lower level (and files of its own, but for ops).
+LEVELS = {
+    "reference": 0,
+    "measure": 0,
+    "flops": 0,
+    "samplers": 0,
+    "_backend": 1,
+    "_triton": 1,
+    "allocation": 2,
+    "ops": 2,
+    "layer": 3,
+    "plan": 4,
+    "blocks": 4,
+    "sensitivity": 5,
+    "handler": 6,
+    "integrations": 7,
+    "compat": 7,
+    "cli": 8,
+    "__init__": 9,
+}
+
+
+def imports_of(path):
+    """(room, whole dotted name) of every module of this package that the file imports, also inside functions."""
+    package = ("dropbp_kernels", *path.relative_to(ROOT).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            names = [module] if node.module else [f"{module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "dropbp_kernels" and len(parts) > 1:
+                yield parts[1], name
+
+
+def test_no_import_goes_upward_or_sideways():
+    wrong = []
+    for path in ROOT.rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        room = parts[0]
+        assert room in LEVELS, f"{room}: a new room needs a level here and a line in docs/architecture.md"
+        for other, name in imports_of(path):
+            if other == "__version__" or (other == room and room not in ("_triton",)):
+                sideways = room == "ops" and parts[-1] != "__init__" and name.split(".")[-1] not in ("schema", "ops")
+                if not sideways:
+                    continue
+            if other not in LEVELS or LEVELS[other] >= LEVELS[room]:
+                wrong.append(f"{'/'.join(parts)} imports {name}")
+    assert not wrong
+
+
+def test_reference_and_triton_import_nothing_of_ours():
+    for room in ("reference.py", "_triton"):
+        files = [ROOT / room] if room.endswith(".py") else list((ROOT / room).glob("*.py"))
+        for path in files:
+            ours = [name for other, name in imports_of(path) if other != "_triton"]
+            assert not ours, (path.name, ours)
+
+
+def test_environment_variables_are_read_in_one_place():
+    readers = [
+        path.relative_to(ROOT).as_posix()
+        for path in ROOT.rglob("*.py")
+        if "os.environ" in path.read_text() or "getenv" in path.read_text()
+    ]
+    assert readers == ["_backend.py"]
+
+
+@pytest.mark.parametrize("module", ["dropbp_kernels", "dropbp_kernels.cli"])
+def test_import_is_light(module):
+    """No optional package, no Triton, no CUDA query, no change of global state at import."""
+    code = f"""
+import sys, torch
+torch.cuda.is_available = torch.cuda.device_count = torch.cuda.init = lambda *a: sys.exit("queried CUDA at import")
+rng, threads = torch.get_rng_state(), torch.get_num_threads()
+import {module}
+heavy = [m for m in ("triton", "transformers", "peft", "matplotlib", "accelerate", "rich") if m in sys.modules]
+assert not heavy, heavy
+assert torch.equal(rng, torch.get_rng_state()) and threads == torch.get_num_threads()
+"""
+    result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,147 @@
+"""The gate: values, gradients, what a dropped branch saves, and torch.compile."""
+
+import copy
+
+import pytest
+import torch
+from models import ToyBlock, gradients
+
+from dropbp_kernels import DropBP
+from dropbp_kernels.measure import num_autograd_nodes, saved_bytes
+
+
+def run(block, x):
+    block.zero_grad()
+    out = block(x)
+    if out.requires_grad:
+        out.square().sum().backward()
+    return out.detach(), gradients(block)
+
+
+def test_kept_branch_equals_plain_residual_bit_for_bit():
+    block, x = ToyBlock(), torch.randn(2, 3, 8)
+    out, grads = run(block, x)
+    block.zero_grad()
+    plain = x + block.down(torch.relu(block.up(block.norm(x))))
+    plain.square().sum().backward()
+    assert torch.equal(out, plain.detach())
+    for name, expected in gradients(block).items():
+        assert torch.equal(grads[name], expected), name
+
+
+def test_dropped_branch_has_the_same_value_and_only_the_residual_gets_a_gradient():
+    block, x = ToyBlock(), torch.randn(2, 3, 8, requires_grad=True)
+    kept, _ = run(block, x)
+    block.gate.kept = False
+    x.grad = None
+    dropped, grads = run(block, x)
+    assert torch.equal(kept, dropped)
+    assert all(grad is None for grad in grads.values())
+    assert torch.equal(x.grad, 2 * dropped)
+
+
+@pytest.mark.parametrize("dropped_runs", ["inference", "detach"])
+def test_what_a_dropped_branch_saves(dropped_runs):
+    block, x = ToyBlock(), torch.randn(2, 3, 8, requires_grad=True)
+    block.gate.kept = False
+    block.gate.dropped_runs = dropped_runs
+    with saved_bytes() as saved:
+        out = block(x)
+    # The one node is the residual's add; nothing of the branch is left in the graph in either mode.
+    assert num_autograd_nodes(out) == 1
+    if dropped_runs == "inference":
+        assert saved.num_bytes == 0
+        assert saved.num_tensors == 0
+    else:  # the control: the branch saves while it runs, the detach frees it afterwards
+        assert saved.num_bytes > 0
+
+
+def test_nothing_to_train_below_adds_no_node_at_all():
+    block, x = ToyBlock(), torch.randn(2, 3, 8)
+    block.gate.kept = False
+    assert num_autograd_nodes(block(x)) == 0
+    assert not block(x).requires_grad
+
+
+def test_grad_scale_scales_the_branch_only():
+    block, x = ToyBlock(), torch.randn(2, 3, 8, requires_grad=True)
+
+    def gradient_at(scale):
+        block.zero_grad()
+        x.grad = None
+        block.gate.grad_scale = scale
+        block(x).sum().backward()
+        return x.grad.clone(), block.down.bias.grad.clone()
+
+    x_1, bias_1 = gradient_at(1.0)
+    x_4, bias_4 = gradient_at(4.0)
+    torch.testing.assert_close(bias_4, 4 * bias_1)
+    torch.testing.assert_close(x_4 - 1, 4 * (x_1 - 1), atol=1e-5, rtol=1e-5)
+
+
+def test_evaluation_does_not_count_as_a_call():
+    block = ToyBlock()
+    with torch.no_grad():
+        block(torch.randn(2, 3, 8))
+    assert not block.gate.was_called
+    block(torch.randn(2, 3, 8))
+    assert block.gate.was_called
+    assert (block.gate.batch_size, block.gate.seq_len) == (2, 3)
+
+
+def test_the_gate_adds_nothing_to_state_dict_and_does_not_own_its_modules():
+    norm, linear = torch.nn.LayerNorm(4), torch.nn.Linear(4, 4)
+    gate = DropBP(modules=(norm, linear))
+    assert not gate.state_dict()
+    assert not list(gate.parameters())
+    assert gate.is_trainable()
+    norm.requires_grad_(False)
+    linear.requires_grad_(False)
+    assert not gate.is_trainable()
+    assert DropBP().is_trainable()
+
+
+def test_deepcopy_refers_to_the_copied_modules():
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(2, 2)
+            self.gate = DropBP(modules=(self.linear,))
+
+    twin = copy.deepcopy(Block())
+    assert twin.gate.modules_of_branch[0] is twin.linear
+
+
+def test_unknown_dropped_runs_is_refused():
+    with pytest.raises(ValueError, match=r"dropped_runs: expected one of inference, detach, got 'fast'"):
+        DropBP(dropped_runs="fast")
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_compiles_fullgraph_with_equal_gradients(kept):
+    block, x = ToyBlock(), torch.randn(2, 3, 8, requires_grad=True)
+    block.gate.kept = kept
+    out, grads = run(block, x)
+    grad_x, x.grad = x.grad, None
+    compiled = torch.compile(block, fullgraph=True)
+    block.zero_grad()
+    out_compiled = compiled(x)
+    out_compiled.square().sum().backward()
+    torch.testing.assert_close(out_compiled.detach(), out)
+    torch.testing.assert_close(x.grad, grad_x)
+    for name, grad in gradients(block).items():
+        assert (grad is None) == (grads[name] is None), name
+        if grad is not None:
+            torch.testing.assert_close(grad, grads[name])
+
+
+def test_new_plans_compile_each_block_at_most_twice():
+    """One graph for kept, one for dropped; no step after those recompiles."""
+    torch.compiler.reset()
+    block, x = ToyBlock(), torch.randn(2, 3, 8, requires_grad=True)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(block, fullgraph=True, backend=counter)
+    for step in range(8):
+        block.gate.kept = step % 3 != 0
+        compiled(x).sum().backward()
+    assert counter.frame_count == 2
