@@ -72,7 +72,7 @@ def balanced(rates: Sequence[float], flops: Sequence[float], seed: int, step: in
 
     The groups stand in random order too. For two groups that changes nothing (the line read backwards draws the same
     plans). For many, a fixed order would let only few plans occur: if all FLOPs differed and all rates were 0.875,
-    every branch would always be trained with the same seventh of the others.
+    the branches would fall into 8 sets that are always kept together. The price is that the FLOPs of a step then vary.
 
     Errors: those of `bernoulli`.
     Cost:   one random number per branch and per group, and a sort.

@@ -1,0 +1,162 @@
+"""How much the gradient changes when one branch is dropped: the sensitivity, by which drop rates are allocated.
+
+One backward with nothing dropped gives g0, one more per branch gives g_i with only branch i dropped:
+
+    "norm"     S_i = sum over parameter tensors of (||g0|| - ||g_i||)^2
+    "element"  S_i = sum over parameter tensors of ||g0 - g_i||^2
+
+A parameter without a gradient counts as a zero gradient. "element" sees every change but keeps g0, one extra set of
+gradients; "norm" keeps one number per parameter, and is blind to a gradient that turns without changing its length.
+"""
+
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+DEFINITIONS = ("norm", "element")
+
+
+class HasGates(Protocol):
+    """What is needed of a handler: a model, and its gates by name."""
+
+    model: nn.Module
+    gates: dict[str, Any]
+
+
+def _get_rng_state() -> tuple[Any, ...]:
+    numpy = sys.modules.get("numpy")
+    return (
+        random.getstate(),
+        numpy.random.get_state() if numpy is not None else None,
+        torch.get_rng_state(),
+        torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None,
+    )
+
+
+def _set_rng_state(state: tuple[Any, ...]) -> None:
+    python, numpy, cpu, cuda = state
+    random.setstate(python)
+    if numpy is not None:
+        sys.modules["numpy"].random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def _left_as_found(handler: HasGates) -> Iterator[None]:
+    """Whatever happens inside, put back gradients, RNG states, train/eval modes and all attributes of the gates.
+
+    Gradients are set aside, not copied: backprop finds none and makes its own.
+    """
+    grads = [(parameter, parameter.grad) for parameter in handler.model.parameters()]
+    modes = [(module, module.training) for module in handler.model.modules()]
+    gates = [
+        (gate, {name: value for name, value in vars(gate).items() if not name.startswith("_")})
+        for gate in handler.gates.values()
+    ]
+    rng_state = _get_rng_state()
+    try:
+        yield
+    finally:
+        for parameter, grad in grads:
+            parameter.grad = grad
+        for module, training in modes:
+            module.training = training
+        for gate, attributes in gates:
+            for name, value in attributes.items():
+                setattr(gate, name, value)
+        _set_rng_state(rng_state)
+
+
+def _take_gradients(handler: HasGates, backprop: Callable[[], Any], dropped: str | None) -> list[Tensor | None]:
+    """Run backprop with only the branch `dropped` dropped; take the gradients off the parameters."""
+    for name, gate in handler.gates.items():
+        gate.kept = name != dropped
+    parameters = dict(handler.model.named_parameters())
+    versions = [parameter._version for parameter in parameters.values()]
+    with torch.enable_grad():
+        backprop()
+    for (name, parameter), version in zip(parameters.items(), versions, strict=True):
+        if parameter._version != version:
+            raise RuntimeError(f"backprop: expected a forward and a backward only, but it changed parameter {name!r}")
+    grads = [parameter.grad for parameter in parameters.values()]
+    for parameter in parameters.values():
+        parameter.grad = None
+    return grads
+
+
+def _norm(tensor: Tensor | None) -> float:
+    if tensor is None:
+        return 0.0
+    # Sums of half-precision squares overflow; float64 gradients stay float64.
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)))
+
+
+def _distance(a: Tensor | None, b: Tensor | None) -> float:
+    return _norm(a - b) if a is not None and b is not None else _norm(a) + _norm(b)
+
+
+def _progress(names: Sequence[str | None], enabled: bool) -> Any:
+    """`names`, with a tqdm bar around it when that is wanted and tqdm is installed."""
+    if not enabled:
+        return names
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return names
+    return tqdm(names, desc="sensitivity", unit="backward")
+
+
+def compute_sensitivity(
+    handler: HasGates, backprop: Callable[[], Any], definition: str = "norm", progress: bool = False
+) -> list[float]:
+    """Return the sensitivity of each branch of `handler`, in model order.
+
+    backprop runs one forward and backward on the same batch in every call; it may clear gradients, it must not change
+    parameters. Every call starts from the same RNG state, so dropout is the same in all of them. Gradients, RNG states
+    (Python, NumPy when loaded, torch), train/eval modes, the plan and the counters of the gates are left as found,
+    also when backprop raises. Buffers that a forward updates (running statistics) are not put back.
+
+    Dtypes: gradients of any dtype; summed in float32 or, for float64 gradients, in float64.
+    Errors: ValueError for an unknown definition or a handler without gates; RuntimeError when backprop leaves no
+            gradient, changes a parameter, or gives a gradient that is not finite.
+    Cost:   1 + num_branches calls of backprop; "element" holds one extra set of gradients, "norm" none.
+    Source: DropBP (arXiv 2402.17812), section 3.3 ("element"); github.com/WooSunghyeon/dropbp since October 2024
+            ("norm").
+    """
+    if definition not in DEFINITIONS:
+        raise ValueError(f"definition: expected one of {', '.join(DEFINITIONS)}, got {definition!r}")
+    if not handler.gates:
+        raise ValueError("handler: expected at least one gate, got none")
+
+    sensitivities: list[float] = []
+    baseline: list[Any] = []
+    with _left_as_found(handler):
+        rng_state = _get_rng_state()
+        for parameter in handler.model.parameters():
+            parameter.grad = None
+        for name in _progress([None, *handler.gates], progress):
+            _set_rng_state(rng_state)
+            grads = _take_gradients(handler, backprop, name)
+            if name is None:
+                if all(grad is None for grad in grads):
+                    raise RuntimeError("backprop: expected gradients on the model's parameters, but it left none")
+                baseline = [_norm(grad) for grad in grads] if definition == "norm" else grads
+                continue
+            if definition == "norm":
+                changes = [before - _norm(grad) for before, grad in zip(baseline, grads, strict=True)]
+            else:
+                changes = [_distance(before, grad) for before, grad in zip(baseline, grads, strict=True)]
+            sensitivity = sum(change * change for change in changes)
+            if not sensitivity < float("inf"):
+                raise RuntimeError(
+                    f"backprop: expected finite gradients, but the sensitivity of branch {name!r} is {sensitivity}"
+                )
+            sensitivities.append(sensitivity)
+    return sensitivities
