@@ -218,7 +218,7 @@ def test_rates_file(tmp_path):
     with pytest.raises(ValueError, match=r"other\.json: expected a JSON object with drop_rates"):
         other.load_rates(tmp_path / "other.json")
     (tmp_path / "bad.json").write_text(json.dumps({"drop_rates": dict.fromkeys(other.gates, 1.5)}))
-    with pytest.raises(ValueError, match="expected 0 <= drop_rate < 1, got 1.5"):
+    with pytest.raises(ValueError, match=r"expected 0 <= drop_rate < 1, got 1\.5"):
         other.load_rates(tmp_path / "bad.json")
     assert other.drop_rates == [0.1, 0.2, 0.3, 0.4]
 

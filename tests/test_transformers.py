@@ -197,7 +197,7 @@ def test_twice_is_an_error_and_changes_nothing():
     model = tiny_causal_lm()
     handler = apply_dropbp(model, 0.5)
     gates = list(handler.gates.values())
-    with pytest.raises(ValueError, match="without DropBP gates.*call remove_dropbp first"):
+    with pytest.raises(ValueError, match=r"without DropBP gates.*call remove_dropbp first"):
         apply_dropbp(model, 0.25)
     assert list(handler.gates.values()) == gates
     assert model.model.layers[0].gate_attention is gates[0]
