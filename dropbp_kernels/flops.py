@@ -6,11 +6,12 @@ multiply-accumulates: half of it). Counted are the matrix products, which are al
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
 
-def _matrices(module: nn.Module) -> Iterator[tuple[int, bool]]:
+def _matrices(module: Any) -> Iterator[tuple[int, bool]]:
     """(in_features * out_features, whether its weight is trained) of every matrix a token is multiplied with."""
     if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
         yield from _matrices(module.base_layer)

@@ -88,8 +88,8 @@ def balanced(rates: Sequence[float], flops: Sequence[float], seed: int, step: in
         if kept[index]:  # a length of 1 always holds a point; rounding must not decide that
             continue
         start, end = end, end + (1.0 - rates[index])
-        # Lengths such as 10 * (1 - 0.7) sum to a whole number only up to rounding.
-        kept[index] = math.floor(round(end, 9) + offset) > math.floor(round(start, 9) + offset)
+        # Ten lengths of 1 - 0.9 do not sum to 1 exactly: the 1e-16 they miss is the chance of a wrong count.
+        kept[index] = math.floor(end + offset) > math.floor(start + offset)
     return tuple(kept)
 
 
