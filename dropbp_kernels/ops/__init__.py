@@ -1,0 +1,11 @@
+"""Fused ops: the public functions. Each runs in the best backend of its device (`_backend`)."""
+
+from .. import _backend
+from .schema import SCHEMAS
+
+_backend.install(SCHEMAS)
+
+from .gated_residual_add import gated_residual_add  # noqa: E402
+from .gated_residual_rms_norm import gated_residual_rms_norm  # noqa: E402
+
+__all__ = ["gated_residual_add", "gated_residual_rms_norm"]

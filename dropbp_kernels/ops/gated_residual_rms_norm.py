@@ -1,0 +1,170 @@
+"""The boundary between two branches in one kernel: add branch i to the residual, normalise for branch i+1.
+
+What is saved and what backward runs depends on who is kept:
+
+========  ==========  ==================  =====================================================
+branch i  branch i+1  forward saves       backward
+========  ==========  ==================  =====================================================
+kept      kept        new_residual, rstd  one kernel; both gradients are the same tensor
+dropped   kept        new_residual, rstd  one kernel; only the residual's gradient
+kept      dropped     nothing             an alias of the gradient: no kernel, no allocation
+dropped   dropped     nothing             an alias of the gradient: no kernel, no allocation
+========  ==========  ==================  =====================================================
+
+One tensor returned as two gradients is legal as long as nobody writes into it; autograd's own accumulation does not
+while a second reference exists.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+CASTINGS = ("llama", "gemma")
+
+_raw = torch.ops.dropbp_kernels
+
+
+def gated_residual_rms_norm(
+    residual: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    *,
+    eps: float = 1e-6,
+    next_kept: bool = True,
+    grad_scale: float = 1.0,
+    casting: str = "llama",
+) -> tuple[Tensor, Tensor]:
+    """Return (normed, new_residual): new_residual = residual + branch, normed = RMSNorm(new_residual) * weight.
+
+    The branch was dropped if it requires no gradient. next_kept tells whether the branch that reads normed is kept; if
+    it is not, normed is a constant. grad_scale is the factor on the branch's gradient.
+
+    Shapes: residual (..., D), branch (..., D) alike, weight (D,); both results (..., D). Empty tensors are allowed.
+    Dtypes: float32, float16, bfloat16, float64; residual may be wider than branch, weight has any of them. normed comes
+            in branch's dtype, new_residual in residual's. Summed in float32 (float64 for a float64 residual) and
+            rounded once; the norm reads the rounded sum, its statistics are float32 (float64). casting: "llama" rounds
+            x * rstd to branch's dtype before the product with weight; "gemma" rounds x * rstd * (1 + weight) once.
+    Errors: ValueError when shape, device or casting do not fit, TypeError when a dtype is unsupported. A second
+            derivative raises RuntimeError.
+    Cost:   reads 2N, writes 2N elements; saves new_residual and a float per row if next_kept, else nothing. Backward
+            reads 3N, writes N; if not next_kept an alias. A grad_scale other than 1, or a branch of another
+            dtype than residual: one more kernel over N. A frozen weight costs nothing.
+    Source: DropBP (arXiv 2402.17812); RMSNorm (arXiv 1910.07467), eq. 4; oracle reference.gated_residual_rms_norm_reference.
+    """
+    if residual.shape != branch.shape or residual.dtype is not branch.dtype or residual.dtype not in DTYPES:
+        _check_pair(residual, branch)
+    if residual.dim() == 0 or weight.dim() != 1 or weight.shape[0] != residual.shape[-1]:
+        raise ValueError(f"weight: expected shape {tuple(residual.shape[-1:])}, got {tuple(weight.shape)}")
+    if weight.dtype not in DTYPES:
+        raise TypeError(f"weight: expected dtype float32, float16, bfloat16 or float64, got {weight.dtype}")
+    if residual.device != branch.device or residual.device != weight.device:
+        raise ValueError(f"branch, weight: expected on {residual.device}, got {branch.device}, {weight.device}")
+    if casting not in CASTINGS:
+        raise ValueError(f"casting: expected one of {', '.join(CASTINGS)}, got {casting!r}")
+    gemma = casting == "gemma"
+
+    stream_needs_grad = residual.requires_grad or branch.requires_grad
+    if torch.is_grad_enabled() and (stream_needs_grad or (next_kept and weight.requires_grad)):
+        if next_kept:
+            return _Kept.apply(residual, branch, weight, eps, gemma, grad_scale)
+        return _NextDropped.apply(residual, branch, weight, eps, gemma, grad_scale)
+    with torch.no_grad():  # weight may require a gradient that nobody asks for
+        normed, new_residual, _ = _raw.gated_residual_rms_norm(residual, branch, weight, eps, gemma)
+    return normed, new_residual
+
+
+class _Kept(torch.autograd.Function):
+    """The next branch is kept: normed carries a gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, residual: Tensor, branch: Tensor, weight: Tensor, eps: float, gemma: bool, grad_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        normed, new_residual, rstd = _raw.gated_residual_rms_norm(residual, branch, weight, eps, gemma)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(new_residual, weight, rstd)
+        ctx.gemma = gemma
+        ctx.grad_scale = grad_scale
+        ctx.branch_dtype = branch.dtype
+        return normed, new_residual
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_normed: Tensor | None, grad_new: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_normed is None:
+            return *_share(ctx, grad_new), None, None, None, None
+        new_residual, weight, rstd = ctx.saved_tensors
+        weight_grad = ctx.needs_input_grad[2]
+        grad, grad_weight = _raw.gated_residual_rms_norm_backward(
+            grad_normed, grad_new, new_residual, weight, rstd, ctx.gemma, weight_grad
+        )
+        return *_share(ctx, grad), grad_weight if weight_grad else None, None, None, None
+
+
+class _NextDropped(torch.autograd.Function):
+    """The next branch is dropped: normed is a constant, the gradient of the stream passes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, residual: Tensor, branch: Tensor, weight: Tensor, eps: float, gemma: bool, grad_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        normed, new_residual, _ = _raw.gated_residual_rms_norm(residual, branch, weight, eps, gemma)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(normed)
+        ctx.grad_scale = grad_scale
+        ctx.branch_dtype = branch.dtype
+        return normed, new_residual
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor | None, grad_new: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *_share(ctx, grad_new), None, None, None, None
+
+
+def _share(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of residual and branch: one tensor, where scale and dtype allow."""
+    if grad is None:
+        return None, None
+    grad_branch = None
+    if ctx.needs_input_grad[1]:
+        grad_branch = grad
+        if ctx.grad_scale != 1.0 or grad.dtype != ctx.branch_dtype:
+            grad_branch = _raw.gated_residual_add_backward(grad, None, None, ctx.grad_scale, ctx.branch_dtype)
+    return grad if ctx.needs_input_grad[0] else None, grad_branch
+
+
+def _check_pair(residual: Tensor, branch: Tensor) -> None:
+    for name, tensor in (("residual", residual), ("branch", branch)):
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name}: expected dtype float32, float16, bfloat16 or float64, got {tensor.dtype}")
+    if residual.shape != branch.shape:
+        raise ValueError(f"branch: expected residual's shape {tuple(residual.shape)}, got {tuple(branch.shape)}")
+    if torch.promote_types(residual.dtype, branch.dtype) != residual.dtype:
+        raise TypeError(f"residual: expected a dtype that holds branch's {branch.dtype}, got {residual.dtype}")
+
+
+@torch.library.register_fake("dropbp_kernels::gated_residual_rms_norm")
+def _(residual: Tensor, branch: Tensor, weight: Tensor, eps: float, gemma: bool) -> tuple[Tensor, Tensor, Tensor]:
+    rstd_dtype = torch.float64 if residual.dtype == torch.float64 else torch.float32
+    return (
+        torch.empty_like(branch, memory_format=torch.contiguous_format),
+        torch.empty_like(residual, memory_format=torch.contiguous_format),
+        residual.new_empty(residual.shape[:-1], dtype=rstd_dtype),
+    )
+
+
+@torch.library.register_fake("dropbp_kernels::gated_residual_rms_norm_backward")
+def _(
+    grad_normed: Tensor,
+    grad_new_residual: Tensor | None,
+    new_residual: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    gemma: bool,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    grad_residual = torch.empty_like(new_residual, memory_format=torch.contiguous_format)
+    return grad_residual, weight.new_empty(weight.shape[0] if weight_grad else 0)

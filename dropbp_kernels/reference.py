@@ -1,0 +1,96 @@
+"""Every op in plain PyTorch, slow and obvious: the specification that all other backends are tested against.
+
+A function takes exactly the arguments of its schema (``ops/schema.py``) and returns fresh contiguous tensors. All of
+them run on any device, on meta tensors too.
+
+Arithmetic: sums and norms are computed in float32, in float64 where the residual is float64, and rounded once when
+they are written. Below, "wide" names that dtype.
+"""
+
+import torch
+from torch import Tensor
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _along_dim_0(scale: Tensor, like: Tensor) -> Tensor:
+    """(K,) -> (K, 1, ..., 1), to be broadcast against `like` (K, ..., D)."""
+    return scale.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def gated_residual_add_reference(residual: Tensor, branch: Tensor, rows: Tensor | None) -> Tensor:
+    """residual (R, ..., D) + branch (K, ..., D) at the rows (K,) of dim 0, in residual's dtype. rows are unique."""
+    output = residual.clone(memory_format=torch.contiguous_format)
+    gated_residual_add__reference(output, branch, rows)
+    return output
+
+
+def gated_residual_add__reference(residual: Tensor, branch: Tensor, rows: Tensor | None) -> None:
+    """The same sum, written into residual."""
+    wide = _wide(residual.dtype)
+    if rows is None:
+        residual.copy_(residual.to(wide) + branch.to(wide))
+    else:
+        total = residual.index_select(0, rows).to(wide) + branch.to(wide)
+        residual.index_copy_(0, rows, total.to(residual.dtype))
+
+
+def gated_residual_add_backward_reference(
+    grad_output: Tensor, rows: Tensor | None, row_scale: Tensor | None, grad_scale: float, dtype: torch.dtype
+) -> Tensor:
+    """grad_output at rows, times grad_scale, times row_scale (K,) along dim 0; rows of scale zero are zeros."""
+    grad = grad_output if rows is None else grad_output.index_select(0, rows)
+    wide = torch.promote_types(_wide(grad.dtype), _wide(dtype))
+    grad_branch = grad.to(wide) * grad_scale
+    if row_scale is not None:
+        scale = _along_dim_0(row_scale.to(wide), grad)
+        # where, and not the product alone: an infinite gradient in a dropped row must not become NaN.
+        grad_branch = torch.where(scale == 0, torch.zeros((), dtype=wide, device=grad.device), grad_branch * scale)
+    return grad_branch.to(dtype, memory_format=torch.contiguous_format, copy=True)
+
+
+def gated_residual_rms_norm_reference(
+    residual: Tensor, branch: Tensor, weight: Tensor, eps: float, gemma: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(normed, new_residual, rstd) of new_residual = residual + branch; the norm reads the *rounded* sum."""
+    wide = _wide(residual.dtype)
+    new_residual = gated_residual_add_reference(residual, branch, None)
+    x = new_residual.to(wide)
+    rstd = torch.rsqrt(x.pow(2).sum(-1) / max(x.shape[-1], 1) + eps)
+    normalized = x * rstd.unsqueeze(-1)
+    if gemma:
+        normed = (normalized * (1 + weight.to(wide))).to(branch.dtype)
+    else:
+        normed = (weight.to(wide) * normalized.to(branch.dtype).to(wide)).to(branch.dtype)
+    return normed, new_residual, rstd
+
+
+def gated_residual_rms_norm_backward_reference(
+    grad_normed: Tensor,
+    grad_new_residual: Tensor | None,
+    new_residual: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    gemma: bool,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """(gradient of new_residual through the norm plus grad_new_residual, gradient of weight).
+
+    With n = x * rstd and g = grad_normed * weight (Gemma: 1 + weight), grad_x = rstd * (g - n * mean(g * n)). The
+    roundings of the forward count as the identity.
+    """
+    wide = _wide(new_residual.dtype)
+    scale = rstd.to(wide).unsqueeze(-1)
+    normalized = new_residual.to(wide) * scale
+    grad = grad_normed.to(wide) * (1 + weight.to(wide) if gemma else weight.to(wide))
+    mean = (grad * normalized).sum(-1, keepdim=True) / max(grad.shape[-1], 1)
+    grad_x = scale * (grad - normalized * mean)
+    if grad_new_residual is not None:
+        grad_x = grad_x + grad_new_residual.to(wide)
+    grad_residual = grad_x.to(new_residual.dtype, memory_format=torch.contiguous_format, copy=True)
+    if not weight_grad:
+        return grad_residual, weight.new_empty(0)
+    rows = (grad_normed.to(wide) * normalized).reshape(-1, weight.shape[0])
+    return grad_residual, rows.sum(0).to(weight.dtype)
