@@ -1,1 +1,18 @@
-"""dropbp_kernels."""
+"""dropbp_kernels: dropped branches run like inference, kept branches like the leanest training code there is.
+
+apply_dropbp, remove_dropbp   one line on a Hugging Face model      integrations/transformers.py
+DropBP                        the gate of one residual branch       layer.py
+DropBPHandler, DropPlan       draws the plan of each step           handler.py, plan.py
+blocks                        fused transformer blocks              blocks.py
+ops                           the fused operators                   ops/
+measure                       exact counts of saved work            measure.py
+"""
+
+from . import blocks, measure, ops
+from .handler import DropBPHandler
+from .integrations.transformers import apply_dropbp, remove_dropbp
+from .layer import DropBP
+from .plan import DropPlan
+
+__all__ = ["DropBP", "DropBPHandler", "DropPlan", "apply_dropbp", "blocks", "measure", "ops", "remove_dropbp"]
+__version__ = "0.1.0"
