@@ -48,10 +48,9 @@ def test_peak_live_bytes_ignores_what_was_there_before():
 def test_peak_live_bytes_covers_the_backward():
     w = torch.randn(100, requires_grad=True)
     with PeakLiveBytes() as live:
-        (w * 2).sum().backward()
-        # w.grad (400 bytes) stays
+        w.exp().sum().backward()  # exp saves its result (400 bytes), which lives beside the new gradient (400)
         assert live.live_bytes == 400
-    assert live.peak_bytes >= 800
+    assert 800 <= live.peak_bytes < 1200
 
 
 def test_num_autograd_nodes():
