@@ -1,0 +1,304 @@
+"""Triton kernels of gated_residual_rms_norm: one row per step, statistics in float32 (float64).
+
+Forward: a program a row. Backward: a few programs per multiprocessor that stride over the rows, each with a weight
+gradient of its own in registers; the partial sums are then added in a fixed order, so results repeat bit for bit. Rows
+too wide for registers are read twice, in chunks, and their weight gradient is a kernel of its own.
+"""
+
+import contextlib
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Widest row that one program holds in registers; the backward holds about twice as many values per column.
+# By that count; not yet measured on a GPU.
+_MAX_BLOCK = 32768
+_MAX_BLOCK_BACKWARD = 16384
+_CHUNK = 4096  # columns per step over a wider row
+_PROGRAMS_PER_MULTIPROCESSOR = 2
+_PROGRAMS_ON_CPU = 4  # of the interpreter: more than one, so that tests see partial sums
+
+
+@triton.jit
+def _gated_residual_rms_norm_kernel(
+    residual_ptr,  # (num_rows, D)
+    branch_ptr,  # (num_rows, D)
+    weight_ptr,  # (D,)
+    normed_ptr,  # (num_rows, D)
+    new_residual_ptr,  # (num_rows, D)
+    rstd_ptr,  # (num_rows,)
+    D,
+    eps,
+    eps_rest,
+    GEMMA: tl.constexpr,
+    IS_ONE_BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # I/O: read residual + branch + weight, write normed + new_residual (+ rstd); rows of several chunks read twice.
+    row = tl.program_id(0).to(tl.int64)  # offsets pass 2^31 elements
+    start = row * D
+    columns = tl.arange(0, BLOCK)
+    if IS_ONE_BLOCK:
+        x = _add_chunk(residual_ptr, branch_ptr, new_residual_ptr, start, columns, D, WIDE, True)
+        squares = x * x
+    else:
+        squares = tl.zeros((BLOCK,), dtype=WIDE)
+        for chunk in range(0, D, BLOCK):
+            x = _add_chunk(residual_ptr, branch_ptr, new_residual_ptr, start, chunk + columns, D, WIDE, True)
+            squares += x * x
+    rstd = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / D + eps + eps_rest)
+    tl.store(rstd_ptr + row, rstd)
+    if IS_ONE_BLOCK:
+        _scale_chunk(x, rstd, weight_ptr, normed_ptr, start, columns, D, GEMMA, WIDE)
+    else:
+        for chunk in range(0, D, BLOCK):
+            # Added anew instead of read back: what other threads of the program stored need not be visible yet.
+            x = _add_chunk(residual_ptr, branch_ptr, new_residual_ptr, start, chunk + columns, D, WIDE, False)
+            _scale_chunk(x, rstd, weight_ptr, normed_ptr, start, chunk + columns, D, GEMMA, WIDE)
+
+
+@triton.jit
+def _add_chunk(
+    residual_ptr, branch_ptr, new_residual_ptr, start, columns, D, WIDE: tl.constexpr, IS_STORED: tl.constexpr
+):
+    """residual + branch, rounded to residual's dtype, as WIDE; zero beyond the row."""
+    mask = columns < D
+    residual = tl.load(residual_ptr + start + columns, mask=mask, other=0.0).to(WIDE)
+    branch = tl.load(branch_ptr + start + columns, mask=mask, other=0.0).to(WIDE)
+    x = (residual + branch).to(new_residual_ptr.dtype.element_ty)
+    if IS_STORED:
+        tl.store(new_residual_ptr + start + columns, x, mask=mask)
+    return x.to(WIDE)
+
+
+@triton.jit
+def _scale_chunk(x, rstd, weight_ptr, normed_ptr, start, columns, D, GEMMA: tl.constexpr, WIDE: tl.constexpr):
+    mask = columns < D
+    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(WIDE)
+    if GEMMA:
+        normed = x * rstd * (1.0 + weight)
+    else:
+        normed = weight * (x * rstd).to(normed_ptr.dtype.element_ty).to(WIDE)
+    tl.store(normed_ptr + start + columns, normed.to(normed_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gated_residual_rms_norm_backward_kernel(
+    grad_normed_ptr,  # (num_rows, D)
+    grad_new_residual_ptr,  # (num_rows, D), or unused
+    new_residual_ptr,  # (num_rows, D)
+    weight_ptr,  # (D,)
+    rstd_ptr,  # (num_rows,)
+    grad_residual_ptr,  # (num_rows, D)
+    partial_ptr,  # (num_programs, D) of WIDE: the weight gradient of each program's rows, or unused
+    num_rows,
+    num_programs,
+    D,
+    GEMMA: tl.constexpr,
+    HAS_GRAD_NEW_RESIDUAL: tl.constexpr,
+    WEIGHT_GRAD: tl.constexpr,
+    IS_ONE_BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # With n = x * rstd, g = grad_normed * weight: grad_x = rstd * (g - n * mean(g * n)) + grad_new_residual.
+    # I/O: read grad_normed + new_residual (+ grad_new_residual), write grad_residual; several chunks read the first two
+    # twice.
+    program = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    if IS_ONE_BLOCK:
+        scale = _scale_of(weight_ptr, columns, D, GEMMA, WIDE)  # read once for all rows
+        weight_sum = tl.zeros((BLOCK,), dtype=WIDE)
+    for step in range(0, tl.cdiv(num_rows - program, num_programs)):
+        row = program + step * num_programs
+        start = row * D
+        rstd = tl.load(rstd_ptr + row)
+        if IS_ONE_BLOCK:
+            mask = columns < D
+            normalized = tl.load(new_residual_ptr + start + columns, mask=mask, other=0.0).to(WIDE) * rstd
+            grad_normed = tl.load(grad_normed_ptr + start + columns, mask=mask, other=0.0).to(WIDE)
+            grad = grad_normed * scale
+            mean = tl.sum(grad * normalized, axis=0) / D
+            grad_x = rstd * (grad - normalized * mean)
+            if HAS_GRAD_NEW_RESIDUAL:
+                grad_x += tl.load(grad_new_residual_ptr + start + columns, mask=mask, other=0.0).to(WIDE)
+            tl.store(grad_residual_ptr + start + columns, grad_x.to(grad_residual_ptr.dtype.element_ty), mask=mask)
+            if WEIGHT_GRAD:
+                weight_sum += grad_normed * normalized
+        else:
+            products = tl.zeros((BLOCK,), dtype=WIDE)
+            for chunk in range(0, D, BLOCK):
+                at = chunk + columns
+                mask = at < D
+                normalized = tl.load(new_residual_ptr + start + at, mask=mask, other=0.0).to(WIDE) * rstd
+                grad_normed = tl.load(grad_normed_ptr + start + at, mask=mask, other=0.0).to(WIDE)
+                products += grad_normed * _scale_of(weight_ptr, at, D, GEMMA, WIDE) * normalized
+            mean = tl.sum(products, axis=0) / D
+            for chunk in range(0, D, BLOCK):
+                at = chunk + columns
+                mask = at < D
+                normalized = tl.load(new_residual_ptr + start + at, mask=mask, other=0.0).to(WIDE) * rstd
+                grad_normed = tl.load(grad_normed_ptr + start + at, mask=mask, other=0.0).to(WIDE)
+                grad_x = rstd * (grad_normed * _scale_of(weight_ptr, at, D, GEMMA, WIDE) - normalized * mean)
+                if HAS_GRAD_NEW_RESIDUAL:
+                    grad_x += tl.load(grad_new_residual_ptr + start + at, mask=mask, other=0.0).to(WIDE)
+                tl.store(grad_residual_ptr + start + at, grad_x.to(grad_residual_ptr.dtype.element_ty), mask=mask)
+    if IS_ONE_BLOCK and WEIGHT_GRAD:
+        tl.store(partial_ptr + program * D + columns, weight_sum, mask=columns < D)
+
+
+@triton.jit
+def _scale_of(weight_ptr, columns, D, GEMMA: tl.constexpr, WIDE: tl.constexpr):
+    weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(WIDE)
+    if GEMMA:
+        weight += 1.0
+    return weight
+
+
+@triton.jit
+def _gated_residual_rms_norm_weight_grad_kernel(
+    grad_normed_ptr,  # (num_rows, D)
+    new_residual_ptr,  # (num_rows, D)
+    rstd_ptr,  # (num_rows,)
+    partial_ptr,  # (num_programs, D) of WIDE
+    num_rows,
+    num_programs,
+    D,
+    blocks_per_row,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # For rows of several chunks: one program per (stride of rows, block of columns). I/O: read grad_normed + x.
+    program = tl.program_id(0).to(tl.int64) // blocks_per_row
+    columns = (tl.program_id(0) % blocks_per_row) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < D
+    weight_sum = tl.zeros((BLOCK,), dtype=WIDE)
+    for step in range(0, tl.cdiv(num_rows - program, num_programs)):
+        row = program + step * num_programs
+        rstd = tl.load(rstd_ptr + row)
+        normalized = tl.load(new_residual_ptr + row * D + columns, mask=mask, other=0.0).to(WIDE) * rstd
+        weight_sum += tl.load(grad_normed_ptr + row * D + columns, mask=mask, other=0.0).to(WIDE) * normalized
+    tl.store(partial_ptr + program * D + columns, weight_sum, mask=mask)
+
+
+def _num_warps(block: int) -> int:
+    # 16 elements a thread up to the largest program. By that count; not yet measured on a GPU.
+    return min(max(block // 512, 1), 32)
+
+
+def _wide(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
+    return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
+
+
+def _device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
+def _max_programs(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _PROGRAMS_ON_CPU
+    return _PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def launch_gated_residual_rms_norm(
+    residual: Tensor, branch: Tensor, weight: Tensor, eps: float, gemma: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    residual, branch, weight = residual.contiguous(), branch.contiguous(), weight.contiguous()
+    width = weight.shape[0]
+    torch_wide, wide = _wide(residual.dtype)
+    normed = torch.empty_like(branch)
+    new_residual = torch.empty_like(residual)
+    rstd = torch.empty(residual.shape[:-1], dtype=torch_wide, device=residual.device)
+    if residual.numel() == 0:
+        return normed, new_residual, rstd.fill_(eps**-0.5 if eps > 0 else float("inf"))
+    block = triton.next_power_of_2(width)
+    is_one_block = block <= _MAX_BLOCK
+    block = block if is_one_block else _CHUNK
+    # A float argument of a kernel is float32: float64 needs the rest that it cuts off.
+    head = torch.tensor(eps, dtype=torch.float32).item()
+    with _device_guard(residual):
+        _gated_residual_rms_norm_kernel[(residual.numel() // width,)](
+            residual,
+            branch,
+            weight,
+            normed,
+            new_residual,
+            rstd,
+            width,
+            head,
+            eps - head,
+            GEMMA=gemma,
+            IS_ONE_BLOCK=is_one_block,
+            WIDE=wide,
+            BLOCK=block,
+            num_warps=_num_warps(block),
+        )
+    return normed, new_residual, rstd
+
+
+def launch_gated_residual_rms_norm_backward(
+    grad_normed: Tensor,
+    grad_new_residual: Tensor | None,
+    new_residual: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    gemma: bool,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    grad_normed, new_residual, weight = grad_normed.contiguous(), new_residual.contiguous(), weight.contiguous()
+    rstd = rstd.contiguous()
+    width = weight.shape[0]
+    torch_wide, wide = _wide(new_residual.dtype)
+    grad_residual = torch.empty_like(new_residual)
+    if grad_residual.numel() == 0:
+        return grad_residual, torch.zeros(width if weight_grad else 0, dtype=weight.dtype, device=weight.device)
+    num_rows = new_residual.numel() // width
+    num_programs = min(num_rows, _max_programs(new_residual.device))
+    block = triton.next_power_of_2(width)
+    is_one_block = block <= _MAX_BLOCK_BACKWARD
+    block = block if is_one_block else _CHUNK
+    partial = torch.empty((num_programs if weight_grad else 0, width), dtype=torch_wide, device=weight.device)
+    with _device_guard(new_residual):
+        _gated_residual_rms_norm_backward_kernel[(num_programs if is_one_block else num_rows,)](
+            grad_normed,
+            grad_normed if grad_new_residual is None else grad_new_residual.contiguous(),
+            new_residual,
+            weight,
+            rstd,
+            grad_residual,
+            partial if weight_grad else grad_residual,
+            num_rows,
+            num_programs if is_one_block else num_rows,
+            width,
+            GEMMA=gemma,
+            HAS_GRAD_NEW_RESIDUAL=grad_new_residual is not None,
+            WEIGHT_GRAD=weight_grad,
+            IS_ONE_BLOCK=is_one_block,
+            WIDE=wide,
+            BLOCK=block,
+            num_warps=_num_warps(block),
+        )
+        if weight_grad and not is_one_block:
+            blocks_per_row = triton.cdiv(width, block)
+            _gated_residual_rms_norm_weight_grad_kernel[(num_programs * blocks_per_row,)](
+                grad_normed,
+                new_residual,
+                rstd,
+                partial,
+                num_rows,
+                num_programs,
+                width,
+                blocks_per_row,
+                WIDE=wide,
+                BLOCK=block,
+                num_warps=_num_warps(block),
+            )
+    if not weight_grad:
+        return grad_residual, torch.empty(0, dtype=weight.dtype, device=weight.device)
+    return grad_residual, partial.sum(0).to(weight.dtype)
