@@ -36,7 +36,7 @@ def _allocate_published(
     remaining *= 1 - min_rate
     while remaining > target_flops:
         if not heap:
-            raise ValueError(f"drop_rate: cannot be reached, every branch is at the cap of {CAP}")
+            raise RuntimeError(f"target_flops: expected a value that rates up to {CAP} can reach, got {target_flops}")
         key, index = heapq.heappop(heap)
         rates[-index] = _float32(rates[-index] + STEP)
         remaining -= costs[-index] * STEP

@@ -173,5 +173,5 @@ def test_just_below_the_reachable_rate():
 
 @pytest.mark.parametrize("twin", [python_twin, host_twin])
 def test_an_empty_heap_is_an_error_and_no_undefined_behaviour(twin):
-    with pytest.raises(ValueError, match="cap"):
+    with pytest.raises(RuntimeError, match=r"target_flops: expected a value that rates up to 0.9 can reach, got 0"):
         twin([1.0, 1.0], [1.0, 1.0], 0.0, 0.0)
