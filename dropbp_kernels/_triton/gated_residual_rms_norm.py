@@ -30,9 +30,9 @@ def _gated_residual_rms_norm_kernel(
     normed_ptr,  # (num_rows, D)
     new_residual_ptr,  # (num_rows, D)
     rstd_ptr,  # (num_rows,)
-    D,
     eps,
     eps_rest,
+    D: tl.constexpr,
     GEMMA: tl.constexpr,
     IS_ONE_BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
@@ -63,7 +63,14 @@ def _gated_residual_rms_norm_kernel(
 
 @triton.jit
 def _add_chunk(
-    residual_ptr, branch_ptr, new_residual_ptr, start, columns, D, WIDE: tl.constexpr, IS_STORED: tl.constexpr
+    residual_ptr,
+    branch_ptr,
+    new_residual_ptr,
+    start,
+    columns,
+    D: tl.constexpr,
+    WIDE: tl.constexpr,
+    IS_STORED: tl.constexpr,
 ):
     """residual + branch, rounded to residual's dtype, as WIDE; zero beyond the row."""
     mask = columns < D
@@ -76,14 +83,22 @@ def _add_chunk(
 
 
 @triton.jit
-def _scale_chunk(x, rstd, weight_ptr, normed_ptr, start, columns, D, GEMMA: tl.constexpr, WIDE: tl.constexpr):
-    mask = columns < D
-    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(WIDE)
+def _scale_chunk(
+    x, rstd, weight_ptr, normed_ptr, start, columns, D: tl.constexpr, GEMMA: tl.constexpr, WIDE: tl.constexpr
+):
+    normalized = x * rstd
+    if not GEMMA:
+        normalized = normalized.to(normed_ptr.dtype.element_ty).to(WIDE)
+    normed = normalized * _scale_of(weight_ptr, columns, D, GEMMA, WIDE)
+    tl.store(normed_ptr + start + columns, normed.to(normed_ptr.dtype.element_ty), mask=columns < D)
+
+
+@triton.jit
+def _scale_of(weight_ptr, columns, D: tl.constexpr, GEMMA: tl.constexpr, WIDE: tl.constexpr):
+    weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(WIDE)
     if GEMMA:
-        normed = x * rstd * (1.0 + weight)
-    else:
-        normed = weight * (x * rstd).to(normed_ptr.dtype.element_ty).to(WIDE)
-    tl.store(normed_ptr + start + columns, normed.to(normed_ptr.dtype.element_ty), mask=mask)
+        weight += 1.0
+    return weight
 
 
 @triton.jit
@@ -97,7 +112,7 @@ def _gated_residual_rms_norm_backward_kernel(
     partial_ptr,  # (num_programs, D) of WIDE: the weight gradient of each program's rows, or unused
     num_rows,
     num_programs,
-    D,
+    D: tl.constexpr,
     GEMMA: tl.constexpr,
     HAS_GRAD_NEW_RESIDUAL: tl.constexpr,
     WEIGHT_GRAD: tl.constexpr,
@@ -112,13 +127,13 @@ def _gated_residual_rms_norm_backward_kernel(
     columns = tl.arange(0, BLOCK)
     if IS_ONE_BLOCK:
         scale = _scale_of(weight_ptr, columns, D, GEMMA, WIDE)  # read once for all rows
-        weight_sum = tl.zeros((BLOCK,), dtype=WIDE)
-    for step in range(0, tl.cdiv(num_rows - program, num_programs)):
-        row = program + step * num_programs
+        mask = columns < D
+    weight_sum = tl.zeros((BLOCK,), dtype=WIDE)
+    row = program
+    while row < num_rows:
         start = row * D
         rstd = tl.load(rstd_ptr + row)
         if IS_ONE_BLOCK:
-            mask = columns < D
             normalized = tl.load(new_residual_ptr + start + columns, mask=mask, other=0.0).to(WIDE) * rstd
             grad_normed = tl.load(grad_normed_ptr + start + columns, mask=mask, other=0.0).to(WIDE)
             grad = grad_normed * scale
@@ -147,16 +162,9 @@ def _gated_residual_rms_norm_backward_kernel(
                 if HAS_GRAD_NEW_RESIDUAL:
                     grad_x += tl.load(grad_new_residual_ptr + start + at, mask=mask, other=0.0).to(WIDE)
                 tl.store(grad_residual_ptr + start + at, grad_x.to(grad_residual_ptr.dtype.element_ty), mask=mask)
+        row += num_programs
     if IS_ONE_BLOCK and WEIGHT_GRAD:
         tl.store(partial_ptr + program * D + columns, weight_sum, mask=columns < D)
-
-
-@triton.jit
-def _scale_of(weight_ptr, columns, D, GEMMA: tl.constexpr, WIDE: tl.constexpr):
-    weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(WIDE)
-    if GEMMA:
-        weight += 1.0
-    return weight
 
 
 @triton.jit
@@ -167,8 +175,8 @@ def _gated_residual_rms_norm_weight_grad_kernel(
     partial_ptr,  # (num_programs, D) of WIDE
     num_rows,
     num_programs,
-    D,
     blocks_per_row,
+    D: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -177,11 +185,12 @@ def _gated_residual_rms_norm_weight_grad_kernel(
     columns = (tl.program_id(0) % blocks_per_row) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < D
     weight_sum = tl.zeros((BLOCK,), dtype=WIDE)
-    for step in range(0, tl.cdiv(num_rows - program, num_programs)):
-        row = program + step * num_programs
+    row = program
+    while row < num_rows:
         rstd = tl.load(rstd_ptr + row)
         normalized = tl.load(new_residual_ptr + row * D + columns, mask=mask, other=0.0).to(WIDE) * rstd
         weight_sum += tl.load(grad_normed_ptr + row * D + columns, mask=mask, other=0.0).to(WIDE) * normalized
+        row += num_programs
     tl.store(partial_ptr + program * D + columns, weight_sum, mask=mask)
 
 
@@ -230,9 +239,9 @@ def launch_gated_residual_rms_norm(
             normed,
             new_residual,
             rstd,
-            width,
             head,
             eps - head,
+            D=width,
             GEMMA=gemma,
             IS_ONE_BLOCK=is_one_block,
             WIDE=wide,
@@ -263,9 +272,10 @@ def launch_gated_residual_rms_norm_backward(
     block = triton.next_power_of_2(width)
     is_one_block = block <= _MAX_BLOCK_BACKWARD
     block = block if is_one_block else _CHUNK
+    grid = num_programs if is_one_block else num_rows
     partial = torch.empty((num_programs if weight_grad else 0, width), dtype=torch_wide, device=weight.device)
     with _device_guard(new_residual):
-        _gated_residual_rms_norm_backward_kernel[(num_programs if is_one_block else num_rows,)](
+        _gated_residual_rms_norm_backward_kernel[(grid,)](
             grad_normed,
             grad_normed if grad_new_residual is None else grad_new_residual.contiguous(),
             new_residual,
@@ -274,8 +284,8 @@ def launch_gated_residual_rms_norm_backward(
             grad_residual,
             partial if weight_grad else grad_residual,
             num_rows,
-            num_programs if is_one_block else num_rows,
-            width,
+            grid,
+            D=width,
             GEMMA=gemma,
             HAS_GRAD_NEW_RESIDUAL=grad_new_residual is not None,
             WEIGHT_GRAD=weight_grad,
@@ -293,8 +303,8 @@ def launch_gated_residual_rms_norm_backward(
                 partial,
                 num_rows,
                 num_programs,
-                width,
                 blocks_per_row,
+                D=width,
                 WIDE=wide,
                 BLOCK=block,
                 num_warps=_num_warps(block),
