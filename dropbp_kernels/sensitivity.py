@@ -98,11 +98,25 @@ def _norm(tensor: Tensor | None) -> float:
     return float(torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)))
 
 
-def _distance(a: Tensor | None, b: Tensor | None) -> float:
-    return _norm(a - b) if a is not None and b is not None else _norm(a) + _norm(b)
+def _measure(grads: list[Tensor | None], definition: str) -> list[Any]:
+    """What is remembered of the undropped gradients: their norms, or the gradients themselves."""
+    if all(grad is None for grad in grads):
+        raise RuntimeError("backprop: expected gradients on the model's parameters, but it left none")
+    return [_norm(grad) for grad in grads] if definition == "norm" else grads
 
 
-def _progress(names: Sequence[str | None], enabled: bool) -> Any:
+def _sensitivity(undropped: list[Any], grads: list[Tensor | None], definition: str) -> float:
+    if definition == "norm":
+        changes = [before - _norm(grad) for before, grad in zip(undropped, grads, strict=True)]
+    else:
+        changes = [
+            _norm(before - grad) if before is not None and grad is not None else _norm(before) + _norm(grad)
+            for before, grad in zip(undropped, grads, strict=True)
+        ]
+    return sum(change * change for change in changes)
+
+
+def _progress(names: Sequence[str], enabled: bool) -> Any:
     """`names`, with a tqdm bar around it when that is wanted and tqdm is installed."""
     if not enabled:
         return names
@@ -110,7 +124,7 @@ def _progress(names: Sequence[str | None], enabled: bool) -> Any:
         from tqdm import tqdm
     except ImportError:
         return names
-    return tqdm(names, desc="sensitivity", unit="backward")
+    return tqdm(names, desc="sensitivity", unit="branch")
 
 
 def compute_sensitivity(
@@ -136,24 +150,15 @@ def compute_sensitivity(
         raise ValueError("handler: expected at least one gate, got none")
 
     sensitivities: list[float] = []
-    baseline: list[Any] = []
     with _left_as_found(handler):
         rng_state = _get_rng_state()
         for parameter in handler.model.parameters():
             parameter.grad = None
-        for name in _progress([None, *handler.gates], progress):
+        undropped = _measure(_take_gradients(handler, backprop, None), definition)
+        for name in _progress(list(handler.gates), progress):
             _set_rng_state(rng_state)
-            grads = _take_gradients(handler, backprop, name)
-            if name is None:
-                if all(grad is None for grad in grads):
-                    raise RuntimeError("backprop: expected gradients on the model's parameters, but it left none")
-                baseline = [_norm(grad) for grad in grads] if definition == "norm" else grads
-                continue
-            if definition == "norm":
-                changes = [before - _norm(grad) for before, grad in zip(baseline, grads, strict=True)]
-            else:
-                changes = [_distance(before, grad) for before, grad in zip(baseline, grads, strict=True)]
-            sensitivity = sum(change * change for change in changes)
+            # Gradients are passed on without a name here: one that outlived its probe would be another set in memory.
+            sensitivity = _sensitivity(undropped, _take_gradients(handler, backprop, name), definition)
             if not sensitivity < float("inf"):
                 raise RuntimeError(
                     f"backprop: expected finite gradients, but the sensitivity of branch {name!r} is {sensitivity}"
