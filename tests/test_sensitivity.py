@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from dropbp_kernels import DropBP, DropBPHandler
 from dropbp_kernels.sensitivity import compute_sensitivity
 
 # Recorded from compute_sensitivity of the published package (commit 7170a63, float32) on the net below.
@@ -69,6 +70,25 @@ def test_equals_the_published_code(definition):
     # A backprop that clears gradients itself, as the published package asks for, gives the same.
     clearing = lambda: (model.zero_grad(), backprop_of(model)())  # noqa: E731
     assert compute_sensitivity(handler_of(model), clearing, definition) == sensitivities
+
+
+@pytest.mark.parametrize("definition", ["norm", "element"])
+def test_the_package_s_own_gates_give_the_same_numbers(definition):
+    model = Net()
+    model.gates = nn.ModuleList([DropBP() for _ in range(3)])
+
+    def forward(x):
+        for linear, gate in zip(model.linears, model.gates, strict=True):
+            x = gate.residual_add(x, lambda x, linear=linear: torch.tanh(linear(x)))
+        return x
+
+    model.forward = forward
+    handler = DropBPHandler(model, 0.5)
+    plan = handler.step().kept
+    sensitivities = compute_sensitivity(handler, backprop_of(model), definition)
+    assert sensitivities == pytest.approx(PUBLISHED[definition], rel=1e-5)
+    assert tuple(gate.kept for gate in model.gates) == plan
+    assert not any(gate.was_called for gate in model.gates)
 
 
 def test_norm_is_the_default():
@@ -277,7 +297,8 @@ def test_numpy_is_not_needed():
     code = (
         "import sys; sys.modules['numpy'] = None\n"
         "import torch; from types import SimpleNamespace\n"
-        "from dropbp_kernels.sensitivity import compute_sensitivity\n"
+        "from dropbp_kernels import DropBP, DropBPHandler
+from dropbp_kernels.sensitivity import compute_sensitivity\n"
         "model = torch.nn.Linear(1, 1); gate = SimpleNamespace(kept=True)\n"
         "run = lambda: model(torch.ones(1, 1)).sum().backward() if gate.kept else None\n"
         "print(compute_sensitivity(SimpleNamespace(model=model, gates={'gate': gate}), run))\n"
