@@ -133,7 +133,8 @@ def _check(residual: Tensor, branch: Tensor, rows: Tensor | None) -> None:
     if rows.device != branch.device:
         raise ValueError(f"rows: expected on branch's device {branch.device}, got {rows.device}")
     if residual.dim() == 0 or branch.shape[1:] != residual.shape[1:] or branch.dim() == 0:
-        raise ValueError(f"branch: expected shape (K, *{tuple(residual.shape[1:])}), got {tuple(branch.shape)}")
+        expected = ", ".join(["K", *map(str, residual.shape[1:])])
+        raise ValueError(f"branch: expected shape ({expected}), got {tuple(branch.shape)}")
     if rows.dim() != 1 or rows.shape[0] != branch.shape[0]:
         raise ValueError(f"rows: expected shape ({branch.shape[0]},) as branch has, got {tuple(rows.shape)}")
     if branch.shape[0] > residual.shape[0]:

@@ -1,0 +1,68 @@
+"""What every test shares: seeds, threads, and the backends that an op is tested in."""
+
+import os
+
+import torch
+
+if torch.version.cuda is None:  # before anything imports Triton: its kernels then run on CPU tensors
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+from dropbp_kernels import _backend
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+# With a CUDA build of torch the Triton and CUDA kernels run on the GPU, else Triton's on the CPU.
+_GPU = [] if torch.version.cuda is None else [pytest.param(name, marks=pytest.mark.gpu) for name in ("triton", "cuda")]
+
+
+@pytest.fixture(params=["reference", "cpp", *(_GPU or ["triton"])])
+def backend(request, monkeypatch):
+    """Serve all ops from one backend; skipped, with the reason, where it cannot serve."""
+    name = request.param
+    if (reason := _backend.why_not(name, "gated_residual_add")) is not None:
+        pytest.skip(f"{name}: {reason}")
+    if _GPU and name in ("triton", "cuda") and not torch.cuda.is_available():
+        pytest.skip(f"{name}: no GPU")
+    if name == "triton" and _backend.is_interpreting():
+        _round_like_hardware(monkeypatch)
+    with _backend.use_backend(name):
+        yield name
+
+
+@pytest.fixture
+def device(backend):
+    """Where the backend under test runs."""
+    on_gpu = backend == "cuda" or (backend == "triton" and not _backend.is_interpreting())
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+@pytest.fixture
+def poisoned():
+    """Fresh memory is NaN, so that an element nobody wrote shows."""
+    torch.use_deterministic_algorithms(True)  # fills torch.empty, in Python and in C++
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def _round_like_hardware(monkeypatch):
+    """Triton's interpreter cuts bfloat16 off where a GPU rounds to nearest even; let it round."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(values, source, target, mode):
+        if source != tl.float32 or target != tl.bfloat16:
+            return convert(values, source, target, mode)
+        bits = torch.from_numpy(values.copy()).view(torch.float32).to(torch.bfloat16).view(torch.int16)
+        return bits.numpy().view("uint16")
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
