@@ -297,8 +297,7 @@ def test_numpy_is_not_needed():
     code = (
         "import sys; sys.modules['numpy'] = None\n"
         "import torch; from types import SimpleNamespace\n"
-        "from dropbp_kernels import DropBP, DropBPHandler
-from dropbp_kernels.sensitivity import compute_sensitivity\n"
+        "from dropbp_kernels.sensitivity import compute_sensitivity\n"
         "model = torch.nn.Linear(1, 1); gate = SimpleNamespace(kept=True)\n"
         "run = lambda: model(torch.ones(1, 1)).sum().backward() if gate.kept else None\n"
         "print(compute_sensitivity(SimpleNamespace(model=model, gates={'gate': gate}), run))\n"
