@@ -1,0 +1,96 @@
+// Tensors of libtorch's stable ABI: checks that speak, allocation, contiguity. Shared by cpu/ and
+// cuda/.
+//
+// Python (ops/) validates what users pass. What is checked here protects memory only.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+#include <vector>
+
+namespace dropbp {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Which exception decides what Python sees: std::invalid_argument a ValueError, std::out_of_range
+// an IndexError, std::runtime_error a RuntimeError.
+template <class Exception = std::invalid_argument, class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw Exception(message.str());
+}
+
+inline const char* dtype_name(ScalarType dtype) { return torch::headeronly::toString(dtype); }
+
+inline Tensor dense(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// A fresh contiguous tensor on the device of `like`. A direct call of the C interface: the
+// dispatcher that torch::stable::empty goes through costs more than a kernel over a few thousand
+// elements.
+inline Tensor new_tensor(const int64_t* sizes, int64_t dim, ScalarType dtype, const Tensor& like) {
+  std::vector<int64_t> strides(dim);
+  int64_t stride = 1;
+  for (int64_t d = dim - 1; d >= 0; --d) {
+    strides[d] = stride;
+    stride *= sizes[d] > 0 ? sizes[d] : 1;
+  }
+  int32_t device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  const auto shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides.data(), shim_dtype,
+                                                         device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor new_like(const Tensor& tensor, ScalarType dtype) {
+  return new_tensor(tensor.sizes().data(), tensor.dim(), dtype, tensor);
+}
+
+// `tensor` with its dim 0 of another size.
+inline Tensor new_rows(const Tensor& tensor, int64_t num_rows, ScalarType dtype) {
+  std::vector<int64_t> sizes(tensor.sizes().begin(), tensor.sizes().end());
+  sizes[0] = num_rows;
+  return new_tensor(sizes.data(), tensor.dim(), dtype, tensor);
+}
+
+inline void check_numel(const char* name, const Tensor& tensor, int64_t expected) {
+  if (tensor.numel() != expected) {
+    fail(name, ": expected ", expected, " elements, got ", tensor.numel());
+  }
+}
+
+inline void check_dtype(const char* name, const Tensor& tensor, ScalarType expected) {
+  if (tensor.scalar_type() != expected) {
+    fail(name, ": expected dtype ", dtype_name(expected), ", got ",
+         dtype_name(tensor.scalar_type()));
+  }
+}
+
+// The shape contract of `rows`: residual (R, ..., D), branch (K, ..., D), rows (K,) of int64.
+inline void check_rows(const Tensor& rows, const Tensor& residual, const Tensor& branch) {
+  check_dtype("rows", rows, ScalarType::Long);
+  if (residual.dim() == 0 || branch.dim() != residual.dim()) {
+    fail("branch: expected residual's ", residual.dim(), " dimensions, at least one, got ",
+         branch.dim());
+  }
+  for (int64_t d = 1; d < residual.dim(); ++d) {
+    if (residual.size(d) != branch.size(d)) {
+      fail("branch: expected size ", residual.size(d), " in dimension ", d, ", got ",
+           branch.size(d));
+    }
+  }
+  check_numel("rows", rows, branch.size(0));
+}
+
+}  // namespace dropbp

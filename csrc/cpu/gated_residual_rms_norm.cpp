@@ -1,0 +1,258 @@
+// CPU kernels of dropbp_kernels::gated_residual_rms_norm and its backward.
+// Signatures: dropbp_kernels/ops/schema.py; meaning: dropbp_kernels/reference.py.
+//
+// A row is read twice, and the second time from the cache: once for its statistic, once for the
+// result.
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <optional>
+#include <tuple>
+
+#include "dispatch.h"
+
+namespace dropbp {
+namespace {
+
+// grad_weight is summed over blocks of rows, then over blocks, in this order whatever the number of
+// threads. Many blocks keep many threads busy; few keep the buffer of partial sums small.
+constexpr int64_t kMaxBlocks = 64;
+constexpr int64_t kMinBlockRows = 32;
+
+template <class W, class T>
+DROPBP_CLONES void widen_run(W* output, const T* values, W offset, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) output[i] = widen<W>(values[i]) + offset;
+}
+
+// The weight as the factor that the kernels apply: in float or double, for Gemma 1 + weight.
+template <class W>
+class Factor {
+ public:
+  Factor(const Tensor& weight, bool gemma) : weight_(dense(weight)) {
+    visit_dtype("weight", weight_.scalar_type(), [&](auto t) {
+      using T = decltype(t);
+      if constexpr (std::is_same_v<T, W>) {
+        if (!gemma) {
+          data_ = input<W>(weight_);
+          return;
+        }
+      }
+      buffer_.reset(new W[weight_.numel()]);
+      widen_run(buffer_.get(), input<T>(weight_), gemma ? W{1} : W{0}, weight_.numel());
+      data_ = buffer_.get();
+    });
+  }
+  const W* data() const { return data_; }
+
+ private:
+  Tensor weight_;
+  std::unique_ptr<W[]> buffer_;
+  const W* data_ = nullptr;
+};
+
+template <class R, class B, class W = Wide<R>>
+DROPBP_CLONES void forward_rows(const R* residual, const B* branch, const W* factor, W eps,
+                                bool gemma, B* normed, R* new_residual, W* rstd, int64_t num_rows,
+                                int64_t width) {
+  for (int64_t row = 0; row < num_rows; ++row) {
+    W sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < width; ++i) {
+      const R rounded = narrow<R>(widen<W>(residual[i]) + widen<W>(branch[i]));
+      const W x = widen<W>(rounded);
+      new_residual[i] = rounded;
+      sum += x * x;
+    }
+    const W scale = 1 / std::sqrt(sum / static_cast<W>(std::max<int64_t>(width, 1)) + eps);
+    rstd[row] = scale;
+    if (gemma) {
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) {
+        normed[i] = narrow<B>(widen<W>(new_residual[i]) * scale * factor[i]);
+      }
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) {
+        const B normalized = narrow<B>(widen<W>(new_residual[i]) * scale);
+        normed[i] = narrow<B>(factor[i] * widen<W>(normalized));
+      }
+    }
+    residual += width, branch += width, normed += width, new_residual += width;
+  }
+}
+
+// With n = x * rstd and g = grad_normed * factor: grad_residual = rstd * (g - n * mean(g * n)) +
+// grad_new_residual, and grad_weight gains grad_normed * n. grad_new_residual and grad_weight may
+// be null.
+template <class R, class B, class W = Wide<R>>
+DROPBP_CLONES void backward_rows(const B* grad_normed, const R* grad_new_residual, const R* x,
+                                 const W* factor, const W* rstd, R* grad_residual, W* grad_weight,
+                                 int64_t num_rows, int64_t width) {
+  for (int64_t row = 0; row < num_rows; ++row) {
+    const W scale = rstd[row];
+    W sum = 0;
+    if (grad_weight) {
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < width; ++i) {
+        const W product = widen<W>(grad_normed[i]) * (widen<W>(x[i]) * scale);
+        grad_weight[i] += product;
+        sum += product * factor[i];
+      }
+    } else {
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < width; ++i) {
+        sum += widen<W>(grad_normed[i]) * (widen<W>(x[i]) * scale) * factor[i];
+      }
+    }
+    const W mean = sum / static_cast<W>(std::max<int64_t>(width, 1));
+    if (grad_new_residual) {
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) {
+        const W grad = widen<W>(grad_normed[i]) * factor[i] - widen<W>(x[i]) * scale * mean;
+        grad_residual[i] = narrow<R>(scale * grad + widen<W>(grad_new_residual[i]));
+      }
+      grad_new_residual += width;
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) {
+        const W grad = widen<W>(grad_normed[i]) * factor[i] - widen<W>(x[i]) * scale * mean;
+        grad_residual[i] = narrow<R>(scale * grad);
+      }
+    }
+    grad_normed += width, x += width, grad_residual += width;
+  }
+}
+
+// output[i] = the sum of partial (num_blocks, width) over blocks, in order, for `count` columns.
+template <class T, class W>
+DROPBP_CLONES void sum_blocks(T* output, W* partial, int64_t num_blocks, int64_t width,
+                              int64_t count) {
+  for (int64_t block = 1; block < num_blocks; ++block) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) partial[i] += partial[block * width + i];
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) output[i] = narrow<T>(partial[i]);
+}
+
+// Every tensor of `width` columns; the number of rows.
+int64_t check_width(const Tensor& rows_by_width, const Tensor& weight) {
+  const int64_t width = weight.numel();
+  if (rows_by_width.dim() == 0 || rows_by_width.size(rows_by_width.dim() - 1) != width) {
+    fail("weight: expected as many elements as the last dimension of residual, got ", width);
+  }
+  int64_t num_rows = 1;
+  for (int64_t d = 0; d + 1 < rows_by_width.dim(); ++d) num_rows *= rows_by_width.size(d);
+  return num_rows;
+}
+
+int64_t row_grain(int64_t width) {
+  return std::max<int64_t>(1, kGrain / std::max<int64_t>(width, 1));
+}
+
+std::tuple<Tensor, Tensor, Tensor> gated_residual_rms_norm(Tensor residual, Tensor branch,
+                                                           Tensor weight, double eps, bool gemma) {
+  check_numel("branch", branch, residual.numel());
+  const int64_t num_rows = check_width(residual, weight), width = weight.numel();
+  residual = dense(residual);
+  branch = dense(branch);
+  const bool is_double = residual.scalar_type() == ScalarType::Double;
+  Tensor normed = new_like(branch, branch.scalar_type());
+  Tensor new_residual = new_like(residual, residual.scalar_type());
+  Tensor rstd = new_tensor(residual.sizes().data(), residual.dim() - 1,
+                           is_double ? ScalarType::Double : ScalarType::Float, residual);
+  visit_residual_and_branch(residual.scalar_type(), branch.scalar_type(), [&](auto r, auto b) {
+    using R = decltype(r);
+    using B = decltype(b);
+    using W = Wide<R>;
+    const Factor<W> factor(weight, gemma);
+    const R* res = input<R>(residual);
+    const B* add = input<B>(branch);
+    B* out = output<B>(normed);
+    R* sum = output<R>(new_residual);
+    W* scale = output<W>(rstd);
+    torch::stable::parallel_for(0, num_rows, row_grain(width), [&](int64_t begin, int64_t end) {
+      const int64_t at = begin * width;
+      forward_rows(res + at, add + at, factor.data(), static_cast<W>(eps), gemma, out + at,
+                   sum + at, scale + begin, end - begin, width);
+    });
+  });
+  return {normed, new_residual, rstd};
+}
+
+std::tuple<Tensor, Tensor> gated_residual_rms_norm_backward(Tensor grad_normed,
+                                                            std::optional<Tensor> grad_new_residual,
+                                                            Tensor new_residual, Tensor weight,
+                                                            Tensor rstd, bool gemma,
+                                                            bool weight_grad) {
+  const int64_t num_rows = check_width(new_residual, weight), width = weight.numel();
+  const bool is_double = new_residual.scalar_type() == ScalarType::Double;
+  check_numel("grad_normed", grad_normed, new_residual.numel());
+  check_numel("rstd", rstd, num_rows);
+  check_dtype("rstd", rstd, is_double ? ScalarType::Double : ScalarType::Float);
+  grad_normed = dense(grad_normed);
+  new_residual = dense(new_residual);
+  rstd = dense(rstd);
+  if (grad_new_residual) {
+    check_numel("grad_new_residual", *grad_new_residual, new_residual.numel());
+    check_dtype("grad_new_residual", *grad_new_residual, new_residual.scalar_type());
+    grad_new_residual = dense(*grad_new_residual);
+  }
+  Tensor grad_residual = new_like(new_residual, new_residual.scalar_type());
+  const int64_t grad_weight_size = weight_grad ? width : 0;
+  Tensor grad_weight = new_tensor(&grad_weight_size, 1, weight.scalar_type(), weight);
+
+  visit_residual_and_branch(
+      new_residual.scalar_type(), grad_normed.scalar_type(), [&](auto r, auto b) {
+        using R = decltype(r);
+        using B = decltype(b);
+        using W = Wide<R>;
+        const Factor<W> factor(weight, gemma);
+        const B* grad = input<B>(grad_normed);
+        const R* grad_new = grad_new_residual ? input<R>(*grad_new_residual) : nullptr;
+        const R* x = input<R>(new_residual);
+        const W* scale = input<W>(rstd);
+        R* out = output<R>(grad_residual);
+        const auto run = [&](int64_t begin, int64_t end, W* sums) {
+          const int64_t at = begin * width;
+          backward_rows(grad + at, grad_new ? grad_new + at : nullptr, x + at, factor.data(),
+                        scale + begin, out + at, sums, end - begin, width);
+        };
+        if (!weight_grad) {
+          torch::stable::parallel_for(
+              0, num_rows, row_grain(width),
+              [&](int64_t begin, int64_t end) { run(begin, end, nullptr); });
+          return;
+        }
+        const int64_t block_rows =
+            std::max(kMinBlockRows, (num_rows + kMaxBlocks - 1) / kMaxBlocks);
+        const int64_t num_blocks = std::max<int64_t>(1, (num_rows + block_rows - 1) / block_rows);
+        const std::unique_ptr<W[]> partial(new W[num_blocks * width]);
+        const int64_t grain = std::max<int64_t>(1, row_grain(width) / block_rows);
+        torch::stable::parallel_for(0, num_blocks, grain, [&](int64_t begin, int64_t end) {
+          for (int64_t block = begin; block < end; ++block) {
+            W* sums = partial.get() + block * width;
+            std::fill_n(sums, width, W{0});
+            run(block * block_rows, std::min(num_rows, (block + 1) * block_rows), sums);
+          }
+        });
+        visit_dtype("weight", weight.scalar_type(), [&](auto t) {
+          using T = decltype(t);
+          T* sum = output<T>(grad_weight);
+          const int64_t column_grain = std::max<int64_t>(64, kGrain / num_blocks);
+          torch::stable::parallel_for(0, width, column_grain, [&](int64_t begin, int64_t end) {
+            sum_blocks(sum + begin, partial.get() + begin, num_blocks, width, end - begin);
+          });
+        });
+      });
+  return {grad_residual, grad_weight};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dropbp_kernels, CPU, library) {
+  library.impl("gated_residual_rms_norm", TORCH_BOX(&gated_residual_rms_norm));
+  library.impl("gated_residual_rms_norm_backward", TORCH_BOX(&gated_residual_rms_norm_backward));
+}
+
+}  // namespace
+}  // namespace dropbp
