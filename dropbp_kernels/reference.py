@@ -92,5 +92,5 @@ def gated_residual_rms_norm_backward_reference(
     grad_residual = grad_x.to(new_residual.dtype, memory_format=torch.contiguous_format, copy=True)
     if not weight_grad:
         return grad_residual, weight.new_empty(0)
-    rows = (grad_normed.to(wide) * normalized).reshape(-1, weight.shape[0])
+    rows = (grad_normed.to(wide) * normalized).reshape(rstd.numel(), weight.shape[0])
     return grad_residual, rows.sum(0).to(weight.dtype)
