@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .flops import attention_core_flops, linear_flops
 from .layer import DropBP
-from .ops import gated_residual_rms_norm
+from .ops.gated_residual_rms_norm import gated_residual_rms_norm
 
 
 class Stream(NamedTuple):

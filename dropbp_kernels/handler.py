@@ -27,6 +27,8 @@ from .sensitivity import compute_sensitivity
 STATE_VERSION = 1
 # Sequence length at which FLOPs are compared before the first training call has shown the real one.
 DEFAULT_SEQ_LEN = 512
+# FLOPs of every branch when gates do not know theirs: all alike, and large, since the published allocation truncates.
+UNKNOWN_FLOPS = 1e9
 
 
 def find_gates(model: nn.Module) -> dict[str, DropBP]:
@@ -100,6 +102,7 @@ class DropBPHandler:
         for gate in gates.values():
             gate.dropped_runs = dropped_runs
         self.drop_rates: list[float] = []
+        self.flops()  # refuses gates of which only some know their FLOPs
         self.set_drop_rates([self.drop_rate] * len(gates))
 
     # ---- plans
@@ -173,10 +176,22 @@ class DropBPHandler:
             gate.grad_scale = 1.0 / (1.0 - rate) if self.grad_scale == "unbiased" else float(self.grad_scale)
 
     def flops(self) -> list[float]:
-        """Forward FLOPs of each branch at the shape it last saw (before that 1 x 512 tokens); 1.0 if unknown."""
+        """Forward FLOPs of each branch at the shape it last saw (before that 1 x 512 tokens).
+
+        All alike when no gate knows its FLOPs. Errors: ValueError when only some do; the message names one that lacks.
+        """
+        unknown = [name for name, gate in self.gates.items() if gate.flops is None]
+        if len(unknown) == len(self.gates):
+            return [UNKNOWN_FLOPS] * len(unknown)
+        if unknown:
+            raise ValueError(
+                f"gates: expected all {len(self.gates)} with flops or all without, but {len(unknown)} lack them "
+                f"({unknown[0]})"
+            )
         return [
-            1.0 if gate.flops is None else float(gate.flops(gate.batch_size or 1, gate.seq_len or DEFAULT_SEQ_LEN))
+            float(gate.flops(gate.batch_size or 1, gate.seq_len or DEFAULT_SEQ_LEN))
             for gate in self.gates.values()
+            if gate.flops is not None
         ]
 
     def calibrate(

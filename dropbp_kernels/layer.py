@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .ops import gated_residual_add
+from .ops.gated_residual_add import gated_residual_add
 
 DROPPED_RUNS = ("inference", "detach")
 
@@ -24,7 +24,8 @@ class DropBP(nn.Module):
     """The gate of one droppable residual branch. It has no parameters and no buffers, so state_dict keys do not change.
 
     Args:
-        flops: forward FLOPs of the branch as a function of (batch_size, seq_len), or None when unknown.
+        flops: forward FLOPs of the branch as a function of (batch_size, seq_len), or None when unknown
+            (then for all gates of a model).
         modules: the modules that make up the branch, norm included; they tell a handler whether the branch has anything
             to train. They stay where they are: the gate does not register them. Empty: unknown, taken as trainable.
         grad_scale: factor on the gradient entering the branch when it is kept; 1 is DropBP as published.

@@ -272,6 +272,18 @@ def test_shared_gate_counts_once():
     assert len(DropBPHandler(model, 0.5).gates) == 1
 
 
+def test_flops_are_known_of_all_gates_or_of_none():
+    model = toy_model(2)
+    model[1].gate.flops = None
+    with pytest.raises(ValueError, match=r"all 2 with flops or all without, but 1 lack them \(1\.gate\)"):
+        DropBPHandler(model, 0.5)
+    model[0].gate.flops = None
+    handler = DropBPHandler(model, 0.5)
+    assert len(set(handler.flops())) == 1
+    x = torch.randn(2, 3, 8)
+    assert len(handler.calibrate(lambda: model(x).square().sum().backward())) == 2
+
+
 def test_a_callable_sampler_is_used():
     handler = DropBPHandler(toy_model(), 0.5, sampler=lambda rates, flops, seed, step: (step % 2 == 0,) * len(rates))
     assert handler.draw(0) == DropPlan((True,) * 4, 0, 0)

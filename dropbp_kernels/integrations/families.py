@@ -62,8 +62,8 @@ class _LinearFlops:
 @dataclass
 class _AttentionFlops(_LinearFlops):
     def __call__(self, batch_size: int, seq_len: int) -> float:
-        config, head_dim = self.modules[-1].config, self.modules[-1].head_dim
-        core = attention_core_flops(batch_size, seq_len, config.num_attention_heads, head_dim)
+        attention: Any = self.modules[-1]
+        core = attention_core_flops(batch_size, seq_len, attention.config.num_attention_heads, attention.head_dim)
         return super().__call__(batch_size, seq_len) + core
 
 

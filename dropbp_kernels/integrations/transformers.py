@@ -50,12 +50,12 @@ def remove_dropbp(model: nn.Module) -> None:
 
     Errors: ValueError when the model was not patched.
     """
-    patched = [module for module in model.modules() if hasattr(type(module), "_dropbp_original")]
+    patched = [module for module in model.modules() if "_dropbp_original" in vars(type(module))]
     if not patched:
         raise ValueError("model: expected one patched by apply_dropbp, got one without patched blocks")
     for block in patched:
         del block.gate_attention, block.gate_mlp
-        block.__class__ = type(block)._dropbp_original
+        block.__class__ = vars(type(block))["_dropbp_original"]
 
 
 def _find_blocks(model: nn.Module) -> list[tuple[nn.Module, Family]]:
