@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from inputs import LAYOUTS, make
 from tolerances import DTYPE_PAIRS, assert_as_exact
 
 from dropbp_kernels import reference
@@ -11,18 +12,6 @@ from dropbp_kernels.measure import num_autograd_nodes, saved_bytes
 from dropbp_kernels.ops import gated_residual_add
 
 raw = torch.ops.dropbp_kernels
-LAYOUTS = ["contiguous", "permuted", "sliced", "expanded"]
-
-
-def make(shape, dtype, layout="contiguous", device="cpu"):
-    """A random tensor of `shape` that lies in memory as `layout` says."""
-    if layout == "permuted":
-        return torch.randn(*reversed(shape), device=device).to(dtype).permute(*reversed(range(len(shape))))
-    if layout == "sliced":
-        return torch.randn(*shape[:-1], 2 * shape[-1] + 1, device=device).to(dtype)[..., 1::2]
-    if layout == "expanded":
-        return torch.randn(1, *shape[1:], device=device).to(dtype).expand(shape)
-    return torch.randn(shape, device=device).to(dtype)
 
 
 def plain(residual, branch, rows=None):

@@ -30,16 +30,16 @@ def gated_residual_add(
     node with inplace. inplace writes into residual and returns it; autograd complains in backward if residual had been
     saved by someone.
 
-    Shapes: residual (R, ..., D); branch alike, or (K, ..., D) with rows int64 (K,), the unique places along dim 0 where
-            it is added; grad_scale a number, or (K,) of any float dtype, one factor for each index of the branch's dim 0;
-            zeros there skip the row. Result like residual. Empty tensors are allowed.
-    Dtypes: float32, float16, bfloat16, float64; residual may be wider than branch. Summed in float32 (float64 for a float64
-            residual), rounded once to residual's dtype. The branch's gradient has the branch's dtype.
+    Shapes: residual (R, ..., D); branch alike, or (K, ..., D) with rows int64 (K,), the unique places along dim 0
+            where it is added. grad_scale: a number, or (K,) of any float dtype, a factor for each index of the
+            branch's dim 0; a zero skips the row. Result like residual. Empty tensors are allowed.
+    Dtypes: float32, float16, bfloat16, float64; residual may be wider than branch. Summed in float32 (float64 for a
+            float64 residual), rounded once to residual's dtype. The branch's gradient has the branch's dtype.
     Errors: ValueError when shapes or devices do not fit, or inplace meets a leaf that requires grad; TypeError when a
-            dtype is unsupported. rows out of range: IndexError on the CPU, skipped in silence on a GPU. rows
-            given twice: undefined which one is added. A second derivative raises RuntimeError.
-    Cost:   reads 2N, writes N elements (rows: reads N + K, writes N; inplace only the K rows). Saves nothing, but
-            rows and a grad_scale tensor. Backward: an alias; grad_scale, rows or another dtype: one kernel over the branch.
+            dtype is unsupported. rows out of range: an error on the CPU, skipped without a word on a GPU. rows given
+            twice: undefined which one is added. A second derivative raises RuntimeError where the gradient is scaled.
+    Cost:   reads 2N, writes N elements (rows: reads N + 2K, writes N + K; inplace only the K rows). Saves nothing but
+            rows and a grad_scale tensor. Backward: an alias; grad_scale, rows or another dtype: one kernel over branch.
     Source: DropBP (arXiv 2402.17812), x + D(f(x)); oracle reference.gated_residual_add_reference.
     """
     if rows is not None or residual.shape != branch.shape or residual.dtype is not branch.dtype:

@@ -52,7 +52,8 @@ def gated_residual_rms_norm(
     Cost:   reads 2N, writes 2N elements; saves new_residual and a float per row if next_kept, else nothing. Backward
             reads 3N, writes N; if not next_kept an alias. A grad_scale other than 1, or a branch of another
             dtype than residual: one more kernel over N. A frozen weight costs nothing.
-    Source: DropBP (arXiv 2402.17812); RMSNorm (arXiv 1910.07467), eq. 4; oracle reference.gated_residual_rms_norm_reference.
+    Source: DropBP (arXiv 2402.17812); RMSNorm (arXiv 1910.07467), eq. 4; oracle
+            reference.gated_residual_rms_norm_reference.
     """
     if residual.shape != branch.shape or residual.dtype is not branch.dtype or residual.dtype not in DTYPES:
         _check_pair(residual, branch)
