@@ -1,0 +1,58 @@
+# Two commands do everything on a fresh machine: make finetune, make test. Needs Python 3.10-3.13; uses a C++ compiler and
+# a CUDA toolkit where they are. ARGS goes to the command: make finetune ARGS="--drop-rate 0.5 --steps 100".
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+SETUP := $(VENV)/.setup-done
+SOURCES := setup.py $(wildcard csrc/*.h csrc/*/*)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build finetune test bench lint format wheel clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and pinned: the build needs its headers, and pip's own build isolation would fetch a second torch.
+$(SETUP): pyproject.toml constraints.txt $(SOURCES) | $(BIN)/python
+	$(BIN)/python -m pip install -q -c constraints.txt torch "setuptools>=77" wheel ninja "pybind11>=2.13"
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[finetune,triton,test]"
+	@touch $@
+
+setup: $(SETUP) ## make .venv, install everything, build the kernels
+
+build: $(SETUP) ## rebuild the kernels in place (only what changed)
+	$(BIN)/python setup.py -q build_ext --inplace
+
+finetune: $(SETUP) ## fine-tune a small model with and without dropping, and compare
+	$(BIN)/dropbp-kernels finetune $(ARGS)
+
+test: $(SETUP) ## run the tests
+	$(BIN)/python -m pytest -q $(ARGS)
+
+bench: $(SETUP) ## run the benchmarks; rows go to benchmarks/results
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+$(VENV)/.lint-done: pyproject.toml $(SETUP)
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[lint]"
+	@touch $@
+
+lint: $(VENV)/.lint-done ## check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+	$(BIN)/mypy
+
+format: $(VENV)/.lint-done ## rewrite sources in the house format
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+
+wheel: $(SETUP) ## build a wheel into dist/, with CUDA code where a CUDA toolkit is; needs no GPU
+	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
+	@ls -l dist/*.whl
+
+clean: ## remove what was built; .venv stays
+	rm -rf build dist *.egg-info dropbp_kernels/*.so $(SETUP)

@@ -1,0 +1,151 @@
+// Device code of gated_residual_add. Raw pointers, no torch header.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <type_traits>
+
+namespace dropbp {
+
+// Sums of T are taken in this type.
+template <class T>
+using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class W, class T>
+__device__ W widen(T value) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __half2float(value);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __bfloat162float(value);
+  } else {
+    return value;
+  }
+}
+
+// Rounds to nearest, ties to even.
+template <class T, class W>
+__device__ T narrow(W value) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(static_cast<float>(value));
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(static_cast<float>(value));
+  } else {
+    return static_cast<T>(value);
+  }
+}
+
+// N neighbours, moved by as few and as wide accesses as their alignment allows.
+template <class T, int N>
+struct alignas(sizeof(T) * N) Pack {
+  T values[N];
+};
+
+// Elements for one thread at a time: 16 bytes of the narrower type.
+template <class A, class B>
+constexpr int kPack = 16 / (sizeof(A) < sizeof(B) ? sizeof(A) : sizeof(B));
+
+// The loads and stores of a Pack larger than 16 bytes are several of 16 bytes.
+template <class T, int N>
+__device__ void load(T (&values)[N], const T* from) {
+  constexpr int kStep = N * sizeof(T) > 16 ? 16 / sizeof(T) : N;
+#pragma unroll
+  for (int i = 0; i < N; i += kStep) {
+    const auto pack = *reinterpret_cast<const Pack<T, kStep>*>(from + i);
+#pragma unroll
+    for (int j = 0; j < kStep; ++j) values[i + j] = pack.values[j];
+  }
+}
+
+template <class T, int N>
+__device__ void store(T* to, const T (&values)[N]) {
+  constexpr int kStep = N * sizeof(T) > 16 ? 16 / sizeof(T) : N;
+#pragma unroll
+  for (int i = 0; i < N; i += kStep) {
+    Pack<T, kStep> pack;
+#pragma unroll
+    for (int j = 0; j < kStep; ++j) pack.values[j] = values[i + j];
+    *reinterpret_cast<Pack<T, kStep>*>(to + i) = pack;
+  }
+}
+
+// A wrong row would write anywhere: stop the program with a message instead. The host cannot check
+// without waiting for the device.
+__device__ inline int64_t checked_row(int64_t row, int64_t num_rows, int64_t place) {
+  if (row < 0 || row >= num_rows) {
+    printf("dropbp_kernels: rows: expected numbers from 0 to %lld, got %lld at place %lld\n",
+           static_cast<long long>(num_rows - 1), static_cast<long long>(row),
+           static_cast<long long>(place));
+    __trap();
+  }
+  return row;
+}
+
+// output[row(k), :] = residual[row(k), :] + branch[k, :], where row(k) = rows[k], or k if rows is
+// null. Flat over the branch's count elements, N at a time; width is a multiple of N. output may be
+// residual.
+template <class R, class B, int N>
+__global__ void gated_residual_add_kernel(R* output,            // (num_rows, width)
+                                          const R* residual,    // (num_rows, width)
+                                          const B* branch,      // (K, width), count = K * width
+                                          const int64_t* rows,  // (K) or null
+                                          int64_t num_rows, int64_t width, int64_t count) {
+  using W = Wide<R>;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x * N;
+  int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * N;
+  for (; i + N <= count; i += stride) {
+    int64_t at = i;
+    if (rows) {
+      const int64_t k = i / width;
+      at = checked_row(rows[k], num_rows, k) * width + (i - k * width);
+    }
+    R x[N];
+    B h[N];
+    load(x, residual + at);
+    load(h, branch + i);
+#pragma unroll
+    for (int j = 0; j < N; ++j) x[j] = narrow<R>(widen<W>(x[j]) + widen<W>(h[j]));
+    store(output + at, x);
+  }
+  // The tail, fewer than N elements, only where rows is null.
+  if (N > 1) {
+    for (; i < count; ++i) output[i] = narrow<R>(widen<W>(residual[i]) + widen<W>(branch[i]));
+  }
+}
+
+// grad_branch[k, :] = grad_output[row(k), :] * grad_scale * row_scale[k], and zeros, without
+// reading grad_output, where row_scale is zero. rows and row_scale may be null.
+template <class G, class B, class W, int N>
+__global__ void gated_residual_add_backward_kernel(B* grad_branch,        // (K, width)
+                                                   const G* grad_output,  // (num_rows, width)
+                                                   const int64_t* rows,   // (K) or null
+                                                   const W* row_scale,    // (K) or null
+                                                   W grad_scale, int64_t num_rows, int64_t width,
+                                                   int64_t count) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x * N;
+  int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * N;
+  for (; i + N <= count; i += stride) {
+    int64_t at = i;
+    W factor = 1;
+    if (rows || row_scale) {
+      const int64_t k = i / width;
+      if (rows) at = checked_row(rows[k], num_rows, k) * width + (i - k * width);
+      if (row_scale) factor = row_scale[k];
+    }
+    B out[N] = {};
+    if (factor != W{0}) {
+      G grad[N];
+      load(grad, grad_output + at);
+#pragma unroll
+      for (int j = 0; j < N; ++j) out[j] = narrow<B>(widen<W>(grad[j]) * grad_scale * factor);
+    }
+    store(grad_branch + i, out);
+  }
+  if (N > 1) {
+    for (; i < count; ++i) grad_branch[i] = narrow<B>(widen<W>(grad_output[i]) * grad_scale);
+  }
+}
+
+}  // namespace dropbp
