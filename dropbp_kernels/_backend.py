@@ -94,6 +94,8 @@ def install(schemas: dict[str, dict[str, str]]) -> None:
         _missing["triton"] = "triton is not installed"
     elif _forced() not in (None, "triton"):
         _missing["triton"] = f"DROPBP_KERNELS_BACKEND={_forced()}"
+    elif torch.version.cuda is None and not is_interpreting():
+        _missing["triton"] = "this torch was built without CUDA (TRITON_INTERPRET=1 runs the kernels on the CPU)"
 
     if "triton" not in _missing and torch.version.cuda is not None:
         _register(_library, "triton", "CUDA", [stem for stem in schemas if not _serves("cuda", stem)])
@@ -123,8 +125,6 @@ def use_backend(backend: str) -> Iterator[None]:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend in _missing:
         raise RuntimeError(f"backend {backend!r} cannot serve here: {_missing[backend]}")
-    if backend == "triton" and not is_interpreting() and torch.version.cuda is None:
-        raise RuntimeError("backend 'triton' needs a CUDA build of torch, or TRITON_INTERPRET=1 to run on the CPU")
     library = torch.library.Library("dropbp_kernels", "IMPL")
     try:
         with warnings.catch_warnings():

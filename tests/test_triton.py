@@ -1,0 +1,114 @@
+"""What the interpreter cannot show of the Triton kernels: that they compile for GPUs, and how they index.
+
+The numbers are tested with the ops (`test_gated_residual_add.py`, `test_gated_residual_rms_norm.py`).
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dropbp_kernels
+
+pytest.importorskip("triton")
+from dropbp_kernels._triton import gated_residual_rms_norm as norm_kernels
+
+# Compiles every kernel for one GPU that need not be there; prints {kernel: [Triton IR, bytes of machine code]}.
+COMPILE = """
+import json, sys
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from dropbp_kernels._triton import gated_residual_add as add, gated_residual_rms_norm as norm
+
+SCALARS = {"grad_scale": "fp32", "grad_scale_rest": "fp32", "eps": "fp32", "eps_rest": "fp32"}
+
+def compile(name, kernel, element, wide, num_warps=8, **constants):
+    types = {"rows_ptr": "*i64", "row_scale_ptr": "*fp32", "rstd_ptr": "*" + wide, "partial_ptr": "*" + wide}
+    constants["WIDE"] = {"fp32": tl.float32, "fp64": tl.float64}[wide]
+    signature = {}
+    for argument in kernel.arg_names:
+        default = "*" + element if argument.endswith("_ptr") else "i32"
+        signature[argument] = "constexpr" if argument in constants else {**SCALARS, **types}.get(argument, default)
+    places = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
+    source = ASTSource(kernel, signature, constexprs=places)
+    done = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options={"num_warps": num_warps})
+    results[name] = [done.asm["ttir"], len(done.asm["cubin"])]
+
+results = {}
+for element, wide in (("bf16", "fp32"), ("fp64", "fp64")):
+    flags = dict(HAS_ROWS=True, BLOCK=1024)
+    compile(f"add {element}", add._gated_residual_add_kernel, element, wide, **flags)
+    flags["HAS_ROW_SCALE"] = True
+    compile(f"add backward {element}", add._gated_residual_add_backward_kernel, element, wide, **flags)
+    for is_one in (True, False):
+        flags = dict(D=1000 if is_one else 60000, GEMMA=False, IS_ONE_BLOCK=is_one, BLOCK=1024)
+        compile(f"norm {element} {is_one}", norm._gated_residual_rms_norm_kernel, element, wide, **flags)
+        compile(
+            f"norm backward {element} {is_one}", norm._gated_residual_rms_norm_backward_kernel, element, wide,
+            HAS_GRAD_NEW_RESIDUAL=True, WEIGHT_GRAD=is_one, **flags,
+        )
+    compile(
+        f"norm weight {element}", norm._gated_residual_rms_norm_weight_grad_kernel, element, wide, D=60000, BLOCK=1024
+    )
+print(json.dumps(results))
+"""
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100, 120])
+def test_kernels_compile_without_a_gpu(architecture, tmp_path):
+    from triton.backends import backends
+
+    if "nvidia" not in backends:
+        pytest.skip("this Triton has no NVIDIA backend")
+    script = tmp_path / "compile.py"  # Triton reads the source of kernels from files
+    script.write_text(COMPILE)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(dropbp_kernels.__file__).parents[1])}
+    command = [sys.executable, "-W", "ignore", str(script), str(architecture)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    assert len(results) == 14
+    for name, (source, num_bytes) in results.items():
+        assert num_bytes > 0, name
+        # Rows times their length is what passes 2^31: the only products of 32 bits left are of columns.
+        narrow = [line for line in source.splitlines() if "arith.muli" in line and "i64" not in line]
+        assert len(narrow) == (1 if name.startswith("norm weight") else 0), (name, narrow)
+
+
+def test_weight_gradient_is_summed_in_a_bounded_buffer(monkeypatch):
+    """The number of partial sums depends on the machine, not on the number of rows."""
+    seen = []
+    ordinary = torch.empty
+
+    def spy(size, *arguments, **options):
+        seen.append(tuple(size) if isinstance(size, tuple) else size)
+        return ordinary(size, *arguments, **options)
+
+    monkeypatch.setattr(torch, "empty", spy)
+    device = "cpu" if torch.version.cuda is None else "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    x = torch.randn(4000 if device == "cuda" else 50, 8, device=device)
+    rstd, weight = torch.ones(len(x), device=device), torch.ones(8, device=device)
+    _, grad_weight = norm_kernels.launch_gated_residual_rms_norm_backward(x, None, x, weight, rstd, False, True)
+    assert (norm_kernels._max_programs(x.device), 8) in seen
+    torch.testing.assert_close(grad_weight, (x * x).sum(0))
+
+
+def test_frozen_weight_allocates_no_partial_sums(monkeypatch):
+    seen = []
+    ordinary = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda size, **options: seen.append(size) or ordinary(size, **options))
+    device = "cpu" if torch.version.cuda is None else "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    x = torch.randn(50, 8, device=device)
+    rstd, weight = torch.ones(len(x), device=device), torch.ones(8, device=device)
+    norm_kernels.launch_gated_residual_rms_norm_backward(x, None, x, weight, rstd, False, False)
+    assert seen == [(0, 8), 0]
