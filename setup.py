@@ -33,8 +33,8 @@ PACKAGE = "dropbp_kernels"
 TORCH_MINIMUM = (2, 11)
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")
 
-# Contracted multiply-adds would make the result depend on the machine; the other two let loops become vector code.
-CPU_FLAGS = "-O3 -fopenmp-simd -ffp-contract=off -fno-math-errno -fno-trapping-math"
+# Contracted multiply-adds would make the result depend on the machine.
+CPU_FLAGS = "-O3 -ffp-contract=off -fno-math-errno"
 COMMON_FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas"
 
 

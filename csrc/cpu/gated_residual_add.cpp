@@ -3,27 +3,21 @@
 #include <algorithm>
 #include <optional>
 
+#define DROPBP_KERNELS "gated_residual_add_kernels.h"
 #include "dispatch.h"
+#include "each_isa.h"
 
 namespace dropbp {
 namespace {
 
-// output may be residual.
-template <class R, class B>
-DROPBP_CLONES void add_run(R* output, const R* residual, const B* branch, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    output[i] = narrow<R>(widen<Wide<R>>(residual[i]) + widen<Wide<R>>(branch[i]));
-  }
+template <class... Arguments>
+void add_run(Arguments... arguments) {
+  with_kernels([&](auto kernels) { kernels.add_run(arguments...); });
 }
 
-// Two products and not one with grad_scale * row_scale: the same roundings as the reference.
-template <class G, class B, class W>
-DROPBP_CLONES void scale_run(B* output, const G* grad, W grad_scale, W row_scale, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    output[i] = narrow<B>(widen<W>(grad[i]) * grad_scale * row_scale);
-  }
+template <class... Arguments>
+void scale_run(Arguments... arguments) {
+  with_kernels([&](auto kernels) { kernels.scale_run(arguments...); });
 }
 
 // Cuts elements [begin, end) of an array (num_rows, width) at the ends of its rows.

@@ -4,12 +4,13 @@
 // A row is read twice, and the second time from the cache: once for its statistic, once for the
 // result.
 #include <algorithm>
-#include <cmath>
 #include <memory>
 #include <optional>
 #include <tuple>
 
+#define DROPBP_KERNELS "gated_residual_rms_norm_kernels.h"
 #include "dispatch.h"
+#include "each_isa.h"
 
 namespace dropbp {
 namespace {
@@ -18,12 +19,6 @@ namespace {
 // threads. Many blocks keep many threads busy; few keep the buffer of partial sums small.
 constexpr int64_t kMaxBlocks = 64;
 constexpr int64_t kMinBlockRows = 32;
-
-template <class W, class T>
-DROPBP_CLONES void widen_run(W* output, const T* values, W offset, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) output[i] = widen<W>(values[i]) + offset;
-}
 
 // The weight as the factor that the kernels apply: in float or double, for Gemma 1 + weight.
 template <class W>
@@ -39,7 +34,10 @@ class Factor {
         }
       }
       buffer_.reset(new W[weight_.numel()]);
-      widen_run(buffer_.get(), input<T>(weight_), gemma ? W{1} : W{0}, weight_.numel());
+      const T* weight = input<T>(weight_);
+      with_kernels([&](auto kernels) {
+        kernels.offset_run(buffer_.get(), weight, gemma ? W{1} : W{0}, weight_.numel());
+      });
       data_ = buffer_.get();
     });
   }
@@ -50,91 +48,6 @@ class Factor {
   std::unique_ptr<W[]> buffer_;
   const W* data_ = nullptr;
 };
-
-template <class R, class B, class W = Wide<R>>
-DROPBP_CLONES void forward_rows(const R* residual, const B* branch, const W* factor, W eps,
-                                bool gemma, B* normed, R* new_residual, W* rstd, int64_t num_rows,
-                                int64_t width) {
-  for (int64_t row = 0; row < num_rows; ++row) {
-    W sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < width; ++i) {
-      const R rounded = narrow<R>(widen<W>(residual[i]) + widen<W>(branch[i]));
-      const W x = widen<W>(rounded);
-      new_residual[i] = rounded;
-      sum += x * x;
-    }
-    const W scale = 1 / std::sqrt(sum / static_cast<W>(std::max<int64_t>(width, 1)) + eps);
-    rstd[row] = scale;
-    if (gemma) {
-#pragma omp simd
-      for (int64_t i = 0; i < width; ++i) {
-        normed[i] = narrow<B>(widen<W>(new_residual[i]) * scale * factor[i]);
-      }
-    } else {
-#pragma omp simd
-      for (int64_t i = 0; i < width; ++i) {
-        const B normalized = narrow<B>(widen<W>(new_residual[i]) * scale);
-        normed[i] = narrow<B>(factor[i] * widen<W>(normalized));
-      }
-    }
-    residual += width, branch += width, normed += width, new_residual += width;
-  }
-}
-
-// With n = x * rstd and g = grad_normed * factor: grad_residual = rstd * (g - n * mean(g * n)) +
-// grad_new_residual, and grad_weight gains grad_normed * n. grad_new_residual and grad_weight may
-// be null.
-template <class R, class B, class W = Wide<R>>
-DROPBP_CLONES void backward_rows(const B* grad_normed, const R* grad_new_residual, const R* x,
-                                 const W* factor, const W* rstd, R* grad_residual, W* grad_weight,
-                                 int64_t num_rows, int64_t width) {
-  for (int64_t row = 0; row < num_rows; ++row) {
-    const W scale = rstd[row];
-    W sum = 0;
-    if (grad_weight) {
-#pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < width; ++i) {
-        const W product = widen<W>(grad_normed[i]) * (widen<W>(x[i]) * scale);
-        grad_weight[i] += product;
-        sum += product * factor[i];
-      }
-    } else {
-#pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < width; ++i) {
-        sum += widen<W>(grad_normed[i]) * (widen<W>(x[i]) * scale) * factor[i];
-      }
-    }
-    const W mean = sum / static_cast<W>(std::max<int64_t>(width, 1));
-    if (grad_new_residual) {
-#pragma omp simd
-      for (int64_t i = 0; i < width; ++i) {
-        const W grad = widen<W>(grad_normed[i]) * factor[i] - widen<W>(x[i]) * scale * mean;
-        grad_residual[i] = narrow<R>(scale * grad + widen<W>(grad_new_residual[i]));
-      }
-      grad_new_residual += width;
-    } else {
-#pragma omp simd
-      for (int64_t i = 0; i < width; ++i) {
-        const W grad = widen<W>(grad_normed[i]) * factor[i] - widen<W>(x[i]) * scale * mean;
-        grad_residual[i] = narrow<R>(scale * grad);
-      }
-    }
-    grad_normed += width, x += width, grad_residual += width;
-  }
-}
-
-// output[i] = the sum of partial (num_blocks, width) over blocks, in order, for `count` columns.
-template <class T, class W>
-DROPBP_CLONES void sum_blocks(T* output, W* partial, int64_t num_blocks, int64_t width,
-                              int64_t count) {
-  for (int64_t block = 1; block < num_blocks; ++block) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) partial[i] += partial[block * width + i];
-  }
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) output[i] = narrow<T>(partial[i]);
-}
 
 // Every tensor of `width` columns; the number of rows.
 int64_t check_width(const Tensor& rows_by_width, const Tensor& weight) {
@@ -174,8 +87,10 @@ std::tuple<Tensor, Tensor, Tensor> gated_residual_rms_norm(Tensor residual, Tens
     W* scale = output<W>(rstd);
     torch::stable::parallel_for(0, num_rows, row_grain(width), [&](int64_t begin, int64_t end) {
       const int64_t at = begin * width;
-      forward_rows(res + at, add + at, factor.data(), static_cast<W>(eps), gemma, out + at,
-                   sum + at, scale + begin, end - begin, width);
+      with_kernels([&](auto kernels) {
+        kernels.forward_rows(res + at, add + at, factor.data(), static_cast<W>(eps), gemma,
+                             out + at, sum + at, scale + begin, end - begin, width);
+      });
     });
   });
   return {normed, new_residual, rstd};
@@ -216,8 +131,10 @@ std::tuple<Tensor, Tensor> gated_residual_rms_norm_backward(Tensor grad_normed,
         R* out = output<R>(grad_residual);
         const auto run = [&](int64_t begin, int64_t end, W* sums) {
           const int64_t at = begin * width;
-          backward_rows(grad + at, grad_new ? grad_new + at : nullptr, x + at, factor.data(),
-                        scale + begin, out + at, sums, end - begin, width);
+          with_kernels([&](auto kernels) {
+            kernels.backward_rows(grad + at, grad_new ? grad_new + at : nullptr, x + at,
+                                  factor.data(), scale + begin, out + at, sums, end - begin, width);
+          });
         };
         if (!weight_grad) {
           torch::stable::parallel_for(
@@ -242,7 +159,10 @@ std::tuple<Tensor, Tensor> gated_residual_rms_norm_backward(Tensor grad_normed,
           T* sum = output<T>(grad_weight);
           const int64_t column_grain = std::max<int64_t>(64, kGrain / num_blocks);
           torch::stable::parallel_for(0, width, column_grain, [&](int64_t begin, int64_t end) {
-            sum_blocks(sum + begin, partial.get() + begin, num_blocks, width, end - begin);
+            with_kernels([&](auto kernels) {
+              kernels.sum_blocks(sum + begin, partial.get() + begin, num_blocks, width,
+                                 end - begin);
+            });
           });
         });
       });

@@ -1,0 +1,41 @@
+// CPU kernels of gated_residual_add on runs of contiguous elements. Included by each_isa.h for each
+// instruction set, hence no guard.
+namespace dropbp::DROPBP_ISA {
+namespace {  // another file has other Kernels
+
+struct Kernels {
+  // output may be residual.
+  template <class R, class B>
+  static void add_run(R* output, const R* residual, const B* branch, int64_t count) {
+    using W = Wide<R>;
+    constexpr int kStep = kLanes<W>;
+    int64_t i = 0;
+#pragma GCC unroll 4
+    for (; i + kStep <= count; i += kStep) {
+      store<W>(output + i, load<W>(residual + i) + load<W>(branch + i));
+    }
+    if (i < count) {
+      const int64_t rest = count - i;
+      const auto sum = load_part<W>(residual + i, rest) + load_part<W>(branch + i, rest);
+      store_part<W>(output + i, sum, rest);
+    }
+  }
+
+  // Two products and not one with grad_scale * row_scale: the same roundings as the reference.
+  template <class G, class B, class W>
+  static void scale_run(B* output, const G* grad, W grad_scale, W row_scale, int64_t count) {
+    constexpr int kStep = kLanes<W>;
+    int64_t i = 0;
+#pragma GCC unroll 4
+    for (; i + kStep <= count; i += kStep) {
+      store<W>(output + i, load<W>(grad + i) * grad_scale * row_scale);
+    }
+    if (i < count) {
+      const auto scaled = load_part<W>(grad + i, count - i) * grad_scale * row_scale;
+      store_part<W>(output + i, scaled, count - i);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace dropbp::DROPBP_ISA
