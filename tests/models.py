@@ -1,5 +1,6 @@
 """Small models that several tests share."""
 
+import pytest
 import torch
 from torch import nn
 from transformers import (
@@ -70,3 +71,11 @@ def toy_model(num_blocks: int = 4, width: int = 8, dropout: float = 0.0) -> nn.S
 def gradients(model: nn.Module) -> dict[str, torch.Tensor | None]:
     """The gradient of each parameter by name, None where there is none."""
     return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
+def with_lora(model: nn.Module, r: int = 4) -> nn.Module:
+    """The model with LoRA on all linears, B not zero, so that every adapter matters; the same weights at every call."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=r, target_modules="all-linear", init_lora_weights=False)
+    return peft.get_peft_model(model, config).train()

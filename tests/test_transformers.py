@@ -4,18 +4,10 @@ import copy
 
 import pytest
 import torch
-from models import CAUSAL_LMS, gradients, tiny_batch, tiny_causal_lm
+from models import CAUSAL_LMS, gradients, tiny_batch, tiny_causal_lm, with_lora
 
 from dropbp_kernels import DropBP, apply_dropbp, remove_dropbp
 from dropbp_kernels.measure import num_autograd_nodes, saved_bytes
-
-peft = pytest.importorskip("peft")
-
-
-def with_lora(model):
-    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    torch.manual_seed(1)
-    return peft.get_peft_model(model, config).train()
 
 
 def backward(model, batch):

@@ -1,0 +1,81 @@
+"""Peak live activation bytes of a training step on a model of the built-in one's size: counted, so repeatable."""
+
+import pytest
+import torch
+from models import with_lora
+
+from dropbp_kernels import apply_dropbp
+from dropbp_kernels.cli.builtin import ByteTokenizer, Recipe
+from dropbp_kernels.measure import PeakLiveBytes, saved_bytes
+
+BATCH_SIZE, SEQ_LEN = 4, 256
+
+
+def builtin_sized_model():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    recipe = Recipe()
+    config = LlamaConfig(
+        vocab_size=ByteTokenizer.vocab_size,
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.num_hidden_layers,
+        num_attention_heads=recipe.num_attention_heads,
+        num_key_value_heads=recipe.num_key_value_heads,
+        use_cache=False,
+    )
+    torch.manual_seed(0)
+    return with_lora(LlamaForCausalLM(config), r=8)
+
+
+def peak_of_step(model):
+    tokens = torch.arange(BATCH_SIZE * SEQ_LEN).reshape(BATCH_SIZE, SEQ_LEN) % 256
+    model.zero_grad()
+    with PeakLiveBytes() as live, saved_bytes() as saved:
+        model(input_ids=tokens, labels=tokens).loss.backward()
+    return live.peak_bytes, saved.num_bytes
+
+
+def largest_transient(model):
+    """Peak bytes of one branch's forward alone, as inference, its input included: the largest of all branches."""
+    decoder = model.get_base_model().model
+    layer, shape = decoder.layers[0], (BATCH_SIZE, SEQ_LEN, model.config.hidden_size)
+    rope = decoder.rotary_emb(torch.empty(shape), torch.arange(SEQ_LEN)[None])
+    peaks = []
+    branches = (
+        lambda x: layer.self_attn(layer.input_layernorm(x), position_embeddings=rope),
+        lambda x: layer.mlp(layer.post_attention_layernorm(x)),
+    )
+    for branch in branches:
+        with torch.no_grad(), PeakLiveBytes() as live:
+            branch(torch.empty(shape).normal_())
+        peaks.append(live.peak_bytes)
+    return max(peaks)
+
+
+@pytest.fixture(scope="module")
+def undropped():
+    model = builtin_sized_model()
+    peak, saved = peak_of_step(model)
+    return peak, saved, largest_transient(model)
+
+
+@pytest.mark.parametrize("drop_rate", [0.5, 0.75, 0.875])
+def test_peak_is_the_kept_share_and_one_branch_in_passing(drop_rate, undropped):
+    baseline, baseline_saved, transient = undropped
+    model = builtin_sized_model()
+    handler = apply_dropbp(model, drop_rate)
+    for _ in range(2):
+        handler.step()
+        peak, saved = peak_of_step(model)
+        assert peak <= (1 - drop_rate) * baseline + transient
+        assert saved <= (1 - drop_rate) * baseline_saved + 0.03 * baseline_saved  # logits and loss stay
+
+
+def test_detach_after_saves_no_peak(undropped):
+    """The control: deciding after the forward leaves the peak where it was."""
+    baseline, _, _ = undropped
+    model = builtin_sized_model()
+    apply_dropbp(model, 0.75, dropped_runs="detach").step()
+    peak, _ = peak_of_step(model)
+    assert peak > 0.95 * baseline
