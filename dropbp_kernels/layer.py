@@ -68,13 +68,16 @@ class DropBP(nn.Module):
         """Return residual + branch(residual); in a dropped branch only the residual gets a gradient.
 
         Shapes: residual (batch, ..., D); branch maps it to the same shape.
-        Dtypes: those of `ops.gated_residual_add`.
+        Dtypes: those of `ops.gated_residual_add`; a branch wider than the residual promotes it, as x + y does.
         Errors: those of `ops.gated_residual_add`.
         Cost:   kept: the branch and one add. Dropped: the branch under no_grad and one add; 0 bytes saved, 0 autograd
                 nodes of its own (the residual's add is one node that saves nothing and runs no backward kernel).
         Source: DropBP (arXiv 2402.17812), x + D(f(norm(x))).
         """
-        return gated_residual_add(residual, self.run(residual, branch), grad_scale=self.grad_scale)
+        output = self.run(residual, branch)
+        if output.dtype is not residual.dtype:  # promoted as plain x + y would: float32 norms give wider branches
+            residual = residual.to(torch.promote_types(residual.dtype, output.dtype))
+        return gated_residual_add(residual, output, grad_scale=self.grad_scale)
 
     def run(self, residual: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
         """Return branch(residual) without the add, for blocks that fuse the add into the next norm.

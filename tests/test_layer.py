@@ -112,6 +112,18 @@ def test_deepcopy_refers_to_the_copied_modules():
     assert twin.gate.modules_of_branch[0] is twin.linear
 
 
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_mixed_dtypes_promote_as_a_plain_sum(kept, dtypes):
+    gate = DropBP()
+    gate.kept = kept
+    x, weight = torch.randn(2, 3, 8, dtype=dtypes[0]), torch.randn(8, dtype=dtypes[1], requires_grad=True)
+    out = gate.residual_add(x, lambda x: x.to(dtypes[1]) * weight)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, x + x.to(dtypes[1]) * weight)
+    assert out.requires_grad == kept
+
+
 def test_unknown_dropped_runs_is_refused():
     with pytest.raises(ValueError, match=r"dropped_runs: expected one of inference, detach, got 'fast'"):
         DropBP(dropped_runs="fast")
