@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inputs import LAYOUTS, make
-from tolerances import DTYPE_PAIRS, assert_as_exact
+from tolerances import ATOL, DTYPE_PAIRS, assert_as_exact
 
 from dropbp_kernels import reference
 from dropbp_kernels.measure import num_autograd_nodes, saved_bytes
@@ -42,10 +42,19 @@ def check(residual, branch, weight, grad_normed, grad_new_residual, eps, gemma):
     backward = raw.gated_residual_rms_norm_backward(
         grad_normed, grad_new_residual, new_residual, weight, rstd, gemma, True
     )
+    normalized = exact[1] * rstd.double().unsqueeze(-1)
+    scaled = grad_normed.double() * (gemma + weight.double())
+    terms = scaled, normalized * (scaled * normalized).mean(-1, keepdim=True)
+    magnitudes = {
+        "grad_residual": max((rstd.unsqueeze(-1) * term).abs().max().item() for term in terms),
+        "grad_weight": (grad_normed * normalized).abs().reshape(-1, len(weight)).sum(0).max().item(),
+    }
+    coarsest = max((tensor.dtype for tensor in inputs), key=ATOL.get)
     names = "normed", "new_residual", "grad_residual", "grad_weight"
     for name, actual, *others in zip(names, (normed, new_residual, *backward), expected, exact, strict=True):
         assert actual.is_contiguous(), name
-        assert_as_exact(actual, *others, name)
+        dtype = coarsest if name == "grad_weight" else None
+        assert_as_exact(actual, *others, name, magnitudes.get(name, 1.0), dtype)
     frozen, nothing = raw.gated_residual_rms_norm_backward(
         grad_normed, grad_new_residual, new_residual, weight, rstd, gemma, False
     )
@@ -87,15 +96,22 @@ def test_backward_by_hand(op):
     torch.testing.assert_close(grad_residual, torch.tensor([[1.28 * rstd, -0.96 * rstd]]))
 
 
-def test_reference_norm_reads_the_rounded_sum():
-    residual = torch.tensor([[1.0, 3.0]], dtype=torch.bfloat16)
-    branch = torch.tensor([[2.0**-9, 0.0]], dtype=torch.bfloat16)  # lost in the sum's rounding
-    normed, new_residual, rstd = reference.gated_residual_rms_norm_reference(
-        residual, branch, torch.ones(2, dtype=torch.bfloat16), 0.0, False
-    )
+def test_norm_reads_the_rounded_sum(backend, device):
+    residual = torch.tensor([[1.0, 3.0]], dtype=torch.bfloat16, device=device)
+    branch = torch.tensor([[2.0**-9, 0.0]], dtype=torch.bfloat16, device=device)  # lost in the sum's rounding
+    weight = torch.ones(2, dtype=torch.bfloat16, device=device)
+    _, new_residual, rstd = raw.gated_residual_rms_norm(residual, branch, weight, 0.0, False)
     assert new_residual.tolist() == [[1.0, 3.0]]
     assert rstd.item() == pytest.approx(1 / math.sqrt(5), rel=1e-6)
-    assert normed.dtype == torch.bfloat16
+
+
+def test_llama_rounds_before_the_weight_and_gemma_after(backend, device):
+    # Mean square 1. In bfloat16 1.0035 is 1; times the largest number below 2 it is that number, or rounded later, 2.
+    residual = torch.tensor([[1.0035, 0.99649]], device=device)
+    branch = torch.zeros(1, 2, dtype=torch.bfloat16, device=device)
+    weight = torch.full((2,), 1.9921875, dtype=torch.bfloat16, device=device)
+    assert raw.gated_residual_rms_norm(residual, branch, weight, 0.0, False)[0][0, 0].item() == 1.9921875
+    assert raw.gated_residual_rms_norm(residual, branch, weight - 1, 0.0, True)[0][0, 0].item() == 2.0
 
 
 @pytest.mark.parametrize("gemma", [False, True])
@@ -214,6 +230,7 @@ def test_opcheck(backend, device):
         torch.library.opcheck(raw.gated_residual_rms_norm, (residual, branch, weight, 1e-6, gemma))
     strided = residual.transpose(0, 1), branch.transpose(0, 1)
     torch.library.opcheck(raw.gated_residual_rms_norm, (*strided, weight, 1e-6, False))
+    torch.library.opcheck(raw.gated_residual_rms_norm, (branch, branch, weight, 1e-6, False))
     _, new_residual, rstd = raw.gated_residual_rms_norm(residual, branch, weight, 1e-6, False)
     for weight_grad in (False, True):
         arguments = branch, residual, new_residual, weight, rstd, False, weight_grad
@@ -226,9 +243,9 @@ def test_opcheck(backend, device):
 # The public function.
 
 
-def leaves(dtype=torch.float32, device="cpu"):
-    tensors = [torch.randn(3, 2, 5, dtype=dtype, device=device, requires_grad=True) for _ in range(2)]
-    return *tensors, torch.randn(5, dtype=dtype, device=device, requires_grad=True)
+def leaves(dtype=torch.float32, device="cpu", shape=(3, 2, 5)):
+    tensors = [torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for _ in range(2)]
+    return *tensors, torch.randn(shape[-1], dtype=dtype, device=device, requires_grad=True)
 
 
 STATES = [(kept, next_kept) for kept in (True, False) for next_kept in (True, False)]
@@ -270,7 +287,7 @@ def test_gradients_in_the_four_states(backend, device, is_kept, next_kept, grad_
 @pytest.mark.parametrize("casting", ["llama", "gemma"])
 @pytest.mark.parametrize(("is_kept", "next_kept"), STATES)
 def test_gradcheck(backend, device, is_kept, next_kept, casting):
-    residual, branch, weight = leaves(torch.float64, device)
+    residual, branch, weight = leaves(torch.float64, device, shape=(2, 1, 3))
     inputs = [residual]
     if is_kept:
         inputs.append(branch)

@@ -2,6 +2,8 @@
 
 Rule: the largest error against float64 is at most twice that of the same op written in plain PyTorch in the same dtype,
 plus ATOL: about one unit in the last place of a value around 1, for cases in which the plain op happens to be exact.
+Where terms much larger than the result cancel, ATOL is taken relative to the terms (`magnitude`), and where an operand
+was rounded to a coarser dtype than the result's, it is that dtype's (`dtype`).
 """
 
 import torch
@@ -28,9 +30,9 @@ def error(actual, exact):
     return difference.max().item() if difference.numel() else 0.0
 
 
-def assert_as_exact(actual, plain, exact, what=""):
+def assert_as_exact(actual, plain, exact, what="", magnitude=1.0, dtype=None):
     """`actual` keeps the rule; `plain` is the plain-PyTorch result, `exact` the one computed in float64."""
     assert actual.shape == plain.shape, (what, actual.shape, plain.shape)
     assert actual.dtype == plain.dtype, (what, actual.dtype, plain.dtype)
-    allowed = 2 * error(plain, exact) + ATOL[actual.dtype]
+    allowed = 2 * error(plain, exact) + ATOL[dtype or actual.dtype] * max(magnitude, 1.0)
     assert error(actual, exact) <= allowed, f"{what}: error {error(actual, exact):.3g}, allowed {allowed:.3g}"
