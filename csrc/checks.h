@@ -33,11 +33,23 @@ inline Tensor dense(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
+inline int32_t shim_dtype(ScalarType dtype) {
+  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+}
+
+inline int32_t shim_dtype(const Tensor& tensor) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return dtype;
+}
+
 // A fresh contiguous tensor on the device of `like`. A direct call of the C interface: the
-// dispatcher that torch::stable::empty goes through costs more than a kernel over a few thousand
+// dispatcher that torch::stable::empty goes through costs as much as a kernel over thousands of
 // elements.
-inline Tensor new_tensor(const int64_t* sizes, int64_t dim, ScalarType dtype, const Tensor& like) {
-  std::vector<int64_t> strides(dim);
+inline Tensor new_tensor(const int64_t* sizes, int64_t dim, int32_t dtype, const Tensor& like) {
+  constexpr int64_t kMaxDim = 64;  // PyTorch's own limit
+  if (dim > kMaxDim) fail("expected at most ", kMaxDim, " dimensions, got ", dim);
+  int64_t strides[kMaxDim];
   int64_t stride = 1;
   for (int64_t d = dim - 1; d >= 0; --d) {
     strides[d] = stride;
@@ -46,19 +58,19 @@ inline Tensor new_tensor(const int64_t* sizes, int64_t dim, ScalarType dtype, co
   int32_t device_type, device_index;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  const auto shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides.data(), shim_dtype,
-                                                         device_type, device_index, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, &handle));
   return Tensor(handle);
 }
 
-inline Tensor new_like(const Tensor& tensor, ScalarType dtype) {
+// Of the sizes and device of `tensor`.
+inline Tensor new_like(const Tensor& tensor, int32_t dtype) {
   return new_tensor(tensor.sizes().data(), tensor.dim(), dtype, tensor);
 }
 
-// `tensor` with its dim 0 of another size.
-inline Tensor new_rows(const Tensor& tensor, int64_t num_rows, ScalarType dtype) {
+// The same with dim 0 of another size.
+inline Tensor new_rows(const Tensor& tensor, int64_t num_rows, int32_t dtype) {
   std::vector<int64_t> sizes(tensor.sizes().begin(), tensor.sizes().end());
   sizes[0] = num_rows;
   return new_tensor(sizes.data(), tensor.dim(), dtype, tensor);

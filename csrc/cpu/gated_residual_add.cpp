@@ -74,7 +74,7 @@ Tensor gated_residual_add(Tensor residual, Tensor branch, std::optional<Tensor> 
   check_pair(residual, branch, rows);
   residual = dense(residual);
   branch = dense(branch);
-  Tensor result = new_like(residual, residual.scalar_type());
+  Tensor result = new_like(residual, shim_dtype(residual));
   if (!rows) {
     add_all(result, residual, branch);
     return result;
@@ -149,7 +149,8 @@ Tensor gated_residual_add_backward(Tensor grad_output, std::optional<Tensor> row
     num_rows = places->numel();
   }
   if (row_scale) check_numel("row_scale", *row_scale, num_rows);
-  Tensor grad_branch = rows ? new_rows(grad_output, num_rows, dtype) : new_like(grad_output, dtype);
+  Tensor grad_branch = rows ? new_rows(grad_output, num_rows, shim_dtype(dtype))
+                            : new_like(grad_output, shim_dtype(dtype));
 
   visit_dtype("grad_output", grad_output.scalar_type(), [&](auto g) {
     using G = decltype(g);

@@ -10,7 +10,15 @@ struct Kernels {
     using W = Wide<R>;
     constexpr int kStep = kLanes<W>;
     int64_t i = 0;
+    for (; i + 4 * kStep <= count; i += 4 * kStep) {
+      Vector<W, kStep> sums[4];
 #pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        sums[j] = load<W>(residual + i + j * kStep) + load<W>(branch + i + j * kStep);
+      }
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) store<W>(output + i + j * kStep, sums[j]);
+    }
     for (; i + kStep <= count; i += kStep) {
       store<W>(output + i, load<W>(residual + i) + load<W>(branch + i));
     }

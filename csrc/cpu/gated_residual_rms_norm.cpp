@@ -71,10 +71,11 @@ std::tuple<Tensor, Tensor, Tensor> gated_residual_rms_norm(Tensor residual, Tens
   residual = dense(residual);
   branch = dense(branch);
   const bool is_double = residual.scalar_type() == ScalarType::Double;
-  Tensor normed = new_like(branch, branch.scalar_type());
-  Tensor new_residual = new_like(residual, residual.scalar_type());
-  Tensor rstd = new_tensor(residual.sizes().data(), residual.dim() - 1,
-                           is_double ? ScalarType::Double : ScalarType::Float, residual);
+  Tensor normed = new_like(branch, shim_dtype(branch));
+  Tensor new_residual = new_like(residual, shim_dtype(residual));
+  Tensor rstd =
+      new_tensor(residual.sizes().data(), residual.dim() - 1,
+                 shim_dtype(is_double ? ScalarType::Double : ScalarType::Float), residual);
   visit_residual_and_branch(residual.scalar_type(), branch.scalar_type(), [&](auto r, auto b) {
     using R = decltype(r);
     using B = decltype(b);
@@ -114,9 +115,9 @@ std::tuple<Tensor, Tensor> gated_residual_rms_norm_backward(Tensor grad_normed,
     check_dtype("grad_new_residual", *grad_new_residual, new_residual.scalar_type());
     grad_new_residual = dense(*grad_new_residual);
   }
-  Tensor grad_residual = new_like(new_residual, new_residual.scalar_type());
+  Tensor grad_residual = new_like(new_residual, shim_dtype(new_residual));
   const int64_t grad_weight_size = weight_grad ? width : 0;
-  Tensor grad_weight = new_tensor(&grad_weight_size, 1, weight.scalar_type(), weight);
+  Tensor grad_weight = new_tensor(&grad_weight_size, 1, shim_dtype(weight), weight);
 
   visit_residual_and_branch(
       new_residual.scalar_type(), grad_normed.scalar_type(), [&](auto r, auto b) {

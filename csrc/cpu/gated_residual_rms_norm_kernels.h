@@ -47,7 +47,7 @@ struct Kernels {
         for (int j = 0; j < squares.kCount; ++j) {
           const int64_t at = i + j * kStep;
           const auto x = rounded_to<R, W>(load<W>(residual + at) + load<W>(branch + at));
-          store<W>(new_residual + at, x);
+          store_rounded<W>(new_residual + at, x);
           squares.values[j] += x * x;
         }
       }

@@ -86,14 +86,26 @@ DROPBP_INLINE Vector<float, N> load_floats(const Half* from) {
   return from_half<N>(load_raw<Vector<uint16_t, N>>(from));
 }
 
+// To the nearest BFloat16, as float.
 template <int N>
-DROPBP_INLINE void store_floats(BFloat16* to, Vector<float, N> value) {
+DROPBP_INLINE Vector<float, N> round_to_bfloat16(Vector<float, N> value) {
   using Bits = Vector<uint32_t, N>;
   const Bits bits = bits_as<Bits>(value);
-  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const Bits result = value != value ? Bits{} + 0x7fc0u : rounded;
-  const auto raw = __builtin_convertvector(result, Vector<uint16_t, N>);
+  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+  return bits_as<Vector<float, N>>(value != value ? Bits{} + 0x7fc00000u : rounded);
+}
+
+// Stores floats that are BFloat16 already.
+template <int N>
+DROPBP_INLINE void store_exact(BFloat16* to, Vector<float, N> value) {
+  const auto raw =
+      __builtin_convertvector(bits_as<Vector<uint32_t, N>>(value) >> 16, Vector<uint16_t, N>);
   __builtin_memcpy(to, &raw, sizeof(raw));
+}
+
+template <int N>
+DROPBP_INLINE void store_floats(BFloat16* to, Vector<float, N> value) {
+  store_exact<N>(to, round_to_bfloat16<N>(value));
 }
 
 template <int N>
@@ -168,10 +180,22 @@ template <class T, class W, class V>
 DROPBP_INLINE V rounded_to(V value) {
   if constexpr (std::is_same_v<T, W>) {
     return value;
+  } else if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<W, float>) {
+    return round_to_bfloat16<kLanes<W>>(value);
   } else {
     T buffer[kLanes<W>];
     store<W>(buffer, value);
     return load<W>(buffer);
+  }
+}
+
+// Stores what rounded_to<T> returned.
+template <class W, class T>
+DROPBP_INLINE void store_rounded(T* to, Vector<W, kLanes<W>> value) {
+  if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<W, float>) {
+    store_exact<kLanes<W>>(to, value);
+  } else {
+    store<W>(to, value);
   }
 }
 

@@ -122,7 +122,7 @@ Tensor gated_residual_add(Tensor residual, Tensor branch, std::optional<Tensor> 
   const torch::stable::accelerator::DeviceGuard guard(residual.get_device_index());
   residual = dense(residual);
   branch = dense(branch);
-  Tensor result = new_like(residual, residual.scalar_type());
+  Tensor result = new_like(residual, shim_dtype(residual));
   if (!rows) {
     add_into(result, residual, branch, rows);
   } else {
@@ -155,8 +155,8 @@ Tensor gated_residual_add_backward(Tensor grad_output, std::optional<Tensor> row
     rows = dense(*rows);
   }
   if (row_scale) check_numel("row_scale", *row_scale, rows ? rows->numel() : num_rows);
-  Tensor grad_branch =
-      rows ? new_rows(grad_output, rows->numel(), dtype) : new_like(grad_output, dtype);
+  Tensor grad_branch = rows ? new_rows(grad_output, rows->numel(), shim_dtype(dtype))
+                            : new_like(grad_output, shim_dtype(dtype));
 
   visit_dtype("grad_output", grad_output.scalar_type(), [&](auto g) {
     using G = decltype(g);

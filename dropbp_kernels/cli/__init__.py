@@ -1,0 +1,32 @@
+"""The command line.
+
+dropbp-kernels finetune   fine-tune a Llama-family model with DropBP; compares four ways on the built-in model
+dropbp-kernels info       versions, devices, and which backend serves each op here
+
+Order of a fine-tuning: `finetune` reads the settings, `corpus` and `data` make batches, `builtin` and `models` make
+the model, `training` runs the steps, `checkpoint` keeps them, `compare` measures, `plots` draws.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from . import finetune, info
+from .errors import UserError
+from .parser import Parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit code: 0, 2 for a user's error (one line on stderr), 130 when interrupted."""
+    parser = Parser(prog="dropbp-kernels", description="Fine-tuning with dropped backward propagation.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="finetune | info")
+    for command in (finetune, info):
+        command.add_parser(commands)
+    try:
+        args = parser.parse_args(argv)
+        return args.run(args)
+    except UserError as error:
+        print(f"dropbp-kernels: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("dropbp-kernels: interrupted", file=sys.stderr)
+        return 130
