@@ -31,7 +31,7 @@ import torch
 from . import reference
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
-_LADDER = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
+LADDER = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 # Stems that csrc/cuda implements; the others are served by Triton on a GPU (docs/architecture.md says why).
 CUDA_STEMS = frozenset({"gated_residual_add"})
 
@@ -149,7 +149,7 @@ def serving(stem: str, device_type: str) -> str:
     """Name of the backend that serves the ops of `stem` on `device_type` ("cpu", "cuda", ...)."""
     if device_type == "cpu" and _forced() == "triton" and is_interpreting() and "triton" not in _missing:
         return "triton"
-    return next(b for b in _LADDER.get(device_type, ("reference",)) if why_not(b, stem) is None)
+    return next(b for b in LADDER.get(device_type, ("reference",)) if why_not(b, stem) is None)
 
 
 def host() -> ModuleType | None:

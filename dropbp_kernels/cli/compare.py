@@ -1,0 +1,230 @@
+"""The four ways that are compared, the honest control among them, and what is measured of each.
+
+==================  =====================================================================================
+full backward       nothing dropped
+smaller batch       nothing dropped, with the batch whose step takes as long as ours: the honest control
+published DropBP    branches dropped by detaching them after their forward, plans drawn as published
+ours                branches decided before the forward; a dropped one runs like inference
+==================  =====================================================================================
+"""
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..handler import DropBPHandler
+from ..integrations.transformers import apply_dropbp
+from ..measure import PeakLiveBytes, saved_bytes
+from .data import Data
+from .errors import UserError
+from .models import twin
+from .settings import Settings
+from .training import Run
+
+FULL, SMALLER, PUBLISHED, OURS = "full backward", "smaller batch", "published DropBP", "ours"
+WARM_UP_ROUNDS, TIMED_ROUNDS = 1, 5
+NUM_MEASURED_PLANS = 4
+# Plans drawn for measurements come from steps far beyond any training, so that they are none of its own.
+FIRST_MEASURED_PLAN = 1 << 40
+
+
+def gate(model: nn.Module, settings: Settings, **options: Any) -> DropBPHandler:
+    """`apply_dropbp` with the run's settings; a model that it cannot gate is a user's error."""
+    options = {"sampler": settings.sampler, "grad_scale": settings.grad_scale, **options}
+    try:
+        return apply_dropbp(model, settings.drop_rate, seed=settings.seed, **options)
+    except ValueError as error:
+        raise UserError(f"--model {settings.model}: {error}") from error
+
+
+def make_runs(model: nn.Module, data: Data, settings: Settings, control_batch: int | None) -> list[Run]:
+    """Ours alone, or the four ways, each with its own trainable parameters, all starting from the same values.
+
+    control_batch: batch size of the smaller-batch control; None: measure it.
+    """
+    if not settings.compare:
+        return [Run(OURS, model, gate(model, settings), settings.batch_size, data, settings)]
+    models = {name: twin(model) for name in (FULL, SMALLER, PUBLISHED)} | {OURS: model}
+    published = {"sampler": "published", "grad_scale": 1.0, "dropped_runs": "detach", "keep_one": False}
+    handlers = {
+        PUBLISHED: gate(models[PUBLISHED], settings, **published),
+        OURS: gate(models[OURS], settings),
+    }
+    runs = {name: Run(name, models[name], handlers.get(name), settings.batch_size, data, settings) for name in models}
+    runs[SMALLER].batch_size = control_batch or equal_time_batch(runs[FULL], runs[OURS])
+    return list(runs.values())
+
+
+def equal_time_batch(full: Run, ours: Run) -> int:
+    """The batch size at which a step without dropping takes as long as a step of ours.
+
+    Times forward and backward of ours, of the full batch and of half of it, in turn; the time of other batch sizes is
+    taken to lie on the line through those two.
+    """
+    batch_size = full.batch_size
+    half = max(1, batch_size // 2)
+    if half == batch_size:
+        return 1
+    times: dict[str, list[float]] = {"full": [], "half": [], "ours": []}
+    for turn in range(WARM_UP_ROUNDS + TIMED_ROUNDS):
+        assert ours.handler is not None
+        ours.handler.set_plan(ours.handler.draw(FIRST_MEASURED_PLAN + turn).kept)
+        for key, run, size in (("full", full, batch_size), ("half", full, half), ("ours", ours, batch_size)):
+            seconds = _time_backprop(run, size)
+            if turn >= WARM_UP_ROUNDS:
+                times[key].append(seconds)
+    median = {key: statistics.median(values) for key, values in times.items()}
+    per_row = (median["full"] - median["half"]) / (batch_size - half)
+    if per_row <= 0.0:  # steps too short to tell apart: no smaller batch is faster
+        return batch_size
+    return min(batch_size, max(1, round(batch_size - (median["full"] - median["ours"]) / per_row)))
+
+
+def _time_backprop(run: Run, batch_size: int) -> float:
+    batch = run.data.batch(0, batch_size)
+    start = run.now()
+    loss = run.loss(*batch)
+    if loss.requires_grad:
+        loss.backward()
+    seconds = run.now() - start
+    run.optimizer.zero_grad()
+    return seconds
+
+
+# ---- memory
+
+
+def measure_memory(run: Run) -> dict[str, float]:
+    """Bytes saved for backward (mean over some plans) and the peak allocated in forward and backward (largest).
+
+    On steps of their own, that are not timed and change nothing: counting is slow.
+    """
+    batch = [tensor.to(run.device) for tensor in run.data.batch(0, run.batch_size)]
+    saved, peaks = [], []
+    plan = None if run.handler is None else run.handler.plan.kept
+    for index in range(NUM_MEASURED_PLANS if run.handler is not None else 1):
+        if run.handler is not None:
+            run.handler.set_plan(run.handler.draw(FIRST_MEASURED_PLAN + index).kept)
+        with saved_bytes() as counted:
+            loss = run.loss(*batch)
+        saved.append(counted.num_bytes)
+        del loss
+        peaks.append(_peak_bytes(run, batch))
+        run.optimizer.zero_grad()
+    if run.handler is not None and plan is not None:
+        run.handler.set_plan(plan)
+    return {"saved_bytes": statistics.mean(saved), "peak_live_bytes": max(peaks)}
+
+
+def _peak_bytes(run: Run, batch: Sequence[torch.Tensor]) -> int:
+    def backprop() -> None:
+        loss = run.loss(*batch)
+        if loss.requires_grad:
+            loss.backward()
+
+    if run.device.type == "cuda":
+        before = torch.cuda.memory_allocated(run.device)
+        torch.cuda.reset_peak_memory_stats(run.device)
+        backprop()
+        return torch.cuda.max_memory_allocated(run.device) - before
+    with PeakLiveBytes() as live:
+        backprop()
+    return live.peak_bytes
+
+
+# ---- numbers
+
+
+def result(run: Run, with_memory: bool = True) -> dict[str, Any]:
+    """What a run cost and reached, for the table and for report.json. Times are medians, in milliseconds."""
+    history = run.history
+    last = history.train_loss[-max(1, len(history.train_loss) // 10) :]
+    kept = 1.0 if run.handler is None else run.handler.report()["flops_kept"]
+    return {
+        "batch_size": run.batch_size,
+        "steps": len(history.step_s),
+        "forward_ms": _median_ms(history.forward_s),
+        "backward_ms": _median_ms(history.backward_s),
+        "step_ms": _median_ms(history.step_s),
+        "training_s": sum(history.step_s),
+        "calibration_s": history.calibration_s,
+        **(measure_memory(run) if with_memory else {"saved_bytes": None, "peak_live_bytes": None}),
+        # Of the branches' backward work for the full batch without dropping.
+        "backward_flops_kept": kept * run.batch_size / run.settings.batch_size,
+        "train_loss": statistics.mean(last) if last else None,
+        "validation_loss_before": history.validation[0][1] if history.validation else None,
+        "validation_loss_after": history.validation[-1][1] if len(history.validation) > 1 else None,
+        "dropbp": None if run.handler is None else run.handler.report(),
+    }
+
+
+def _median_ms(seconds: Sequence[float]) -> float | None:
+    return 1e3 * statistics.median(seconds) if seconds else None
+
+
+LOSS_FIELDS = (
+    "run",
+    "step",
+    "examples",
+    "seconds",
+    "forward_ms",
+    "backward_ms",
+    "step_ms",
+    "train_loss",
+    "validation_loss",
+)
+
+
+def loss_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """One row per run and step, for losses.csv; validation_loss is of the model after this step."""
+    rows = []
+    for run in runs:
+        history = run.history
+        validation = dict(history.validation)
+        seconds = 0.0
+        for index, loss in enumerate(history.train_loss):
+            seconds += history.step_s[index]
+            rows.append(
+                {
+                    "run": run.name,
+                    "step": index + 1,
+                    "examples": (index + 1) * run.batch_size,
+                    "seconds": round(seconds, 6),
+                    "forward_ms": round(1e3 * history.forward_s[index], 3),
+                    "backward_ms": round(1e3 * history.backward_s[index], 3),
+                    "step_ms": round(1e3 * history.step_s[index], 3),
+                    "train_loss": loss,
+                    "validation_loss": validation.get(index + 1),
+                }
+            )
+    return rows
+
+
+def print_table(results: dict[str, dict[str, Any]], settings: Settings) -> None:
+    """The table that ends a run."""
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"drop rate {settings.drop_rate:g}, {settings.adapter}, {settings.dtype} on {settings.device}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for name in results:
+        table.add_column(name, justify="right")
+
+    def add(label: str, key: str, show: Callable[[Any], str]) -> None:
+        cells = [r[key] for r in results.values()]
+        table.add_row(label, *("-" if cell is None else show(cell) for cell in cells))
+
+    add("batch size", "batch_size", str)
+    for part in ("forward", "backward", "step"):
+        add(f"{part} time, ms (median)", f"{part}_ms", lambda v: f"{v:.1f}")
+    add("peak live bytes, MiB", "peak_live_bytes", lambda v: f"{v / 2**20:.1f}")
+    add("saved for backward, MiB", "saved_bytes", lambda v: f"{v / 2**20:.1f}")
+    add("backward FLOPs kept", "backward_flops_kept", lambda v: f"{v:.1%}")
+    add("train loss (last tenth)", "train_loss", lambda v: f"{v:.4f}")
+    add("validation loss before", "validation_loss_before", lambda v: f"{v:.4f}")
+    add("validation loss after", "validation_loss_after", lambda v: f"{v:.4f}")
+    Console(width=None).print(table)

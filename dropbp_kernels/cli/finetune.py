@@ -1,0 +1,206 @@
+"""dropbp-kernels finetune: options, the order of events, and what is left in the output folder.
+
+checkpoint.pt    to go on from (--resume)                      comparison.png   with --compare
+report.json      settings, machine, results                    adapter/         with --adapter lora, in PEFT's format
+losses.csv       one row per run and step                      model/           with --adapter full
+"""
+
+import argparse
+import csv
+import datetime
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from .. import samplers
+from . import checkpoint, compare, hardware, models
+from .data import BUILTIN, load_data
+from .errors import UserError, require_finetune_packages
+from .settings import ADAPTERS, DTYPES, RATES, Settings, parse_grad_scale, resolve, settings_of
+from .training import Run, train
+
+EXAMPLES = """examples:
+  dropbp-kernels finetune                                   the built-in model and task, four ways compared
+  dropbp-kernels finetune --data builtin:docs --drop-rate 0.5
+  dropbp-kernels finetune --data notes.txt --no-compare     one run of ours
+  dropbp-kernels finetune --model owner/llama --data chats.jsonl --seq-len 1024 --batch-size 4
+  dropbp-kernels finetune --resume runs/finetune-20250101-120000
+"""
+INTERRUPTED = 130
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "finetune",
+        help="fine-tune a Llama-family model with DropBP",
+        description="Fine-tune a Llama-family model with DropBP. On the built-in model, four ways are compared.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # what is not given comes from Settings, or from the checkpoint
+        allow_abbrev=False,
+    )
+
+    def add(name: str, text: str, **options: Any) -> None:
+        default = getattr(Settings, name.lstrip("-").replace("-", "_"))
+        shown = "" if default is None or text == argparse.SUPPRESS else f" (default: {default})"
+        parser.add_argument(name, help=text + shown, **options)
+
+    add("--model", "'builtin', a Hugging Face hub id, or a local checkpoint folder")
+    add(
+        "--data",
+        f"{', '.join(BUILTIN)}, a .txt or .jsonl file, or a folder of those; keys of .jsonl: text, or prompt "
+        "and completion, or messages",
+    )
+    add("--adapter", f"{' or '.join(ADAPTERS)}: LoRA on all linear layers, or train everything")
+    add("--lora-rank", "rank of the LoRA matrices", type=int)
+    add("--drop-rate", "share of the branches' backward to drop, 0 <= drop rate < 1", type=float)
+    add("--rates", f"{' or '.join(RATES)}: equal drop rates, or allocated after a tenth of the steps")
+    add("--sampler", f"how plans are drawn: {', '.join(samplers.SAMPLERS)}")
+    add("--grad-scale", "factor on the gradient entering a kept branch, or 'unbiased'", type=parse_grad_scale)
+    add("--steps", "optimizer steps", type=int)
+    add("--batch-size", "rows of a batch", type=int)
+    add("--seq-len", "most tokens of a row", type=int)
+    add("--learning-rate", "peak of the learning rate (default: by model and adapter)", type=float)
+    add("--dtype", f"{', '.join(DTYPES)}; auto: bfloat16 on a GPU, else float32")
+    add("--device", "auto, cpu, cuda, cuda:1, ...")
+    add("--seed", "seed of data order, adapter and drop plans", type=int)
+    parser.add_argument(
+        "--compare",
+        action=argparse.BooleanOptionalAction,
+        help="compare with no dropping, with a smaller batch of equal time and with published DropBP "
+        "(default: with the built-in model only)",
+    )
+    add("--save-every", "steps between checkpoints; 0: only when interrupted", type=int)
+    parser.add_argument("--output", metavar="DIR", help="output folder (default: a new one under runs/)")
+    parser.add_argument("--resume", metavar="DIR", help="go on from the checkpoint in this output folder")
+    add("--pretrain-steps", argparse.SUPPRESS, type=int)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    require_finetune_packages()
+    given = vars(args)
+    explicit = {field.name: given[field.name] for field in fields(Settings) if field.name in given}
+    resumed: dict[str, Any] | None = None
+    if "resume" in given:
+        folder, resumed = checkpoint.load(given["resume"])
+        if "output" in given and Path(given["output"]).resolve() != folder.resolve():
+            raise UserError(f"--output: a resumed run writes to the folder of its checkpoint, {folder}")
+        settings = settings_of(resumed["settings"], explicit)
+    else:
+        settings = Settings(**explicit)
+    settings = resolve(settings)
+    if resumed is None:
+        folder = _new_folder(given.get("output"))
+    return _finetune(settings, folder, resumed)
+
+
+def _new_folder(name: str | None) -> Path:
+    """The output folder: new, or empty; not yet made."""
+    if name is None:
+        stem = Path("runs", f"finetune-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+        tries = (stem.with_name(f"{stem.name}{suffix}") for suffix in ("", *(f"-{n}" for n in range(2, 100))))
+        folder = next(path for path in tries if not path.exists())
+    else:
+        folder = Path(name).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--output {folder}: expected a new or empty folder; to go on with the run in it, use --resume")
+    return folder
+
+
+def _finetune(settings: Settings, folder: Path, resumed: dict[str, Any] | None) -> int:
+    begin = time.perf_counter()
+    tokenizer = models.load_tokenizer(settings)
+    data = load_data(settings.data, tokenizer, settings.seq_len, settings.seed)
+    try:  # after all that can be wrong with the options, before any work
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {folder}: {error.strerror}") from error
+    model = models.load_model(settings, data)
+    identity = {"model": models.fingerprint(model), "data": data.fingerprint()}
+    first_step, control_batch = 0, None
+    if resumed is not None:
+        checkpoint.check(resumed, identity)
+        first_step = resumed["step"]
+        control_batch = resumed["runs"].get(compare.SMALLER, {}).get("batch_size")
+    _print_plan(settings, data, folder)
+    runs = compare.make_runs(model, data, settings, control_batch)
+    if resumed is not None:
+        for run in runs:
+            run.load_state_dict(resumed["runs"][run.name])
+        print(f"going on after {first_step} of {settings.steps} steps")
+    for run in runs:
+        if run.name == compare.SMALLER:
+            print(
+                f"control: without dropping, a batch of {run.batch_size} takes as long as ours of {settings.batch_size}"
+            )
+
+    def save(step: int) -> None:
+        checkpoint.save(folder, asdict(settings), identity, step, runs)
+
+    from tqdm import tqdm
+
+    done = train(runs, settings, first_step, save, tqdm.write)
+    is_finished = done == settings.steps
+    results = {run.name: compare.result(run, with_memory=is_finished) for run in runs}
+    report = {
+        "finished": is_finished,
+        "steps_done": done,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "git_commit": hardware.git_commit(),
+        "versions": hardware.versions(),
+        "hardware": hardware.hardware(),
+        "settings": {name: value for name, value in asdict(settings).items() if name != "pretrain_steps"},
+        "data": data.summary(),
+        "results": results,
+        "wall_s": time.perf_counter() - begin,
+    }
+    _write(folder, report, runs)
+    if not is_finished:
+        print(
+            f"interrupted after {done} of {settings.steps} steps; to go on: dropbp-kernels finetune --resume {folder}"
+        )
+        return INTERRUPTED
+    compare.print_table(results, settings)
+    if settings.compare:
+        from .plots import draw_comparison
+
+        draw_comparison(runs, results, settings, folder / "comparison.png")
+    _save_model(runs[-1], tokenizer, folder)
+    (folder / checkpoint.FILENAME).unlink(missing_ok=True)
+    print(
+        f"written to {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))} "
+        f"({report['wall_s']:.0f} s in total)"
+    )
+    return 0
+
+
+def _print_plan(settings: Settings, data: Any, folder: Path) -> None:
+    facts = data.summary()
+    print(
+        f"model {settings.model}, {settings.adapter}, learning rate {settings.learning_rate:g}, {settings.dtype} on "
+        f"{settings.device}\ndata {facts['name']}: {facts['train_rows']} rows to train "
+        f"({facts['train_tokens']} tokens, {facts['train_tokens_with_loss']} with loss), "
+        f"{facts['validation_rows']} to validate\n{settings.steps} steps of {settings.batch_size} rows, drop rate "
+        f"{settings.drop_rate:g}; output in {folder}"
+    )
+
+
+def _write(folder: Path, report: dict[str, Any], runs: Sequence[Run]) -> None:
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    rows = compare.loss_rows(runs)
+    with open(folder / "losses.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, compare.LOSS_FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _save_model(run: Run, tokenizer: Any, folder: Path) -> None:
+    """What was trained by ours, for from_pretrained of transformers or PEFT."""
+    target = folder / ("adapter" if run.settings.adapter == "lora" else "model")
+    run.model.save_pretrained(target)  # type: ignore[operator]
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(target)

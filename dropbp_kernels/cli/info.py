@@ -1,0 +1,66 @@
+"""dropbp-kernels info: versions, devices, and which backend serves each op here and why the better ones do not."""
+
+import argparse
+import json
+from typing import Any
+
+from .. import _backend
+from ..ops.schema import SCHEMAS
+from . import hardware
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "info",
+        help="versions, devices, and which backend serves each op here",
+        description="Show versions, devices, and which backend serves each op on this machine, and why others do not.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    facts = collect()
+    print(json.dumps(facts, indent=2) if args.json else as_text(facts))
+    return 0
+
+
+def collect() -> dict[str, Any]:
+    """All facts, as plain values."""
+    return {
+        "versions": hardware.versions(),
+        "hardware": hardware.hardware(),
+        "host": _host(),
+        "ops": [_serving(stem, device) for stem in SCHEMAS for device in _backend.LADDER],
+    }
+
+
+def _host() -> str:
+    return "plain Python: _host was not built" if _backend.host() is None else "C++ (_host)"
+
+
+def _serving(stem: str, device: str) -> dict[str, Any]:
+    backend = _backend.serving(stem, device)
+    better = _backend.LADDER[device]
+    better = better[: better.index(backend)] if backend in better else ()
+    return {
+        "op": stem,
+        "device": device,
+        "backend": backend,
+        "not_served_by": {name: _backend.why_not(name, stem) for name in better},
+    }
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    lines = ["versions"]
+    lines += [f"  {name:<26} {value or 'not there'}" for name, value in facts["versions"].items()]
+    machine = facts["hardware"]
+    lines += ["", "devices", f"  {'cpu':<26} {machine['cpu']}, {machine['torch_threads']} threads"]
+    lines += [f"  {'cuda:' + str(index):<26} {gpu}" for index, gpu in enumerate(machine["gpus"])]
+    if not machine["gpus"]:
+        lines.append(f"  {'cuda':<26} no device")
+    lines += ["", f"drop-rate allocation: {facts['host']}", "", "ops"]
+    for entry in facts["ops"]:
+        lines.append(f"  {entry['op']:<26} {entry['device']:<6} {entry['backend']}")
+        lines += [f"  {'':<33} not {name}: {reason}" for name, reason in entry["not_served_by"].items()]
+    return "\n".join(lines)

@@ -1,0 +1,95 @@
+"""The model to fine-tune, its tokenizer and its adapter. Imports transformers and PEFT when called, not before."""
+
+import copy
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import builtin
+from .data import Data
+from .errors import UserError
+from .settings import Settings
+
+LORA_ALPHA_PER_RANK = 2
+FINGERPRINT_VALUES = 256
+
+
+def load_tokenizer(settings: Settings) -> Any:
+    if settings.model == builtin.NAME:
+        return builtin.ByteTokenizer()
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {settings.model}: no tokenizer could be loaded: {_first_line(error)}") from error
+    tokenizer.model_max_length = 2**31  # whole documents are encoded, then cut into rows: no warning about that
+    return tokenizer
+
+
+def load_model(settings: Settings, data: Data) -> nn.Module:
+    """The model with its adapter, on its device, in training mode; gates come later.
+
+    Full fine-tuning keeps float32 weights, under autocast; with LoRA the frozen weights are held in --dtype.
+    Errors: UserError when it cannot be loaded or does not fit the data.
+    """
+    from transformers import AutoModelForCausalLM
+
+    device = torch.device(settings.device)
+    source: str | Path = settings.model
+    if settings.model == builtin.NAME:
+        source = builtin.ensure_pretrained(settings.recipe(), device)
+    dtype = torch.float32 if settings.adapter == "full" else settings.torch_dtype()
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {settings.model}: {_first_line(error)}") from error
+    model.config.use_cache = False
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and settings.seq_len > limit:
+        raise UserError(
+            f"--seq-len: expected at most {limit}, which is what the model was made for, got {settings.seq_len}"
+        )
+    if (largest := data.max_id()) >= model.get_input_embeddings().num_embeddings:
+        raise UserError(
+            f"--model {settings.model}: the tokenizer gives token {largest}, but the model has only "
+            f"{model.get_input_embeddings().num_embeddings} embeddings"
+        )
+    if settings.adapter == "lora":
+        model = _with_lora(model, settings)
+    return model.to(device).train()
+
+
+def _with_lora(model: Any, settings: Settings) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(settings.seed)  # the initial adapter
+    config = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=LORA_ALPHA_PER_RANK * settings.lora_rank,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy with trainable parameters of its own; frozen ones are shared, so that a large base is held once."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of names, shapes and some values of all parameters: tells one model from another, cheaply."""
+    digest = hashlib.sha1()
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()[:FINGERPRINT_VALUES].float().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,156 @@
+"""What a fine-tuning run is asked to do: one flat, frozen record that a checkpoint can hold."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..allocation import allocate
+from ..samplers import SAMPLERS
+from . import builtin
+from .data import check_data_path
+from .errors import UserError
+
+ADAPTERS = ("lora", "full")
+RATES = ("uniform", "sensitivity")
+DTYPES = ("auto", "float32", "bfloat16")
+LEARNING_RATES = {  # (is built-in, adapter): the built-in model is small and takes larger steps
+    (True, "lora"): 4e-3,
+    (True, "full"): 1e-3,
+    (False, "lora"): 2e-4,
+    (False, "full"): 2e-5,
+}
+# What a resumed run may have different without being another run.
+FREE_ON_RESUME = ("save_every", "device")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Fields are the options of `dropbp-kernels finetune`; None and "auto" are decided by `resolve`."""
+
+    model: str = builtin.NAME
+    data: str = "builtin:docstrings"
+    adapter: str = "lora"
+    lora_rank: int = 8
+    drop_rate: float = 0.75
+    rates: str = "uniform"
+    sampler: str = "balanced"
+    grad_scale: float | str = 1.0
+    steps: int = 120
+    batch_size: int = 16
+    seq_len: int = 256
+    learning_rate: float | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    seed: int = 0
+    compare: bool | None = None
+    save_every: int = 50
+    pretrain_steps: int = builtin.Recipe.steps
+
+    def recipe(self) -> builtin.Recipe:
+        """How the built-in model is pretrained."""
+        return replace(builtin.Recipe(), steps=self.pretrain_steps)
+
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+
+def resolve(settings: Settings) -> Settings:
+    """Check every value and decide those that are left to us. Reads nothing but the names of files.
+
+    Errors: UserError that names the option, what was expected and what came.
+    """
+    _check(settings)
+    is_builtin = settings.model == builtin.NAME
+    device = _device(settings.device)
+    dtype = settings.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    learning_rate = settings.learning_rate
+    if learning_rate is None:
+        learning_rate = LEARNING_RATES[is_builtin, settings.adapter]
+    return replace(
+        settings,
+        device=str(device),
+        dtype=dtype,
+        learning_rate=learning_rate,
+        compare=is_builtin if settings.compare is None else settings.compare,
+    )
+
+
+def _check(settings: Settings) -> None:
+    choices = {"adapter": ADAPTERS, "rates": RATES, "dtype": DTYPES, "sampler": tuple(SAMPLERS)}
+    for name, allowed in choices.items():
+        if (value := getattr(settings, name)) not in allowed:
+            raise UserError(f"{_option(name)}: expected one of {', '.join(allowed)}, got {value!r}")
+    for name in ("lora_rank", "steps", "batch_size", "pretrain_steps"):
+        if (value := getattr(settings, name)) < 1:
+            raise UserError(f"{_option(name)}: expected at least 1, got {value}")
+    if settings.seq_len < 16:
+        raise UserError(f"--seq-len: expected at least 16, got {settings.seq_len}")
+    if settings.save_every < 0:
+        raise UserError(f"--save-every: expected 0 (only when interrupted) or more, got {settings.save_every}")
+    if not 0.0 <= settings.drop_rate < 1.0:
+        raise UserError(f"--drop-rate: expected 0 <= drop_rate < 1, got {settings.drop_rate}")
+    if settings.learning_rate is not None and not 0.0 < settings.learning_rate < float("inf"):
+        raise UserError(f"--learning-rate: expected a positive number, got {settings.learning_rate}")
+    if settings.rates == "sensitivity":
+        try:  # FLOPs differ between branches, but the limit on the rate does not depend on them
+            allocate([1.0, 1.0], [1e9, 1e9], settings.drop_rate)
+        except ValueError as error:
+            raise UserError(f"--drop-rate with --rates sensitivity: {error}") from error
+    if settings.model == builtin.NAME:
+        if settings.seq_len > builtin.MAX_SEQ_LEN:
+            raise UserError(f"--seq-len: expected at most {builtin.MAX_SEQ_LEN}, got {settings.seq_len}")
+    else:
+        _check_model_path(settings.model)
+    check_data_path(settings.data)
+
+
+def _check_model_path(name: str) -> None:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"--model {name}: expected a Hugging Face checkpoint, but the folder has no config.json")
+    elif path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"--model {name}: expected 'builtin', a folder or a hub id such as owner/name; no such folder")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def parse_grad_scale(text: str) -> float | str:
+    """ "unbiased" or a number."""
+    return text if text == "unbiased" else float(text)
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def settings_of(saved: dict[str, Any], explicit: dict[str, Any]) -> Settings:
+    """Settings of a resumed run: those saved; `explicit` are the options on the command line.
+
+    Errors: UserError when an option contradicts the saved run.
+    """
+    names = {field.name for field in fields(Settings)}
+    if set(saved) != names:
+        raise UserError("--resume: the checkpoint was written by another version of dropbp_kernels")
+    for name, value in explicit.items():
+        if name not in FREE_ON_RESUME and value != saved[name]:
+            raise UserError(f"--resume: the checkpoint was made with {_option(name)} {saved[name]}, got {value}")
+    return replace(Settings(**saved), **{name: explicit[name] for name in FREE_ON_RESUME if name in explicit})
+
+
+def as_dict(settings: Settings, is_public: Callable[[str], bool] = lambda name: True) -> dict[str, Any]:
+    return {name: value for name, value in asdict(settings).items() if is_public(name)}

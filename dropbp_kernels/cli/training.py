@@ -1,0 +1,223 @@
+"""The steps of a fine-tuning: one or several runs side by side, on the same stream of data.
+
+Everything random in a step is a pure function of (seed, step): the batch, the drop plan, the dropout noise. So a
+checkpoint needs no generator state, and runs that are compared differ only where they are meant to.
+"""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..handler import DropBPHandler
+from .builtin import scheduled
+from .data import IGNORED, Data
+from .errors import UserError
+from .settings import Settings
+
+MAX_GRAD_NORM = 1.0
+WEIGHT_DECAY = 0.0
+NUM_VALIDATIONS = 4  # after the one before the first step
+
+
+@dataclass
+class History:
+    """What one run has seen so far; one entry per step, times in seconds. validation: (steps done, loss)."""
+
+    train_loss: list[float] = field(default_factory=list)
+    forward_s: list[float] = field(default_factory=list)
+    backward_s: list[float] = field(default_factory=list)
+    step_s: list[float] = field(default_factory=list)
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    calibration_s: float = 0.0
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> "History":
+        return cls(**{**state, "validation": [(step, loss) for step, loss in state["validation"]]})
+
+
+class Run:
+    """One model on its way: model, handler (None: nothing is dropped), optimizer and history."""
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        handler: DropBPHandler | None,
+        batch_size: int,
+        data: Data,
+        settings: Settings,
+    ):
+        self.name = name
+        self.model = model
+        self.handler = handler
+        self.batch_size = batch_size
+        self.data = data
+        self.settings = settings
+        self.device = torch.device(settings.device)
+        self.history = History()
+        self.num_tokens = 0
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        assert settings.learning_rate is not None
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=settings.learning_rate,
+            weight_decay=WEIGHT_DECAY,
+            fused=self.device.type in ("cpu", "cuda"),
+        )
+
+    def loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Mean loss over the labelled tokens of a batch, which is moved to the device."""
+        is_mixed = self.settings.dtype != "float32"
+        with torch.autocast(self.device.type, self.settings.torch_dtype()) if is_mixed else contextlib.nullcontext():
+            return self.model(input_ids=input_ids.to(self.device), labels=labels.to(self.device)).loss
+
+    def step(self, step: int) -> None:
+        """One optimizer step on batch `step`."""
+        torch.manual_seed(self.settings.seed * 1_000_003 + step)  # dropout, where the model has any
+        batch = [tensor.to(self.device) for tensor in self.data.batch(step, self.batch_size)]
+        if self.handler is not None and self._is_calibration_due(step):
+            self._calibrate(batch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * scheduled(step, self.settings.steps)  # type: ignore[operator]
+
+        start = self.now()
+        if self.handler is not None:
+            self.handler.step()
+        loss = self.loss(*batch)
+        forward_done = self.now()
+        if loss.requires_grad:  # the published way of drawing plans may drop every branch
+            loss.backward()
+        backward_done = self.now()
+        nn.utils.clip_grad_norm_(self.parameters.values(), MAX_GRAD_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        done = self.now()
+
+        history = self.history
+        history.forward_s.append(forward_done - start)
+        history.backward_s.append(backward_done - forward_done)
+        history.step_s.append(done - start)
+        history.train_loss.append(loss.item())
+        self.num_tokens += batch[0].numel()
+        if not history.train_loss[-1] < float("inf"):
+            raise UserError(
+                f"{self.name}: the loss is {history.train_loss[-1]} at step {step}; "
+                f"lower --learning-rate (now {self.settings.learning_rate})"
+            )
+
+    def now(self) -> float:
+        """A clock that waits for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _is_calibration_due(self, step: int) -> bool:
+        assert self.handler is not None
+        is_late_enough = step >= self.settings.steps // 10
+        return self.settings.rates == "sensitivity" and is_late_enough and self.handler.sensitivities is None
+
+    def _calibrate(self, batch: Sequence[Tensor]) -> None:
+        assert self.handler is not None
+        start = self.now()
+        self.handler.calibrate(lambda: self.loss(*batch).backward())
+        self.history.calibration_s += self.now() - start
+
+    @torch.no_grad()
+    def validate(self, step: int) -> float:
+        """Mean loss over all labelled validation tokens, after `step` steps."""
+        self.model.eval()
+        total, num_tokens = 0.0, 0
+        for input_ids, labels in self.data.validation_batches(self.settings.batch_size):
+            num = int((labels[:, 1:] != IGNORED).sum())
+            total += self.loss(input_ids, labels).item() * num
+            num_tokens += num
+        self.model.train()
+        self.history.validation.append((step, total / num_tokens))
+        return total / num_tokens
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "batch_size": self.batch_size,
+            "parameters": {name: parameter.detach() for name, parameter in self.parameters.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "handler": None if self.handler is None else self.handler.state_dict(),
+            "history": asdict(self.history),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state["parameters"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.handler is not None:
+            self.handler.load_state_dict(state["handler"])
+        self.history = History.from_dict(state["history"])
+
+
+def train(
+    runs: Sequence[Run], settings: Settings, first_step: int, save: Callable[[int], None], note: Callable[[str], None]
+) -> int:
+    """Run the steps from first_step on, all runs in turn at each of them; return how many steps are done.
+
+    The runs take turns in who comes first, so that none always finds the caches as the same other left them.
+    Ctrl-C ends after the step under way, with every run at the same step; `save` was called then.
+    """
+    from tqdm import tqdm
+
+    steps = settings.steps
+    validate_every = max(1, -(-steps // NUM_VALIDATIONS))
+    done = first_step
+    bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True, desc="fine-tuning")
+    with bar, _until_interrupted() as interrupted:
+        if not runs[0].history.validation:
+            _validate(runs, 0, note)
+        start = time.perf_counter()
+        while done < steps and not interrupted.is_set():
+            for index in range(len(runs)):
+                runs[(done + index) % len(runs)].step(done)
+            done += 1
+            bar.set_postfix_str(_postfix(runs, time.perf_counter() - start), refresh=False)
+            bar.update()
+            if done == steps or done % validate_every == 0:
+                _validate(runs, done, note)
+            if settings.save_every and done % settings.save_every == 0 and done < steps:
+                save(done)
+        if done < steps:
+            save(done)
+    return done
+
+
+def _validate(runs: Sequence[Run], step: int, note: Callable[[str], None]) -> None:
+    losses = [f"{run.name} {run.validate(step):.4f}" for run in runs]
+    note(f"validation loss after {step} steps: {', '.join(losses)}")
+
+
+def _postfix(runs: Sequence[Run], seconds: float) -> str:
+    tokens_per_s = sum(run.num_tokens for run in runs) / seconds
+    return f"loss {runs[-1].history.train_loss[-1]:.3f}, {tokens_per_s:,.0f} tokens/s"
+
+
+@contextlib.contextmanager
+def _until_interrupted() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets; the second one interrupts at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event  # signals are for the main thread
+        return
+
+    def handle(signum: int, frame: Any) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, previous)
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, previous)
