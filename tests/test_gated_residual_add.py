@@ -257,6 +257,25 @@ def test_only_the_branch_needs_a_gradient(backend, device):
     assert torch.equal(branch.grad, torch.full_like(branch, 2.0))
 
 
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_in_place_on_a_constant_or_a_view(backend, device, options):
+    options = on(device, options)
+    _, branch = leaves(num_rows=count(options), device=device)
+    constant = torch.zeros(3, 2, 5, device=device)
+    output = gated_residual_add(constant, branch, inplace=True, **options)
+    assert output is constant
+    (expected,) = torch.autograd.grad(output.sum(), branch)
+
+    memory = torch.zeros(3, 2, 10, device=device, requires_grad=True)
+    whole = memory * 1
+    gated_residual_add(whole[..., ::2], branch, inplace=True, **options)
+    grads = torch.autograd.grad(whole.sum(), (memory, branch))
+    assert torch.equal(grads[0], torch.ones_like(memory))
+    assert torch.equal(grads[1], expected)
+    torch.testing.assert_close(whole[..., ::2], output)
+    assert whole[..., 1::2].abs().max() == 0
+
+
 @pytest.mark.parametrize("options", [{}, {"rows": torch.tensor([0, 2])}])
 @pytest.mark.parametrize("is_kept", [True, False])
 def test_in_place_on_a_saved_residual_is_caught(backend, device, options, is_kept):
@@ -346,6 +365,7 @@ def test_inductor_matches_eager():
             ValueError,
             r"grad_scale: expected .* \(3,\), got shape \(2,\)",
         ),
+        (((3, 4), (3, 4)), {"grad_scale": "2"}, TypeError, "grad_scale: expected a number or a tensor, got str"),
         (((3, 4), (3, 4)), {"grad_scale": torch.ones(3).int()}, TypeError, "grad_scale: expected a float dtype"),
     ],
 )

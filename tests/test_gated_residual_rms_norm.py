@@ -459,10 +459,11 @@ def test_agrees_with_torch_rms_norm(backend, device):
         (((3, 4), (3, 4), (5,)), {}, ValueError, r"weight: expected shape \(4,\), got \(5,\)"),
         (((3, 4), (3, 4), (1, 4)), {}, ValueError, r"weight: expected shape \(4,\), got \(1, 4\)"),
         (((), (), (1,)), {}, ValueError, "weight: expected shape"),
+        (((3, 4), (3, 4), (4,)), {"grad_scale": torch.ones(3)}, TypeError, "grad_scale: expected a number, got Tensor"),
         (((3, 4), (3, 4), (4,)), {"casting": "phi"}, ValueError, "casting: expected one of llama, gemma, got 'phi'"),
     ],
 )
-def test_wrong_shapes_and_casting(shapes, options, error, message):
+def test_wrong_shapes_and_options(shapes, options, error, message):
     with pytest.raises(error, match=message):
         gated_residual_rms_norm(*(torch.randn(shape) for shape in shapes), **options)
 

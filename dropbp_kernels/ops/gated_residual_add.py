@@ -32,7 +32,7 @@ def gated_residual_add(
 
     Shapes: residual (R, ..., D); branch alike, or (K, ..., D) with rows int64 (K,), the unique places along dim 0
             where it is added. grad_scale: a number, or (K,) of any float dtype, a factor for each index of the
-            branch's dim 0; a zero skips the row. Result like residual. Empty tensors are allowed.
+            branch's dim 0, a constant; a zero skips the row. Result like residual. Empty tensors are allowed.
     Dtypes: float32, float16, bfloat16, float64; residual may be wider than branch. Summed in float32 (float64 for a
             float64 residual), rounded once to residual's dtype. The branch's gradient has the branch's dtype.
     Errors: ValueError when shapes or devices do not fit, or inplace meets a leaf that requires grad; TypeError when a
@@ -51,8 +51,10 @@ def gated_residual_add(
     if isinstance(grad_scale, Tensor):
         _check_row_scale(grad_scale, branch)
         grad_scale, row_scale = 1.0, grad_scale
-    else:
+    elif isinstance(grad_scale, (float, int)):
         row_scale = None
+    else:
+        raise TypeError(f"grad_scale: expected a number or a tensor, got {type(grad_scale).__name__}")
 
     is_recorded = torch.is_grad_enabled()
     if inplace and is_recorded and residual.requires_grad and residual.is_leaf:

@@ -65,6 +65,8 @@ def gated_residual_rms_norm(
         raise ValueError(f"branch, weight: expected on {residual.device}, got {branch.device}, {weight.device}")
     if casting not in CASTINGS:
         raise ValueError(f"casting: expected one of {', '.join(CASTINGS)}, got {casting!r}")
+    if not isinstance(grad_scale, (float, int)):
+        raise TypeError(f"grad_scale: expected a number, got {type(grad_scale).__name__}")
     gemma = casting == "gemma"
 
     stream_needs_grad = residual.requires_grad or branch.requires_grad
