@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .. import _backend
-from . import corpus
+from . import corpus, progress
 
 NAME = "builtin"
 MAX_SEQ_LEN = 1024
@@ -86,7 +86,6 @@ def ensure_pretrained(recipe: Recipe, device: torch.device) -> Path:
 
 def _pretrain(recipe: Recipe, device: torch.device) -> tuple[Any, float]:
     """Train from scratch; return the model and the mean loss of the last twenty steps."""
-    from tqdm import tqdm
     from transformers import LlamaConfig, LlamaForCausalLM
 
     text = "".join(f"# {name}\n{source}\n" for name, source in corpus.modules(corpus.PRETRAINING)).encode()
@@ -111,8 +110,7 @@ def _pretrain(recipe: Recipe, device: torch.device) -> tuple[Any, float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), fused=True)
     starts = torch.Generator().manual_seed(recipe.seed)
     losses: list[float] = []
-    description = "pretraining the built-in model (once)"
-    with tqdm(total=recipe.steps, desc=description, unit="step", dynamic_ncols=True) as bar:
+    with progress.bar("pretraining the built-in model (once)", recipe.steps) as bar:
         for step in range(recipe.steps):
             first = torch.randint(len(tokens) - recipe.seq_len, (recipe.batch_size, 1), generator=starts)
             ids = tokens[first + torch.arange(recipe.seq_len)].to(device, torch.int64)

@@ -227,4 +227,7 @@ def print_table(results: dict[str, dict[str, Any]], settings: Settings) -> None:
     add("train loss (last tenth)", "train_loss", lambda v: f"{v:.4f}")
     add("validation loss before", "validation_loss_before", lambda v: f"{v:.4f}")
     add("validation loss after", "validation_loss_after", lambda v: f"{v:.4f}")
-    Console(width=None).print(table)
+    console = Console()
+    if not console.is_terminal:  # a log has room, and rich would take it for 80 columns
+        console = Console(width=120)
+    console.print(table)

@@ -44,7 +44,8 @@ def fingerprint(half: int) -> str:
     return digest.hexdigest()
 
 
-def docstring_pairs(max_bytes: int) -> list[tuple[str, str]]:
+@functools.cache
+def docstring_pairs(max_bytes: int) -> tuple[tuple[str, str], ...]:
     r"""(prompt, completion) for each documented function and class of the fine-tuning half.
 
     The prompt is the source without its docstring, then the opening \"\"\"; the completion is the docstring and the
@@ -63,7 +64,7 @@ def docstring_pairs(max_bytes: int) -> list[tuple[str, str]]:
                 continue
             code = lines[node.lineno - 1 : expression.lineno - 1] + lines[expression.end_lineno : node.end_lineno]
             pairs.append(_fit(textwrap.dedent("\n".join(code)), documentation, max_bytes))
-    return pairs
+    return tuple(pairs)
 
 
 def _fit(code: str, documentation: str, max_bytes: int) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,12 @@ def load_model(settings: Settings, data: Data) -> nn.Module:
     Errors: UserError when it cannot be loaded or does not fit the data.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
     device = torch.device(settings.device)
     source: str | Path = settings.model
     if settings.model == builtin.NAME:
+        disable_progress_bar()  # a model of this size is read in no time
         source = builtin.ensure_pretrained(settings.recipe(), device)
     dtype = torch.float32 if settings.adapter == "full" else settings.torch_dtype()
     try:
@@ -73,7 +76,9 @@ def _with_lora(model: Any, settings: Settings) -> Any:
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    with warnings.catch_warnings():  # PEFT asks transformers by a name that is on its way out
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+        return get_peft_model(model, config)
 
 
 def twin(model: nn.Module) -> nn.Module:

@@ -40,6 +40,7 @@ def draw_comparison(runs: Sequence[Run], results: dict[str, dict[str, Any]], set
             x=0.01,
             ha="left",
         )
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
         figure.savefig(path, dpi=150)
         plt.close(figure)
 
@@ -51,17 +52,16 @@ def _draw_losses(axes: Any, runs: Sequence[Run], against: str) -> None:
         for step_s in history.step_s:
             seconds.append(seconds[-1] + step_s)
         places: Sequence[float] = seconds if against == "seconds" else range(len(seconds))
-        axes.plot(places[1:], _smooth(history.train_loss), color=color, linewidth=1, alpha=0.45)
+        if against == "steps":  # against time, the noise of a small batch would hide the rest
+            axes.plot(places[1:], _smooth(history.train_loss), color=color, linewidth=1, alpha=0.4)
         steps = [step for step, _ in history.validation]
         losses = [loss for _, loss in history.validation]
         label = f"{run.name} (batch {run.batch_size})" if run.name == SMALLER else run.name
         axes.plot([places[step] for step in steps], losses, "o-", color=color, markersize=4, label=label)
     axes.set_xlabel("seconds of training" if against == "seconds" else "steps")
     axes.set_ylabel("loss")
-    axes.set_title(f"Loss against {'time' if against == 'seconds' else 'steps'}")
+    axes.set_title("Validation loss against time" if against == "seconds" else "Loss (thin: training) against steps")
     axes.grid(alpha=0.25)
-    if against == "steps":
-        axes.legend(frameon=False, title="dots: validation, thin: training", alignment="left")
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
@@ -85,8 +85,13 @@ def _draw_times(axes: Any, results: dict[str, dict[str, Any]]) -> None:
         axes.text(place, f / 2, f"forward {f:.0f}", ha="center", va="center", fontsize=8)
         axes.text(place, f + b / 2, f"backward {b:.0f}", ha="center", va="center", fontsize=8, color="white")
         axes.text(place, total, f"{total:.0f} ms", ha="center", va="bottom")
+    axes.set_xticks(range(len(names)), _wrapped(names))
     axes.set_ylabel("ms, median")
     axes.set_title("Time of a step (top: optimizer)")
+
+
+def _wrapped(names: Sequence[str]) -> list[str]:
+    return [name.replace(" ", "\n") for name in names]
 
 
 def _draw_memory(axes: Any, results: dict[str, dict[str, Any]]) -> None:
@@ -98,6 +103,6 @@ def _draw_memory(axes: Any, results: dict[str, dict[str, Any]]) -> None:
         axes.bar(places, values, width, color=[COLORS[name] for name in names], alpha=alpha)
         for place, value in zip(places, values, strict=True):
             axes.text(place, value, f"{value:.0f}", ha="center", va="bottom")
-    axes.set_xticks(range(len(names)), names)
-    axes.set_ylabel("MiB")
-    axes.set_title("Memory (left: peak live in a step, right: saved for backward)")
+    axes.set_xticks(range(len(names)), _wrapped(names))
+    axes.set_ylabel("MiB, peak of a step")
+    axes.set_title("Memory (pale: saved for backward in all)")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..handler import DropBPHandler
+from . import progress
 from .builtin import scheduled
 from .data import IGNORED, Data
 from .errors import UserError
@@ -169,13 +170,10 @@ def train(
     The runs take turns in who comes first, so that none always finds the caches as the same other left them.
     Ctrl-C ends after the step under way, with every run at the same step; `save` was called then.
     """
-    from tqdm import tqdm
-
     steps = settings.steps
     validate_every = max(1, -(-steps // NUM_VALIDATIONS))
     done = first_step
-    bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True, desc="fine-tuning")
-    with bar, _until_interrupted() as interrupted:
+    with progress.bar("fine-tuning", steps, first_step) as bar, _until_interrupted() as interrupted:
         if not runs[0].history.validation:
             _validate(runs, 0, note)
         start = time.perf_counter()

@@ -1,0 +1,255 @@
+"""Rows, labels, splits and batches of the command line's data, with every error it can meet."""
+
+import json
+
+import pytest
+import torch
+
+from dropbp_kernels.cli import corpus
+from dropbp_kernels.cli.builtin import ByteTokenizer
+from dropbp_kernels.cli.data import IGNORED, Data, Document, Row, check_data_path, encode, load_data
+from dropbp_kernels.cli.errors import UserError
+
+TOKENIZER = ByteTokenizer()
+END = TOKENIZER.eos_token_id
+BEGIN = TOKENIZER.bos_token_id
+
+
+class ChatTokenizer(ByteTokenizer):
+    """Renders <role>content| for each message; optionally forgets earlier thoughts, as templates of thinkers do."""
+
+    chat_template = "yes"
+
+    def __init__(self, forgets=False, opens_thought=False):
+        self.forgets = forgets
+        self.opens_thought = opens_thought
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt=False):
+        assert tokenize is False
+        if messages and messages[0]["role"] == "nobody":
+            raise ValueError("unknown role nobody")
+        parts = []
+        for index, message in enumerate(messages):
+            content = message["content"]
+            if self.forgets and message["role"] == "assistant" and index < len(messages) - 1:
+                content = content.replace("(thought)", "")
+            parts.append(f"<{message['role']}>{content}|")
+        prompt = "<assistant>" + ("(open)" if self.opens_thought else "")
+        return "".join(parts) + (prompt if add_generation_prompt else "")
+
+
+def write_lines(path, *entries):
+    path.write_text(
+        "\n".join(entry if isinstance(entry, str) else json.dumps(entry, ensure_ascii=False) for entry in entries)
+    )
+    return str(path)
+
+
+def rows_of(kind, content, seq_len=32, tokenizer=TOKENIZER):
+    return list(encode([Document(kind, content, "here")], tokenizer, seq_len))
+
+
+def labelled(row):
+    return TOKENIZER.decode([label for label in row.labels.tolist() if label != IGNORED])
+
+
+def test_pair_has_its_loss_on_the_completion_and_the_end():
+    (row,) = rows_of("pair", ("ab", "cd"))
+    assert row.ids.tolist() == [BEGIN, 97, 98, 99, 100, END]
+    assert row.labels.tolist() == [IGNORED, IGNORED, IGNORED, 99, 100, END]
+
+
+def test_long_pair_keeps_the_begin_token_the_end_of_the_prompt_and_half_a_row_of_completion():
+    (row,) = rows_of("pair", ("x" * 50 + "end:", "y" * 50), seq_len=16)
+    assert len(row.ids) == 16
+    assert row.ids[0] == BEGIN
+    assert TOKENIZER.decode(row.ids.tolist()) == "xxxend:" + "y" * 8
+    assert labelled(row) == "y" * 8
+
+
+def test_long_completion_may_use_what_a_short_prompt_leaves():
+    (row,) = rows_of("pair", ("ab", "y" * 50), seq_len=16)
+    assert labelled(row) == "y" * 13
+
+
+def test_texts_are_packed_across_documents_and_a_rest_is_left_out():
+    documents = [Document("text", text, "") for text in ("abc", "defgh", "i")]
+    rows = list(encode(documents, TOKENIZER, 4))
+    assert [row.ids.tolist() for row in rows] == [[BEGIN, 97, 98, 99], [END, BEGIN, 100, 101], [102, 103, 104, END]]
+    assert all(torch.equal(row.ids, row.labels) for row in rows)
+
+
+CHAT = [
+    {"role": "user", "content": "one"},
+    {"role": "assistant", "content": "(thought)two"},
+    {"role": "user", "content": "three"},
+    {"role": "assistant", "content": "four"},
+]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "expected"),
+    [
+        (ChatTokenizer(), "(thought)two|four|"),
+        (ChatTokenizer(forgets=True), "four|"),
+        (ChatTokenizer(opens_thought=True), "(thought)two|four|".replace("(", "", 1)),
+    ],
+    ids=["plain", "forgets", "opens_thought"],
+)
+def test_chat_has_its_loss_on_what_the_assistant_says(tokenizer, expected):
+    (row,) = rows_of("chat", CHAT, 200, tokenizer)
+    whole = tokenizer.apply_chat_template(CHAT, tokenize=False)
+    assert TOKENIZER.decode(row.ids.tolist()) == whole
+    assert labelled(row) == expected
+
+
+def test_chat_that_is_cut_before_the_assistant_speaks_is_left_out():
+    assert rows_of("chat", CHAT, 8, ChatTokenizer()) == []
+
+
+def test_chat_template_errors_name_the_line():
+    with pytest.raises(UserError, match=r"here: the chat template refuses .* unknown role nobody"):
+        rows_of("chat", [{"role": "nobody", "content": ""}, CHAT[1]], 200, ChatTokenizer())
+    with pytest.raises(UserError, match="here: messages need a tokenizer with a chat template"):
+        rows_of("chat", CHAT)
+
+
+def numbered(num, seed=0):
+    return Data([Row(torch.tensor([i, i]), torch.tensor([i, i])) for i in range(num)], 7, seed, "numbers")
+
+
+def test_split_is_fixed_and_without_overlap():
+    data = numbered(100)
+    validation = [int(row.ids[0]) for row in data.validation]
+    assert validation == [0, 20, 40, 60, 80]
+    assert sorted([int(row.ids[0]) for row in data.train] + validation) == list(range(100))
+    assert [len(numbered(n).validation) for n in (2, 19, 20_000)] == [1, 1, 64]
+
+
+def stream(data, batch_size, num):
+    return torch.cat([data.batch(step, batch_size)[0][:, 0] for step in range(-(-num // batch_size))])[:num].tolist()
+
+
+def test_batches_of_any_size_cut_the_same_stream_and_an_epoch_holds_every_row_once():
+    data = numbered(20)
+    assert stream(data, 4, 38) == stream(data, 3, 38) == stream(numbered(20), 5, 38)
+    first, second = stream(data, 1, 19), stream(data, 1, 38)[19:]
+    assert sorted(first) == sorted(second) == [int(row.ids[0]) for row in data.train]
+    assert first != second
+    assert first != stream(numbered(20, seed=1), 1, 19)
+
+
+def test_padding_has_no_labels():
+    rows = [Row(torch.arange(n), torch.arange(n)) for n in (3, 17, 5)]
+    data = Data(rows, 9, 0, "")
+    ids, labels = data.batch(0, 2)
+    assert ids.shape == labels.shape == (2, 32)  # the next multiple of 16
+    for row_ids, row_labels in zip(ids.tolist(), labels.tolist(), strict=True):
+        length = row_labels.index(IGNORED)
+        assert row_ids == [*range(length), *[9] * (32 - length)]
+        assert row_labels == [*range(length), *[IGNORED] * (32 - length)]
+
+
+def test_jsonl_of_all_forms_and_a_folder(tmp_path):
+    write_lines(tmp_path / "a.jsonl", {"prompt": "ab", "completion": "cd", "id": 3}, "", {"text": "\u2028" + "x" * 40})
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.txt").write_text("y" * 64)
+    (tmp_path / "c.md").write_text("not read")
+    notes = []
+    data = load_data(str(tmp_path), TOKENIZER, 16, 0, notes.append)
+    text = "".join(TOKENIZER.decode(row.ids.tolist()) for row in (*data.validation, *data.train))
+    assert "abcd" in text
+    assert text.count("x") == 40
+    assert text.count("y") == 50  # a rest is left out
+    assert "not read" not in text
+    assert len(notes) == 1
+    assert "keys not used: id" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"txt": "a"}, r"line 2: expected the keys text, or prompt and completion, or messages, got txt"),
+        ({"prompt": "a"}, r"line 2: expected the keys .* got prompt"),
+        ({"text": "a", "prompt": "a", "completion": "b"}, r"line 2: expected the keys"),
+        ({"text": 3}, "line 2: expected text to be a string, got int"),
+        ("[1]", "line 2: expected an object"),
+        ("{", "line 2: not JSON"),
+        ({"messages": []}, "line 2: expected messages to be a list"),
+        ({"messages": [{"role": "user"}]}, "line 2: expected messages to be a list"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "line 2: expected a message with the role assistant"),
+    ],
+)
+def test_bad_line_is_named(tmp_path, line, message):
+    path = write_lines(tmp_path / "a.jsonl", {"text": "fine"}, line)
+    with pytest.raises(UserError, match=message):
+        load_data(path, TOKENIZER, 16, 0)
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(UserError, match="no such file or folder"):
+        check_data_path(str(tmp_path / "none.txt"))
+    with pytest.raises(UserError, match=r"expected .txt or .jsonl files in this folder, found none"):
+        check_data_path(str(tmp_path))
+    with pytest.raises(UserError, match="expected builtin:docstrings or builtin:docs"):
+        check_data_path("builtin:poems")
+    (tmp_path / "a.csv").write_text("a")
+    with pytest.raises(UserError, match=r"expected a .txt or .jsonl file, got .csv"):
+        check_data_path(str(tmp_path / "a.csv"))
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(UserError, match="the file is empty"):
+        load_data(str(tmp_path / "empty.txt"), TOKENIZER, 16, 0)
+    (tmp_path / "latin.txt").write_bytes("Gr\xfc\xdfe".encode("latin-1"))
+    with pytest.raises(UserError, match="expected UTF-8 text, byte 2 is not"):
+        load_data(str(tmp_path / "latin.txt"), TOKENIZER, 16, 0)
+    (tmp_path / "short.txt").write_text("only a few words")
+    with pytest.raises(UserError, match=r"at least two rows \(sequences of 16 tokens\).* got 1 \(16 tokens\)"):
+        load_data(str(tmp_path / "short.txt"), TOKENIZER, 16, 0)
+    path = write_lines(tmp_path / "one.jsonl", {"prompt": "a", "completion": "b"})
+    with pytest.raises(UserError, match="expected at least two examples"):
+        load_data(path, TOKENIZER, 16, 0)
+
+
+def test_halves_of_the_library_share_no_module():
+    pretraining, finetuning = (dict(corpus.modules(half)) for half in (corpus.PRETRAINING, corpus.FINETUNING))
+    assert not pretraining.keys() & finetuning.keys()
+    sizes = [sum(map(len, half.values())) for half in (pretraining, finetuning)]
+    assert min(sizes) > 1_000_000
+    assert corpus.fingerprint(corpus.PRETRAINING) != corpus.fingerprint(corpus.FINETUNING)
+
+
+def test_docstring_pairs_are_source_without_docstring_and_the_docstring(monkeypatch):
+    source = '''class A:
+    """What A is."""
+
+    def f(self):
+        """Add.
+
+        More.
+        """
+        return 1 + 1
+
+
+def g(): "one line"
+def h():
+    return 2
+'''
+    monkeypatch.setattr(corpus, "modules", lambda half: (("a.py", source),))
+    pairs = corpus.docstring_pairs.__wrapped__(1000)
+    assert [completion for _, completion in pairs] == ['What A is."""', 'Add.\n\nMore.\n"""'.replace('\n"', '"')]
+    assert pairs[1][0] == 'def f(self):\n    return 1 + 1\n"""'
+    assert "What A is" not in pairs[0][0]
+
+
+def test_docstring_pairs_fit():
+    pairs = corpus.docstring_pairs(127)
+    assert len(pairs) > 1000
+    assert max(len((prompt + completion).encode()) for prompt, completion in pairs) <= 127
+    data = load_data("builtin:docstrings", TOKENIZER, 128, 0)
+    assert max(len(row.ids) for row in data.train) <= 128
+
+
+def test_docs_are_english_text():
+    data = load_data("builtin:docs", TOKENIZER, 256, 0)
+    assert len(data.train) > 500
+    assert "statement" in TOKENIZER.decode(torch.cat([row.ids for row in data.train]).tolist())
