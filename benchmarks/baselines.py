@@ -1,0 +1,93 @@
+"""What an op is compared with, and the check every variant must pass before its time counts.
+
+eager      plain PyTorch as a model writes it
+aten       PyTorch's own fused norm after an add, where there is one
+compile    torch.compile of eager, static shapes (its best case)
+liger      the peer package liger-kernel, on a GPU, when it is installed
+others     the backends of this package that can serve on the device
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dropbp_kernels import _backend, reference
+
+# Error allowed on top of twice that of eager, by dtype: about a unit in the last place of the largest value.
+ATOL = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+class WrongResult(RuntimeError):
+    """A variant's result is too far from the reference: its time would mean nothing."""
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile of `function` for one shape; earlier shapes are forgotten, or they would count towards a limit."""
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False)
+
+
+def backends(stem: str, device: torch.device) -> list[str]:
+    """Compiled and Triton backends that serve `stem` on `device`, best first; reference if none does."""
+    ladder = ("cpp",) if device.type == "cpu" else ("cuda", "triton")
+    return [name for name in ladder if _backend.why_not(name, stem) is None] or ["reference"]
+
+
+def raw_op(backend: str, stem: str, name: str, device: torch.device) -> Callable[..., Any]:
+    """The raw op `name` in `backend`: through the dispatcher where that backend serves, else called directly."""
+    if backend == _backend.serving(stem, device.type):
+        return getattr(torch.ops.dropbp_kernels, name)
+    if backend == "triton":
+        return getattr(importlib.import_module(f"dropbp_kernels._triton.{stem}"), f"launch_{name}")
+    return getattr(reference, f"{name}_reference")
+
+
+def add_then_norm(residual: Tensor, branch: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """The boundary of two branches as Llama models write it: (normed, new_residual)."""
+    new_residual = residual + branch
+    x = new_residual.float()
+    normalized = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return weight * normalized.to(branch.dtype), new_residual
+
+
+def add_then_aten_norm(residual: Tensor, branch: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """The same with PyTorch's own norm."""
+    new_residual = residual + branch
+    return F.rms_norm(new_residual, weight.shape, weight, eps), new_residual
+
+
+def liger_add_rms_norm() -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """liger-kernel's fused add and norm, or None when it is not installed (or older than that op)."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return None
+    if importlib.util.find_spec("liger_kernel.ops.fused_add_rms_norm") is None:
+        return None
+    function = importlib.import_module("liger_kernel.ops.fused_add_rms_norm").LigerFusedAddRMSNormFunction
+
+    def add_rms_norm(residual: Tensor, branch: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+        # Not in place: its backward would overwrite the gradient that the next sample still needs.
+        return function.apply(branch, residual, weight, eps, 0.0, "llama", False)
+
+    return add_rms_norm
+
+
+def check_results(what: str, actual: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
+    """Raise WrongResult unless each tensor's error against float64 is at most twice eager's, plus ATOL."""
+    for place, (ours, plain, truth) in enumerate(zip(actual, eager, exact, strict=True)):
+        if ours.shape != plain.shape or ours.dtype != plain.dtype:
+            raise WrongResult(f"{what}: result {place} is {ours.dtype} {tuple(ours.shape)}, eager's {plain.dtype}")
+        error, allowed = (
+            _error(ours, truth),
+            2 * _error(plain, truth) + ATOL[ours.dtype] * max(1.0, truth.abs().max().item()),
+        )
+        if not error <= allowed:
+            raise WrongResult(f"{what}: result {place} is off by {error:.3g}, allowed {allowed:.3g}")
+
+
+def _error(actual: Tensor, exact: Tensor) -> float:
+    return (actual.double() - exact).abs().nan_to_num(nan=float("inf")).max().item()

@@ -1,0 +1,75 @@
+"""Run the benchmarks, print a table, append rows to CSV files.
+
+python -m benchmarks.run                     all, under 6 minutes on 2 CPU cores; rows to benchmarks/results
+python -m benchmarks.run --quick --out DIR   about a minute
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import bench_gated_residual_add, bench_gated_residual_rms_norm, bench_host_overhead, bench_step
+from .baselines import WrongResult
+from .rows import RESULTS, append_rows
+from .settings import SCALES, Settings
+
+SUITES: dict[str, Callable[[Settings], Iterator[list[Any]]]] = {
+    "gated_residual_rms_norm": bench_gated_residual_rms_norm.run,
+    "gated_residual_add": bench_gated_residual_add.run,
+    "host_overhead": bench_host_overhead.run,
+    "step": bench_step.run,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the chosen suites; 0 when every variant was right, else 1."""
+    options = _parse(arguments)
+    device = torch.device(options.device)
+    deadline = time.monotonic() + options.budget_s if options.budget_s else float("inf")
+    settings = Settings(device, options.scale, deadline, options.commit)
+    started = time.monotonic()
+    failed = []
+    for name in options.only:
+        print(f"\n{name} on {device}, {options.scale} [{time.monotonic() - started:.0f} s]", flush=True)
+        try:
+            for number, rows in enumerate(SUITES[name](settings)):
+                append_rows(options.out / f"{name}.csv", rows)
+                print("\n".join([rows[0].HEADER][number:] + [str(row) for row in rows]), flush=True)
+        except WrongResult as error:
+            failed.append(name)
+            print(f"REFUSED: {error}; fix it before {name} is timed", file=sys.stderr)
+    if settings.num_left_out:
+        print(f"\n{settings.num_left_out} cases were left out: the {options.budget_s:.0f} s were over")
+    print(f"\n{time.monotonic() - started:.0f} s; rows are in {options.out}")
+    return 1 if failed else 0
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    scales = parser.add_mutually_exclusive_group()
+    scales.add_argument(
+        "--quick", dest="scale", action="store_const", const="quick", help="fewer sizes: about a minute"
+    )
+    scales.add_argument("--scale", choices=SCALES, help="how much to measure; tiny: only see that all of it runs")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help=f"default: {default}")
+    parser.add_argument("--only", nargs="+", choices=SUITES, default=list(SUITES), help="suites to run; default: all")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="folder of the CSV files; default: benchmarks/results"
+    )
+    parser.add_argument("--commit", default="", help="the commit that rows name, for a copy without git")
+    parser.add_argument("--budget-s", type=float, help="start no case after so many seconds")
+    parser.set_defaults(scale="full")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA GPU")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
