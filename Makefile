@@ -51,6 +51,7 @@ format: $(VENV)/.lint-done ## rewrite sources in the house format
 	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
 
 wheel: $(SETUP) ## build a wheel into dist/, with CUDA code where a CUDA toolkit is; needs no GPU
+	rm -rf build/lib.* build/bdist.*  # a file deleted from the sources would live on there
 	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
 	@ls -l dist/*.whl
 

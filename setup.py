@@ -8,8 +8,8 @@ dropbp_kernels._C       csrc/cpu                 where a C++ compiler is
 dropbp_kernels._C_cuda  csrc/cuda                where a CUDA toolkit is (never by asking for a GPU)
 ======================  =======================  ==========================================================
 
-`_C` and `_C_cuda` are plain shared libraries on libtorch's stable ABI, without Python: one build serves every torch from
-2.11 on. A missing compiler is no error, the package is whole in plain PyTorch; a compiler that fails is.
+`_C` and `_C_cuda` are plain shared libraries on libtorch's stable ABI, without Python: one build serves every torch
+from 2.11 on. A missing compiler is no error, the package is whole in plain PyTorch; a compiler that fails is.
 
 Environment: DROPBP_KERNELS_CUDA=0|1 (never | always, an error without a toolkit), CUDA_HOME, TORCH_CUDA_ARCH_LIST, CXX,
 MAX_JOBS.
@@ -19,6 +19,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -35,11 +36,18 @@ DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")
 
 # Contracted multiply-adds would make the result depend on the machine.
 CPU_FLAGS = "-O3 -ffp-contract=off -fno-math-errno"
-COMMON_FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas"
+# GCC 12 calls the undefined halves of its own AVX-512 intrinsics uninitialized.
+COMMON_FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-maybe-uninitialized -Wno-psabi"
+FOLDERS = {"_C": "cpu", "_C_cuda": "cuda", "_host": "host"}
 
 
 def note(sentence: str) -> None:
     print(f"{PACKAGE}: {sentence}", file=sys.stderr)
+
+
+def quoted(path: str | Path) -> str:
+    """path as ninja and the shell read it."""
+    return shlex.quote(str(path)).replace("$", "$$")
 
 
 def find_compiler() -> str | None:
@@ -75,7 +83,11 @@ def cuda_arch_flags(arch_list: str, supported: set[str] | None = None) -> list[s
     archs = arch_list.replace(";", " ").split()
     if not archs:
         known = [arch for arch in DEFAULT_ARCHS if supported is None or f"sm_{arch.replace('.', '')}" in supported]
-        archs = [*known[:-1], known[-1] + "+PTX"] if known else ["native"]
+        if not known:
+            sys.exit(
+                f"{PACKAGE}: this nvcc knows none of {', '.join(DEFAULT_ARCHS)}; name others in TORCH_CUDA_ARCH_LIST."
+            )
+        archs = [*known[:-1], known[-1] + "+PTX"]
     flags = []
     for arch in archs:
         match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch)
@@ -138,26 +150,20 @@ def planned_extensions() -> list[Extension]:
         note("Python's C headers are not installed; host algorithms run in plain Python.")
     else:
         names.append("_host")
-    folders = {"_C": "cpu", "_C_cuda": "cuda", "_host": "host"}
-    return [
-        Extension(
-            f"{PACKAGE}.{name}",
-            sorted(
-                str(p.relative_to(ROOT))
-                for p in (ROOT / "csrc" / folders[name]).iterdir()
-                if p.suffix in (".cpp", ".cu")
-            ),
-        )
-        for name in names
-    ]
+    return [Extension(f"{PACKAGE}.{name}", sources_of(name)) for name in names]
+
+
+def sources_of(name: str) -> list[str]:
+    folder = ROOT / "csrc" / FOLDERS[name]
+    return sorted(str(path.relative_to(ROOT)) for path in folder.iterdir() if path.suffix in (".cpp", ".cu"))
 
 
 def ninja_file(extensions: list[Extension], build: Path) -> str:
     """Text of the ninja file that compiles `extensions` into the folder `build`, run from ROOT."""
     torch = find_torch()
     version = TORCH_MINIMUM[0] << 56 | TORCH_MINIMUM[1] << 48
-    # Prefix maps: no path of the building machine in the libraries.
-    stable = f"-DTORCH_TARGET_VERSION={version}ULL -isystem {torch / 'include'} -ffile-prefix-map={torch}=torch"
+    stable = f"-DTORCH_TARGET_VERSION={version}ULL -isystem {quoted(torch / 'include')}"
+    prefix_map = f"-ffile-prefix-map={quoted(torch)}=torch"  # no path of the building machine in the libraries
     compiler, nvcc = find_compiler(), find_nvcc()
     lines = [
         f"cxx = {compiler}",
@@ -169,23 +175,23 @@ def ninja_file(extensions: list[Extension], build: Path) -> str:
         "rule link",
         "  command = $cxx -shared -o $out $in $flags",
     ]
-    flags = {"_C": f"{CPU_FLAGS} {stable}"}
-    link = {"_C": f"-L{torch / 'lib'} -ltorch_cpu -Wl,--as-needed"}
-    if any(extension.name.endswith("._C_cuda") for extension in extensions):
-        assert nvcc is not None
+    flags = {"_C": f"{CPU_FLAGS} {prefix_map} {stable}"}
+    link = {"_C": f"-L{quoted(torch / 'lib')} -ltorch_cpu -Wl,--as-needed"}
+    if nvcc is not None and any(extension.name.endswith("._C_cuda") for extension in extensions):
         archs = cuda_arch_flags(os.environ.get("TORCH_CUDA_ARCH_LIST", ""), supported_cuda_archs(nvcc))
-        flags["_C_cuda"] = f"-DUSE_CUDA {stable.replace('-ffile', '-Xcompiler=-ffile')} {' '.join(archs)}"
+        host = "-Xcompiler=-fPIC,-fvisibility=hidden " + prefix_map.replace("-ffile", "-Xcompiler=-ffile")
+        flags["_C_cuda"] = f"-O3 -std=c++17 {host} -DUSE_CUDA {stable} {' '.join(archs)}"
         # A CPU-only torch has no libtorch_cuda to link with. An empty library of that name stands in, so that the real
         # one, loaded by a CUDA build of torch, is found by name when _C_cuda is loaded.
-        link["_C_cuda"] = f"-L{torch / 'lib'} -ltorch_cpu -L{build} -Xlinker=--no-as-needed -ltorch_cuda"
+        link["_C_cuda"] = f"-L{quoted(torch / 'lib')} -ltorch_cpu -L{build} -Xlinker=--no-as-needed -ltorch_cuda"
         lines += [
-            f"nvcc = {nvcc} -ccbin {compiler}",
+            f"nvcc = {quoted(nvcc)} -ccbin {compiler}",
             "rule nvcc",
-            "  command = $nvcc -MMD -MF $out.d -O3 -std=c++17 -Xcompiler=-fPIC,-fvisibility=hidden $flags -c $in -o $out",
+            "  command = $nvcc -MMD -MF $out.d $flags -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule nvlink",
-            "  command = $nvcc -shared -cudart static -o $out $in $flags",
+            "  command = $nvcc -shared -nodlink -cudart static -o $out $in $flags",
             "rule stub",
             "  command = $cxx -shared -Wl,-soname,libtorch_cuda.so -x c++ /dev/null -o $out",
             f"build {build}/libtorch_cuda.so: stub",
@@ -193,7 +199,9 @@ def ninja_file(extensions: list[Extension], build: Path) -> str:
     if any(extension.name.endswith("._host") for extension in extensions):
         import pybind11
 
-        flags["_host"] = f"-O2 -isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
+        flags["_host"] = (
+            f"-O2 -isystem {quoted(pybind11.get_include())} -isystem {quoted(sysconfig.get_path('include'))}"
+        )
         link["_host"] = ""
     for extension in extensions:
         name = extension.name.rpartition(".")[2]

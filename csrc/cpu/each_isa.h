@@ -13,9 +13,6 @@
 #define DROPBP_X86 0
 #endif
 
-// Vectors wider than the baseline's never cross a call that is not inlined.
-#pragma GCC diagnostic ignored "-Wpsabi"
-
 #define DROPBP_ISA baseline
 #define DROPBP_VECTOR_BYTES 16
 #include "vector.h"

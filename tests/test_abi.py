@@ -1,0 +1,113 @@
+"""The compiled libraries import nothing of torch but its stable interface, and nothing of Python.
+
+That is what lets one build serve every torch from 2.11 on, and every Python.
+"""
+
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dropbp_kernels
+
+PACKAGE = Path(dropbp_kernels.__file__).parent
+
+
+def library(stem: str, *tools: str) -> Path:
+    """The built library; skips where it could not have been built, fails where it should have been."""
+    found = sorted(PACKAGE.glob(f"{stem}.*so"))
+    if found:
+        return found[0]
+    if os.environ.get("DROPBP_KERNELS_BACKEND") == "reference":
+        pytest.skip("pure mode: DROPBP_KERNELS_BACKEND=reference")
+    if sys.platform != "linux" or not any(
+        shutil.which(tool) for tool in ("c++", "g++", "clang++", os.environ.get("CXX", ""))
+    ):
+        pytest.skip("no C++ compiler to build it with")
+    missing = [tool for tool in tools if not shutil.which(tool)]
+    if missing or (tools and os.environ.get("DROPBP_KERNELS_CUDA") == "0"):
+        pytest.skip(f"{stem} was not built: no {', '.join(missing) or 'CUDA wanted'}")
+    pytest.fail(f"{stem} was not built though a compiler is here: make build, or set DROPBP_KERNELS_BACKEND=reference")
+
+
+def imported(path: Path) -> list[str]:
+    """Undefined dynamic symbols, without those of a system library, which carry its version: malloc@GLIBC_2.2.5."""
+    if shutil.which("nm") is None:
+        pytest.skip("needs nm of binutils")
+    lines = subprocess.run(["nm", "-D", "--undefined-only", path], capture_output=True, text=True, check=True).stdout
+    symbols = [line.split() for line in lines.splitlines()]
+    assert symbols, "nm printed nothing"
+    return [name for kind, name in symbols if kind != "w" and not re.search(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_", name)]
+
+
+def needed(path: Path) -> list[str]:
+    output = subprocess.run(["readelf", "-d", path], capture_output=True, text=True, check=True).stdout
+    assert "RPATH" not in output
+    assert "RUNPATH" not in output
+    return re.findall(r"NEEDED.*\[(.+)\]", output)
+
+
+LIBRARIES = [("_C", ()), ("_C_cuda", ("nvcc",))]
+
+
+@pytest.mark.parametrize(("stem", "tools"), LIBRARIES)
+def test_imports_only_the_stable_interface(stem, tools):
+    symbols = imported(library(stem, *tools))
+    unstable = [name for name in symbols if not re.fullmatch(r"(aoti_torch|torch)_[a-z0-9_]+", name)]
+    assert unstable == []
+    assert "torch_library_impl" in symbols, "the audit does not see what the library surely imports"
+
+
+@pytest.mark.parametrize(("stem", "tools"), LIBRARIES)
+def test_needs_no_python_and_no_cuda_toolkit(stem, tools):
+    if shutil.which("readelf") is None:
+        pytest.skip("needs readelf of binutils")
+    torch_libraries = {"_C": {"libtorch_cpu.so"}, "_C_cuda": {"libtorch_cpu.so", "libtorch_cuda.so"}}[stem]
+    names = needed(library(stem, *tools))
+    assert {name for name in names if "torch" in name or "c10" in name} == torch_libraries
+    assert not [name for name in names if "python" in name or "cudart" in name]
+
+
+@pytest.mark.parametrize(("stem", "tools"), LIBRARIES)
+def test_holds_no_path_of_the_building_machine(stem, tools):
+    content = library(stem, *tools).read_bytes()
+    assert str(Path(torch.__file__).parent).encode() not in content
+    assert str(PACKAGE.parent).encode() not in content
+
+
+def test_host_knows_no_torch():
+    names = imported(library("_host"))
+    assert names
+    assert all(name.startswith(("Py", "_Py")) for name in names)
+
+
+def fat_binary_entries(content: bytes) -> list[tuple[str, int]]:
+    """("ptx" or "elf", architecture) of the device code in a library that nvcc linked.
+
+    A fat binary is a header (magic, version, its own size, size of what follows) and entries, each with a header (kind,
+    version, its own size, size of its payload) that holds the architecture at byte 28.
+    """
+    entries = []
+    for match in re.finditer(re.escape(struct.pack("<I", 0xBA55ED50)), content):
+        _, _, header_size, size = struct.unpack_from("<IHHQ", content, match.start())
+        at = match.start() + header_size
+        end = at + size
+        while at < end:
+            kind, _, header_size, size = struct.unpack_from("<HHIQ", content, at)
+            (architecture,) = struct.unpack_from("<I", content, at + 28)
+            entries.append(({1: "ptx", 2: "elf"}[kind], architecture))
+            at += header_size + size
+    return entries
+
+
+def test_device_code_for_four_generations():
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        pytest.skip("TORCH_CUDA_ARCH_LIST asks for others")
+    entries = fat_binary_entries(library("_C_cuda", "nvcc").read_bytes())
+    assert {("elf", 80), ("elf", 90), ("elf", 100), ("elf", 120), ("ptx", 120)} <= set(entries)
