@@ -160,9 +160,10 @@ DROPBP_INLINE void store(T* to, Vector<W, kLanes<W>> value) {
   }
 }
 
-// The same for the first `count` elements, fewer than kLanes<W>; the others are zeros.
+// The same for the first `count` elements, at most kLanes<W>; the others are zeros.
 template <class W, class T>
 DROPBP_INLINE Vector<W, kLanes<W>> load_part(const T* from, int64_t count) {
+  if (count == kLanes<W>) return load<W>(from);
   T buffer[kLanes<W>] = {};
   __builtin_memcpy(buffer, from, count * sizeof(T));
   return load<W>(buffer);
@@ -170,6 +171,7 @@ DROPBP_INLINE Vector<W, kLanes<W>> load_part(const T* from, int64_t count) {
 
 template <class W, class T>
 DROPBP_INLINE void store_part(T* to, Vector<W, kLanes<W>> value, int64_t count) {
+  if (count == kLanes<W>) return store<W>(to, value);
   T buffer[kLanes<W>];
   store<W>(buffer, value);
   __builtin_memcpy(to, buffer, count * sizeof(T));
