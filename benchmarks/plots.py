@@ -78,10 +78,9 @@ def plot_step(rows: list[dict[str, str]], path: Path) -> None:
         time_axis.bar(place, backward, bottom=forward, color=colours[place], alpha=0.45)
         _mark(time_axis, place, float(row["ideal_step_ms"]))
         memory_axis.bar(place, int(row["peak_live_bytes"]) / 2**20, color=colours[place])
-        memory_axis.bar(place, int(row["saved_bytes"]) / 2**20, color="white", alpha=0.35, width=0.4)
         _mark(memory_axis, place, int(row["ideal_peak_bytes"]) / 2**20)
     time_axis.set_ylabel("ms a step: forward (dark), backward (light)")
-    memory_axis.set_ylabel("MiB: peak live (bar), saved by forward (inner)")
+    memory_axis.set_ylabel("peak live MiB")
     for axis in (time_axis, memory_axis):
         axis.set_xticks(range(len(labels)), labels, fontsize=8)
         axis.grid(axis="y", alpha=0.3)

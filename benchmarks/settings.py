@@ -27,8 +27,8 @@ class Settings:
 
     device: torch.device
     scale: str = "full"
-    deadline: float = float("inf")
     commit: str = ""
+    deadline: float = float("inf")
     num_left_out: int = field(default=0, init=False)
 
     @property

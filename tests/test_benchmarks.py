@@ -1,0 +1,317 @@
+"""The benchmarks: what is measured and written is what they say, and the GPU check runs on a CPU."""
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+if not (ROOT / "benchmarks").is_dir():
+    pytest.skip("the benchmarks are not part of an installed package", allow_module_level=True)
+sys.path.append(str(ROOT))
+
+from benchmarks import (  # noqa: E402
+    bench_gated_residual_add,
+    bench_gated_residual_rms_norm,
+    bench_step,
+    boundary,
+    gpu_check,
+    plots,
+    run,
+    timing,
+)
+from benchmarks.baselines import WrongResult, check_results  # noqa: E402
+from benchmarks.rows import append_rows, machine, op_rows, read_rows  # noqa: E402
+from benchmarks.settings import Settings  # noqa: E402
+from benchmarks.timing import Case, Timing, Variant  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """torch.compile's place is taken by the function itself: compiling is not what these tests are about."""
+    for bench in (bench_gated_residual_add, bench_gated_residual_rms_norm):
+        monkeypatch.setattr(bench, "compiled", lambda function: function)
+
+
+@pytest.fixture
+def one_thread():
+    """Tensors here are too small to share, and another process on the machine would make two threads wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def case_of(variants, make_inputs=lambda: (), num_calls=1, moved_bytes=0):
+    return Case("op", "case", "fwd", torch.float32, 2, 3, moved_bytes, make_inputs, variants, num_calls)
+
+
+# ---- timing
+
+
+def test_quantile_by_hand():
+    assert timing.quantile([4.0, 1.0, 3.0, 2.0, 5.0], 0.2) == pytest.approx(1.8)
+    assert timing.quantile([4.0, 1.0, 3.0, 2.0, 5.0], 0.8) == pytest.approx(4.2)
+    assert timing.quantile([7.0], 0.8) == 7.0
+
+
+def test_variants_take_turns_and_only_run_is_timed():
+    calls = []
+
+    def prepare(inputs):
+        time.sleep(0.02)
+        return "state"
+
+    def call(name):
+        return lambda state: calls.append((name, state))
+
+    case = case_of({"a": Variant(call("a"), prepare), "b": Variant(call("b"))}, num_calls=2)
+    timings = timing.measure(case, CPU, seconds=0.0, min_rounds=3)
+    assert [name for name, _ in calls][-12:] == ["a", "a", "b", "b"] * 3
+    assert {state for name, state in calls if name == "a"} == {"state"}
+    assert len(timings["a"].samples_ms) == len(timings["b"].samples_ms) == 3
+    assert max(timings["a"].samples_ms) < 10  # a prepare takes 20 ms
+
+
+def test_a_sample_takes_the_time_of_one_call():
+    case = case_of({"a": Variant(lambda _: time.sleep(0.005))}, num_calls=4)
+    median_ms = timing.measure(case, CPU, seconds=0.0, min_rounds=3)["a"].median_ms
+    assert 5 <= median_ms < 15
+
+
+def test_samples_rotate_among_inputs_that_exceed_the_cache(monkeypatch):
+    monkeypatch.setattr(timing, "cache_bytes", lambda device: 100)
+    made, used = [], []
+
+    def make_inputs():
+        made.append(torch.zeros(10))  # 40 bytes: 10 sets make four times the cache
+        return made[-1]
+
+    variants = {name: Variant(lambda state: used.append(state.data_ptr())) for name in "ab"}
+    timing.measure(case_of(variants, make_inputs), CPU, seconds=0.0, min_rounds=5)
+    assert len(made) == 10
+    assert len(set(used[-10:])) == 10  # no set comes back before all others were used
+
+
+def test_copy_bandwidth_counts_reads_and_writes(monkeypatch):
+    monkeypatch.setattr(timing, "measure", lambda *args, **kwargs: {"copy": Timing([2.0, 2.0])})
+    assert timing.copy_bandwidth(CPU, 1_000_000) == pytest.approx(1.0)  # 2 MB in 2 ms
+
+
+# ---- rows
+
+
+def test_rows_compare_with_eager_and_compile(tmp_path):
+    timings = {"eager": Timing([4.0]), "compile": Timing([1.0]), "cpp": Timing([2.0, 2.0])}
+    case = case_of(dict.fromkeys(timings), moved_bytes=4_000_000)
+    rows = op_rows(case, timings, machine(CPU), copy_gb_s=8.0)
+    cpp = rows[2]
+    assert (cpp.backend, cpp.gb_s, cpp.copy_fraction) == ("cpp", 2.0, 0.25)
+    assert (cpp.speedup_vs_eager, cpp.speedup_vs_compile, cpp.num_samples) == (2.0, 0.5, 2)
+    assert str(cpp).split()[-4:] == ["2.0", "25%", "2.00", "0.50"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    name: str
+    value: float | None
+
+
+def test_rows_are_appended_under_one_header(tmp_path):
+    path = tmp_path / "new" / "pairs.csv"
+    append_rows(path, [Pair("a, b", 1.5)])
+    append_rows(path, [Pair("c", None)])
+    append_rows(path, [])
+    assert path.read_text() == 'name,value\n"a, b",1.5\nc,\n'
+    assert read_rows(path)[0] == {"name": "a, b", "value": "1.5"}
+
+
+def test_a_file_with_other_columns_is_refused_and_left_alone(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("name,other\na,1\n")
+    with pytest.raises(ValueError, match=r"pairs\.csv: expected the columns .*value.*, found .*other"):
+        append_rows(path, [Pair("b", 2.0)])
+    assert path.read_text() == "name,other\na,1\n"
+
+
+def test_committed_rows_have_the_columns_of_today():
+    from dataclasses import fields
+
+    from benchmarks.rows import RESULTS, Row
+
+    for path in RESULTS.glob("*.csv"):
+        row_type = bench_step.StepRow if path.stem == "step" else Row
+        with path.open(newline="") as file:
+            lines = list(csv.reader(file))
+        assert lines[0] == [column.name for column in fields(row_type)], path.name
+        assert {len(line) for line in lines} == {len(lines[0])}, path.name
+
+
+# ---- ops
+
+
+def test_a_wrong_result_is_refused():
+    exact = torch.linspace(0, 1, 100, dtype=torch.float64)
+    eager = exact.float()
+    check_results("right", [eager], [eager], [exact])
+    with pytest.raises(WrongResult, match=r"wrong: result 0 is off by 0\.001, allowed"):
+        check_results("wrong", [eager + 1e-3], [eager], [exact])
+    with pytest.raises(WrongResult, match="off by inf"):
+        check_results("unwritten", [eager * float("nan")], [eager], [exact])
+    with pytest.raises(WrongResult, match=r"float64 \(100,\), eager's torch.float32"):
+        check_results("dtype", [exact], [eager], [exact])
+
+
+def test_moved_bytes_by_hand(uncompiled):
+    moved = {
+        problem.case: bench_gated_residual_add.make_case(problem, 8, 16, torch.float32, CPU).moved_bytes
+        for problem in bench_gated_residual_add.PROBLEMS
+    }
+    whole, half = 8 * 16 * 4, 4 * 16 * 4
+    assert moved == {
+        "sum": 3 * whole,
+        "sum in place": 3 * whole,
+        "half the rows": 2 * whole + half,
+        "half the rows in place": 3 * half,
+        "scaled": 2 * whole,
+        "half the rows, each scaled": 2 * half,
+    }
+    norms = bench_gated_residual_rms_norm.make_cases(8, 16, torch.bfloat16, CPU, trains_weight=True)
+    assert {name: case.moved_bytes for name, case in norms.items()} == {
+        "fwd": 2 * whole,
+        "bwd": 2 * whole,
+        "fwd+bwd": 4 * whole,
+    }
+
+
+@pytest.mark.parametrize("name", ["gated_residual_add", "gated_residual_rms_norm"])
+def test_benchmarks_of_a_wrong_op_are_refused(name, tmp_path, monkeypatch, capsys, uncompiled, one_thread):
+    if name == "gated_residual_add":
+        monkeypatch.setattr(bench_gated_residual_add, "raw_op", lambda *args: lambda a, *rest: a + 1)
+    else:
+        op = bench_gated_residual_rms_norm.gated_residual_rms_norm
+        wrong = lambda residual, branch, weight, eps: op(residual, 2 * branch, weight, eps=eps)  # noqa: E731
+        monkeypatch.setattr(bench_gated_residual_rms_norm, "gated_residual_rms_norm", wrong)
+    code = run.main(["--scale", "tiny", "--device", "cpu", "--only", name, "--out", str(tmp_path)])
+    assert code == 1
+    assert "REFUSED" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_case_starts_after_the_deadline(uncompiled):
+    settings = Settings(CPU, "tiny", deadline=time.monotonic() - 1)
+    assert list(bench_gated_residual_rms_norm.run(settings)) == []
+    assert settings.num_left_out > 0
+
+
+# ---- the step and the boundary
+
+
+def test_step_rows(tmp_path, one_thread):
+    (rows,) = bench_step.run(Settings(CPU, "tiny"))
+    assert [(row.method, row.drop_rate) for row in rows[:3]] == [("undropped", 0), ("published", 0.5), ("ours", 0.5)]
+    undropped, published, ours = rows[0], rows[3], rows[4]
+    assert undropped.flops_kept == 1.0
+    assert ours.flops_kept == pytest.approx(0.25, abs=0.15)
+    assert published.saved_bytes > 0.8 * undropped.saved_bytes  # its dropped branches still build their graphs
+    assert ours.saved_bytes < 0.5 * undropped.saved_bytes
+    assert ours.ideal_step_ms == pytest.approx(undropped.forward_ms + 0.25 * undropped.backward_ms)
+    transient = undropped.ideal_peak_bytes - undropped.peak_live_bytes
+    assert transient > 0
+    assert ours.ideal_peak_bytes == pytest.approx(0.25 * undropped.peak_live_bytes + transient, abs=1)
+    assert all(held for name, held in bench_step.verdicts(rows).items() if name.startswith("peak"))
+    append_rows(tmp_path / "step.csv", rows)
+    assert plots.main(["--rows", str(tmp_path), "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "step.png").stat().st_size > 10_000
+
+
+def test_the_boundary_is_free_where_the_next_branch_is_dropped():
+    counts = {(entry["op"], entry["state"]): entry for entry in boundary.boundary_counts(CPU, 4, 8)}
+    norm = "gated_residual_rms_norm"
+    assert boundary.is_free(counts[norm, "kept, then dropped"])
+    assert boundary.is_free(counts[norm, "dropped, then dropped"])
+    assert boundary.is_free(counts["gated_residual_add", "dropped"])
+    kept = counts[norm, "kept, then kept"]
+    assert (kept["forward_kernels"], kept["backward_kernels"]) == (1, 1)
+    assert kept["backward_allocated_bytes"] == 4 * 8 * 2  # one gradient, in bfloat16
+    assert not boundary.is_free(kept)
+
+
+# ---- commands
+
+
+def test_pytest_finds_and_runs_the_benchmarks():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks", "--benchmark-enable"]
+    quick = ["--benchmark-min-rounds=1", "--benchmark-max-time=0.001", "-k", "host_overhead and eager"]
+    result = subprocess.run([*command, *quick], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "8 passed" in result.stdout
+    assert "test_bench_host_overhead" in result.stdout
+
+
+def test_gpu_check_dry_run(tmp_path):
+    command = [sys.executable, "benchmarks/gpu_check.py", "--out", str(tmp_path), "--dry-run", "--no-build"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert len(files) <= 8
+    assert {"summary.json", "log.txt", "step.csv", "step.png", "bandwidth.png", "host_overhead.csv"} <= set(files)
+    assert all(path.stat().st_size < 1 << 20 for path in tmp_path.iterdir())
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["ok"]
+    assert all(stage["ok"] for stage in summary["stages"])
+    assert {"boundary", "microbenchmarks", "GPU tests", "training step"} <= {s["name"] for s in summary["stages"]}
+    assert summary["targets"][0]["value"] == 0  # the dropped boundary
+    assert summary["machine"]["serving"]["gated_residual_add"].keys() == {"cpu"}
+
+
+@pytest.fixture
+def check(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    return gpu_check.Check(out, tmp_path, is_dry=False, deadline=time.monotonic() + 60, commit="")
+
+
+def test_a_failing_stage_is_noted_and_the_next_one_runs(check, capsys):
+    check.stage("fails", [sys.executable, "-c", "print('why'); raise SystemExit(3)"], 30)
+    check.stage("hangs", [sys.executable, "-c", "import time; print('waiting', flush=True); time.sleep(60)"], 3)
+    check.stage("works", [sys.executable, "-c", "print('12 passed in 1.0s')"], 30)
+    assert [stage.ok for stage in check.stages] == [False, False, True]
+    assert [stage.note for stage in check.stages] == ["exit 3", "stopped after 3 s", "12 passed in 1.0s"]
+    log = (check.out / "log.txt").read_text()
+    assert "why" in log
+    assert "waiting" in log
+    assert "FAILED" in capsys.readouterr().out
+    check.deadline = time.monotonic()
+    check.stage("late", ["true"], 30)
+    assert check.stages[-1].note == "no time left"
+
+
+def test_targets_are_judged_by_the_worst_row(check):
+    columns = "backend,direction,case,dtype,rows,width,copy_fraction"
+    lines = [
+        "triton,fwd,weight frozen,bfloat16,16384,4096,0.9",
+        "triton,fwd,weight frozen,bfloat16,8192,8192,0.8",
+        "triton,fwd,weight frozen,bfloat16,65536,1024,0.1",  # too narrow to count
+        "eager,fwd,weight frozen,bfloat16,8192,8192,0.2",
+        "triton,bwd,weight frozen,bfloat16,8192,8192,0.7",
+    ]
+    (check.out / "gated_residual_rms_norm.csv").write_text("\n".join([columns, *lines]) + "\n")
+    free = {"saved_bytes": 0, "backward_kernels": 0, "backward_allocated_bytes": 0, "must_be_free": True}
+    verdicts = {target.name: target for target in gpu_check._targets(check, [free])}
+    forward = verdicts["fused forward: share of copy bandwidth"]
+    assert (forward.value, forward.ok) == (0.8, False)
+    assert verdicts["fused backward, weight frozen: share of copy bandwidth"].ok is True
+    assert verdicts["add: share of copy bandwidth"].ok is None  # not measured: counts as missed on a GPU
+    (boundary_target,) = (target for name, target in verdicts.items() if name.startswith("dropped boundary"))
+    assert boundary_target.ok is True
+    busy = {**free, "backward_kernels": 1}
+    assert gpu_check._targets(check, [free, busy])[0].ok is False
