@@ -27,6 +27,8 @@ def load_tokenizer(settings: Settings) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(settings.model)
     except (OSError, ValueError) as error:
         raise UserError(f"--model {settings.model}: no tokenizer could be loaded: {_first_line(error)}") from error
+    if not tokenizer.encode("text", add_special_tokens=False):  # without files transformers makes up an empty one
+        raise UserError(f"--model {settings.model}: no tokenizer could be loaded: its files are missing")
     tokenizer.model_max_length = 2**31  # whole documents are encoded, then cut into rows: no warning about that
     return tokenizer
 

@@ -1,7 +1,7 @@
 """What a fine-tuning run is asked to do: one flat, frozen record that a checkpoint can hold."""
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+import math
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,8 @@ def _check(settings: Settings) -> None:
         raise UserError(f"--save-every: expected 0 (only when interrupted) or more, got {settings.save_every}")
     if not 0.0 <= settings.drop_rate < 1.0:
         raise UserError(f"--drop-rate: expected 0 <= drop_rate < 1, got {settings.drop_rate}")
+    if settings.grad_scale != "unbiased" and not math.isfinite(settings.grad_scale):  # type: ignore[arg-type]
+        raise UserError(f"--grad-scale: expected a finite number or 'unbiased', got {settings.grad_scale}")
     if settings.learning_rate is not None and not 0.0 < settings.learning_rate < float("inf"):
         raise UserError(f"--learning-rate: expected a positive number, got {settings.learning_rate}")
     if settings.rates == "sensitivity":
@@ -150,7 +152,3 @@ def settings_of(saved: dict[str, Any], explicit: dict[str, Any]) -> Settings:
         if name not in FREE_ON_RESUME and value != saved[name]:
             raise UserError(f"--resume: the checkpoint was made with {_option(name)} {saved[name]}, got {value}")
     return replace(Settings(**saved), **{name: explicit[name] for name in FREE_ON_RESUME if name in explicit})
-
-
-def as_dict(settings: Settings, is_public: Callable[[str], bool] = lambda name: True) -> dict[str, Any]:
-    return {name: value for name, value in asdict(settings).items() if is_public(name)}
