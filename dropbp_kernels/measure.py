@@ -33,9 +33,10 @@ def saved_bytes() -> Iterator[SavedBytes]:
     """Count what autograd saves for backward inside the block, parameters (and views of them) excluded.
 
     A storage that several nodes save counts once. Tensors that lived before the block count too: autograd keeps them.
+    What is saved and freed again inside the block stays counted; the peak of what is alive is `PeakLiveBytes`.
     """
     saved = SavedBytes()
-    storages: dict[int, Any] = {}  # data pointer -> storage, kept so that no pointer is used twice
+    alive: set[int] = set()  # storages counted; forgotten when they die, since their address may be used again
 
     def pack(tensor: Tensor) -> Tensor:
         base = tensor._base if tensor._base is not None else tensor
@@ -43,8 +44,9 @@ def saved_bytes() -> Iterator[SavedBytes]:
             return tensor
         saved.num_tensors += 1
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in storages:
-            storages[storage.data_ptr()] = storage
+        if storage._cdata not in alive:
+            alive.add(storage._cdata)
+            weakref.finalize(storage, alive.discard, storage._cdata)
             saved.num_bytes += storage.nbytes()
         return tensor
 

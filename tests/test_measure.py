@@ -21,6 +21,15 @@ def test_saved_bytes_of_a_view_is_that_of_its_storage():
     assert saved.num_bytes == 6 * 4 * 4
 
 
+def test_saved_bytes_keeps_nothing_alive():
+    w = torch.randn(1000, requires_grad=True)
+    with PeakLiveBytes() as live, saved_bytes() as saved:
+        for _ in range(5):
+            w.exp()  # saves its result, which dies with the graph at the end of the line
+    assert saved.num_bytes == 5 * 4000
+    assert live.peak_bytes == 4000
+
+
 def test_peak_live_bytes_sees_the_peak_and_the_release():
     with PeakLiveBytes() as live:
         a = torch.zeros(1000)  # 4000 bytes

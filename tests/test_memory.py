@@ -37,20 +37,17 @@ def peak_of_step(model):
 
 
 def largest_transient(model):
-    """Peak bytes of one branch's forward alone, as inference, its input included: the largest of all branches."""
+    """Peak bytes while the largest branch runs as inference: one block without a graph, the residual stream included.
+
+    The stream is two tensors while the MLP runs: the branch's input, and the block's, which the caller's frame holds.
+    """
     decoder = model.get_base_model().model
-    layer, shape = decoder.layers[0], (BATCH_SIZE, SEQ_LEN, model.config.hidden_size)
+    shape = (BATCH_SIZE, SEQ_LEN, model.config.hidden_size)
     rope = decoder.rotary_emb(torch.empty(shape), torch.arange(SEQ_LEN)[None])
-    peaks = []
-    branches = (
-        lambda x: layer.self_attn(layer.input_layernorm(x), position_embeddings=rope),
-        lambda x: layer.mlp(layer.post_attention_layernorm(x)),
-    )
-    for branch in branches:
-        with torch.no_grad(), PeakLiveBytes() as live:
-            branch(torch.empty(shape).normal_())
-        peaks.append(live.peak_bytes)
-    return max(peaks)
+    with torch.no_grad(), PeakLiveBytes() as live:
+        x = torch.empty(shape).normal_()
+        decoder.layers[0](x, position_embeddings=rope)
+    return live.peak_bytes
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +69,10 @@ def test_peak_is_the_kept_share_and_one_branch_in_passing(drop_rate, undropped):
         assert saved <= (1 - drop_rate) * baseline_saved + 0.03 * baseline_saved  # logits and loss stay
 
 
-def test_detach_after_saves_no_peak(undropped):
-    """The control: deciding after the forward leaves the peak where it was."""
-    baseline, _, _ = undropped
+def test_detach_after_saves_everything_on_the_way(undropped):
+    """The control: deciding after the forward saves nearly all that an undropped step does, and frees it again."""
+    _, baseline_saved, _ = undropped
     model = builtin_sized_model()
     apply_dropbp(model, 0.75, dropped_runs="detach").step()
-    peak, _ = peak_of_step(model)
-    assert peak > 0.95 * baseline
+    _, saved = peak_of_step(model)
+    assert saved > 0.9 * baseline_saved
