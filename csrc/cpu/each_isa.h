@@ -57,15 +57,16 @@
 
 namespace dropbp {
 
-// Calls visitor with the Kernels of the best instruction set of this machine.
-template <class Visitor>
+// Calls visitor with the Kernels of the best instruction set of this machine, its vectors no wider
+// than kMaxVectorBytes.
+template <int kMaxVectorBytes = 64, class Visitor>
 void with_kernels(const Visitor& visitor) {
 #if DROPBP_X86
   static const bool has_avx512 =
       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   static const bool has_avx2 = __builtin_cpu_supports("avx2");  // F16C is older than AVX2
-  if (has_avx512) return visitor(avx512::Kernels{});
+  if (kMaxVectorBytes >= 64 && has_avx512) return visitor(avx512::Kernels{});
   if (has_avx2) return visitor(avx2::Kernels{});
 #endif
   visitor(baseline::Kernels{});

