@@ -48,7 +48,7 @@ def saved_bytes() -> Iterator[SavedBytes]:
             alive.add(storage._cdata)
             weakref.finalize(storage, alive.discard, storage._cdata)
             saved.num_bytes += storage.nbytes()
-        return tensor
+        return tensor.detach()  # a node that saves its own output would otherwise hold itself, and never die
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield saved
