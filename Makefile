@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-done
 SOURCES := setup.py $(wildcard csrc/*.h csrc/*/*)
+FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(wildcard tests/*.cpp)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build finetune test bench lint format wheel clean
@@ -43,12 +44,12 @@ $(VENV)/.lint-done: pyproject.toml $(SETUP)
 lint: $(VENV)/.lint-done ## check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run -Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 	$(BIN)/mypy
 
 format: $(VENV)/.lint-done ## rewrite sources in the house format
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+	$(BIN)/clang-format -i $(FORMATTED)
 
 wheel: $(SETUP) ## build a wheel into dist/, with CUDA code where a CUDA toolkit is; needs no GPU
 	rm -rf build/lib.* build/bdist.*  # a file deleted from the sources would live on there
