@@ -6,6 +6,7 @@ forward and backward: the optimizer is the same for all and left out.
 
 import statistics
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -139,7 +140,11 @@ def build(size: Size, device: torch.device) -> tuple[nn.Module, dict[str, Tensor
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=size.dtype)
     lora = LoraConfig(r=size.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(model, lora, autocast_adapter_dtype=False).train()
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", ".*is_gradient_checkpointing.*", FutureWarning
+        )  # between peft and transformers
+        model = get_peft_model(model, lora, autocast_adapter_dtype=False).train()
     tokens = torch.randint(size.vocab_size, (size.batch_size, size.seq_len), device=device)
     return model, {"input_ids": tokens, "labels": tokens}
 
@@ -148,6 +153,8 @@ def run(settings: Settings) -> Iterator[list[StepRow]]:
     """One list with a row for each method."""
     if not settings.has_time():
         return
+    from tqdm import tqdm
+
     where = machine(settings.device, settings.commit)
     size = SIZES["tiny" if settings.scale == "tiny" else settings.device.type]
     model, batch = build(size, settings.device)
@@ -155,7 +162,7 @@ def run(settings: Settings) -> Iterator[list[StepRow]]:
     stepper = _Stepper(model, batch, settings.device)
 
     memory = {}
-    for method in METHODS:
+    for method in tqdm(METHODS, desc="counting memory", leave=False, disable=None):
         plans = range(NUM_MEMORY_ROUNDS[settings.scale] if method.drop_rate else 1)
         measured = [_memory(method, handler, stepper, step) for step in plans]
         memory[method] = {key: max((one[key] for one in measured), key=lambda b: b or 0) for key in measured[0]}
@@ -164,7 +171,8 @@ def run(settings: Settings) -> Iterator[list[StepRow]]:
     times: dict[Method, list[tuple[float, float]]] = {method: [] for method in METHODS}
     kept: dict[Method, list[float]] = {method: [] for method in METHODS}
     num_warm_up = NUM_WARM_UP_ROUNDS[settings.scale]
-    for step in range(num_warm_up + NUM_ROUNDS[settings.scale]):
+    rounds = range(num_warm_up + NUM_ROUNDS[settings.scale])
+    for step in tqdm(rounds, desc="rounds of all methods", leave=False, disable=None):
         for method in METHODS:
             flops_kept = method.set_plan(handler, step)
             elapsed = stepper.timed_step()

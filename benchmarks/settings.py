@@ -13,8 +13,8 @@ _SIZES = {
     ("cuda", "full"): [(16384, 4096), (8192, 8192), (65536, 1024), (4096, 16384), (2048, 4096)],
     ("cuda", "quick"): [(16384, 4096)],
 }
-_SECONDS_PER_CASE = {"full": 0.9, "quick": 0.4, "tiny": 0.0}
-_MIN_ROUNDS = {"full": 11, "quick": 7, "tiny": 2}
+_SECONDS_PER_CASE = {"full": 0.5, "quick": 0.3, "tiny": 0.0}
+_MIN_ROUNDS = {"full": 9, "quick": 7, "tiny": 2}
 
 
 @dataclass

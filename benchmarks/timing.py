@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-WARM_UP_CALLS = 3
-MIN_ROUNDS, MAX_ROUNDS = 11, 200
+WARM_UP_CALLS = 2
+MIN_ROUNDS, MAX_ROUNDS = 9, 200
 MAX_INPUT_SETS = 512
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 
