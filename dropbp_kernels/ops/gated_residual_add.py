@@ -36,8 +36,9 @@ def gated_residual_add(
     Dtypes: float32, float16, bfloat16, float64; residual may be wider than branch. Summed in float32 (float64 for a
             float64 residual), rounded once to residual's dtype. The branch's gradient has the branch's dtype.
     Errors: ValueError when shapes or devices do not fit, or inplace meets a leaf that requires grad; TypeError when a
-            dtype is unsupported. rows out of range: an error on the CPU, skipped without a word on a GPU. rows given
-            twice: undefined which one is added. A second derivative raises RuntimeError where the gradient is scaled.
+            dtype is unsupported. rows out of range: IndexError on the CPU; on a GPU, where the host does not wait to
+            see them, the CUDA kernel stops with a message and the Triton kernel skips the row. rows given twice:
+            undefined which one is added. A second derivative raises RuntimeError where the gradient is scaled.
     Cost:   reads 2N, writes N elements (rows: reads N + 2K, writes N + K; inplace only the K rows). Saves nothing but
             rows and a grad_scale tensor. Backward: an alias; grad_scale, rows or another dtype: one kernel over branch.
     Source: DropBP (arXiv 2402.17812), x + D(f(x)); oracle reference.gated_residual_add_reference.
