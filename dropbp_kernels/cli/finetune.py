@@ -17,7 +17,7 @@ from typing import Any
 
 from .. import samplers
 from . import checkpoint, compare, hardware, models
-from .data import BUILTIN, load_data
+from .data import BUILTIN, Data, load_data
 from .errors import UserError, require_finetune_packages
 from .settings import ADAPTERS, DTYPES, RATES, Settings, parse_grad_scale, resolve, settings_of
 from .training import Run, train
@@ -121,30 +121,23 @@ def _finetune(settings: Settings, folder: Path, resumed: dict[str, Any] | None) 
         raise UserError(f"--output {folder}: {error.strerror}") from error
     model = models.load_model(settings, data)
     identity = {"model": models.fingerprint(model), "data": data.fingerprint()}
-    first_step, control_batch = 0, None
     if resumed is not None:
         checkpoint.check(resumed, identity)
-        first_step = resumed["step"]
-        control_batch = resumed["runs"].get(compare.SMALLER, {}).get("batch_size")
     _print_plan(settings, data, folder)
-    runs = compare.make_runs(model, data, settings, control_batch)
-    if resumed is not None:
-        for run in runs:
-            run.load_state_dict(resumed["runs"][run.name])
-        print(f"going on after {first_step} of {settings.steps} steps")
-    for run in runs:
-        if run.name == compare.SMALLER:
-            print(
-                f"control: without dropping, a batch of {run.batch_size} takes as long as ours of {settings.batch_size}"
-            )
-
-    def save(step: int) -> None:
-        checkpoint.save(folder, asdict(settings), identity, step, runs)
+    runs, first_step = _make_runs(model, data, settings, resumed)
 
     from tqdm import tqdm
 
-    done = train(runs, settings, first_step, save, tqdm.write)
+    done = train(
+        runs,
+        settings,
+        first_step,
+        save=lambda step: checkpoint.save(folder, asdict(settings), identity, step, runs),
+        note=tqdm.write,
+    )
     is_finished = done == settings.steps
+    if is_finished:  # first of all what was trained
+        _save_model(runs[-1], tokenizer, folder)
     results = {run.name: compare.result(run, with_memory=is_finished) for run in runs}
     report = {
         "finished": is_finished,
@@ -153,7 +146,7 @@ def _finetune(settings: Settings, folder: Path, resumed: dict[str, Any] | None) 
         "git_commit": hardware.git_commit(),
         "versions": hardware.versions(),
         "hardware": hardware.hardware(),
-        "settings": {name: value for name, value in asdict(settings).items() if name != "pretrain_steps"},
+        "settings": asdict(settings),
         "data": data.summary(),
         "results": results,
         "wall_s": time.perf_counter() - begin,
@@ -164,21 +157,39 @@ def _finetune(settings: Settings, folder: Path, resumed: dict[str, Any] | None) 
             f"interrupted after {done} of {settings.steps} steps; to go on: dropbp-kernels finetune --resume {folder}"
         )
         return INTERRUPTED
-    compare.print_table(results, settings)
-    if settings.compare:
-        from .plots import draw_comparison
-
-        draw_comparison(runs, results, settings, folder / "comparison.png")
-    _save_model(runs[-1], tokenizer, folder)
-    (folder / checkpoint.FILENAME).unlink(missing_ok=True)
-    print(
-        f"written to {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))} "
-        f"({report['wall_s']:.0f} s in total)"
-    )
+    _show(folder, report, runs)
     return 0
 
 
-def _print_plan(settings: Settings, data: Any, folder: Path) -> None:
+def _make_runs(model: Any, data: Data, settings: Settings, resumed: dict[str, Any] | None) -> tuple[list[Run], int]:
+    """The runs, at the state of the checkpoint if there is one, and the number of steps they have done."""
+    control_batch = None if resumed is None else resumed["runs"].get(compare.SMALLER, {}).get("batch_size")
+    runs = compare.make_runs(model, data, settings, control_batch)
+    for run in runs:
+        if run.name == compare.SMALLER:
+            same_time = f"a batch of {run.batch_size} takes as long as ours of {settings.batch_size}"
+            print(f"control: without dropping, {same_time}")
+        if resumed is not None:
+            run.load_state_dict(resumed["runs"][run.name])
+    if resumed is None:
+        return runs, 0
+    print(f"going on after {resumed['step']} of {settings.steps} steps")
+    return runs, resumed["step"]
+
+
+def _show(folder: Path, report: dict[str, Any], runs: Sequence[Run]) -> None:
+    settings = runs[-1].settings
+    compare.print_table(report["results"], settings)
+    if settings.compare:
+        from .plots import draw_comparison
+
+        draw_comparison(runs, report["results"], settings, folder / "comparison.png")
+    (folder / checkpoint.FILENAME).unlink(missing_ok=True)
+    files = ", ".join(sorted(path.name for path in folder.iterdir()))
+    print(f"written to {folder}: {files} ({report['wall_s']:.0f} s in total)")
+
+
+def _print_plan(settings: Settings, data: Data, folder: Path) -> None:
     facts = data.summary()
     print(
         f"model {settings.model}, {settings.adapter}, learning rate {settings.learning_rate:g}, {settings.dtype} on "

@@ -64,6 +64,7 @@ def resolve(settings: Settings) -> Settings:
     """
     _check(settings)
     is_builtin = settings.model == builtin.NAME
+    folder = Path(settings.model).expanduser()
     device = _device(settings.device)
     dtype = settings.dtype
     if dtype == "auto":
@@ -73,6 +74,7 @@ def resolve(settings: Settings) -> Settings:
         learning_rate = LEARNING_RATES[is_builtin, settings.adapter]
     return replace(
         settings,
+        model=str(folder) if folder.is_dir() and not is_builtin else settings.model,
         device=str(device),
         dtype=dtype,
         learning_rate=learning_rate,

@@ -163,7 +163,7 @@ class Run:
 
 
 def train(
-    runs: Sequence[Run], settings: Settings, first_step: int, save: Callable[[int], None], note: Callable[[str], None]
+    runs: Sequence[Run], settings: Settings, first_step: int, save: Callable[[int], Any], note: Callable[[str], None]
 ) -> int:
     """Run the steps from first_step on, all runs in turn at each of them; return how many steps are done.
 
