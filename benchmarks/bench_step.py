@@ -24,7 +24,7 @@ from .timing import quantile
 
 DROP_RATES = (0.5, 0.75, 0.875)
 NUM_ROUNDS = {"full": 15, "quick": 7, "tiny": 1}
-NUM_MEMORY_ROUNDS = {"full": 4, "quick": 2, "tiny": 1}
+NUM_MEMORY_ROUNDS = {"full": 3, "quick": 2, "tiny": 1}
 NUM_WARM_UP_ROUNDS = {"full": 2, "quick": 1, "tiny": 0}
 # How far a step may be from forward + (1 - drop_rate) * backward of the undropped one.
 ALLOWED_OVER_IDEAL = 1.05
