@@ -47,7 +47,7 @@ class Recipe:
     num_hidden_layers: int = 8
     num_attention_heads: int = 6
     num_key_value_heads: int = 2
-    steps: int = 260
+    steps: int = 200
     batch_size: int = 8
     seq_len: int = 256
     learning_rate: float = 3e-3

@@ -39,7 +39,7 @@ class Settings:
     sampler: str = "balanced"
     grad_scale: float | str = 1.0
     steps: int = 120
-    batch_size: int = 16
+    batch_size: int = 8
     seq_len: int = 256
     learning_rate: float | None = None
     dtype: str = "auto"
