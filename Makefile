@@ -31,8 +31,9 @@ build: $(SETUP) ## rebuild the kernels in place (only what changed)
 finetune: $(SETUP) ## fine-tune a small model with and without dropping, and compare
 	$(BIN)/dropbp-kernels finetune $(ARGS)
 
+# passive: threads that spin while they wait make every process slow where cores are shared.
 test: $(SETUP) ## run the tests
-	$(BIN)/python -m pytest -q $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q $(ARGS)
 
 bench: $(SETUP) ## run the benchmarks; rows go to benchmarks/results
 	$(BIN)/python -m benchmarks.run $(ARGS)
