@@ -5,6 +5,7 @@ python -m benchmarks.run --quick --out DIR   about a minute
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,8 @@ SUITES: dict[str, Callable[[Settings], Iterator[list[Any]]]] = {
     "gated_residual_rms_norm": bench_gated_residual_rms_norm.run,
     "gated_residual_add": bench_gated_residual_add.run,
 }
+# Two threads that share a core with another program wait for each other for milliseconds at every kernel.
+BUSY_LOAD = 0.7
 BUDGET_S = 350.0  # what `make bench` may take on a busy machine
 
 
@@ -33,6 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device)
     if options.scale == "tiny":
         torch.set_num_threads(1)  # waking a second thread would be most of the work
+    elif device.type == "cpu" and (load := os.getloadavg()[0]) > BUSY_LOAD:
+        print(f"Something else is running (load average {load:.1f}): these times will be worth little.", flush=True)
     settings = Settings(device, options.scale, options.commit)
     started = time.monotonic()
     failed = []
