@@ -147,7 +147,7 @@ def test_committed_rows_have_the_columns_of_today():
 
     from benchmarks.rows import RESULTS, Row
 
-    for path in RESULTS.glob("*.csv"):
+    for path in filter(Path.exists, (RESULTS / f"{suite}.csv" for suite in run.SUITES)):
         row_type = bench_step.StepRow if path.stem == "step" else Row
         with path.open(newline="") as file:
             lines = list(csv.reader(file))
