@@ -20,8 +20,9 @@ class ChatTokenizer(ByteTokenizer):
 
     chat_template = "yes"
 
-    def __init__(self, forgets=False, opens_thought=False):
+    def __init__(self, forgets=False, opens_thought=False, marks_question=False):
         self.forgets = forgets
+        self.marks_question = marks_question
         self.opens_thought = opens_thought
 
     def apply_chat_template(self, messages, tokenize, add_generation_prompt=False):
@@ -33,6 +34,8 @@ class ChatTokenizer(ByteTokenizer):
             content = message["content"]
             if self.forgets and message["role"] == "assistant" and index < len(messages) - 1:
                 content = content.replace("(thought)", "")
+            if self.marks_question and message["role"] == "user" and index == len(messages) - 1:
+                content += "?"
             parts.append(f"<{message['role']}>{content}|")
         prompt = "<assistant>" + ("(open)" if self.opens_thought else "")
         return "".join(parts) + (prompt if add_generation_prompt else "")
@@ -105,6 +108,10 @@ def test_chat_has_its_loss_on_what_the_assistant_says(tokenizer, expected):
 
 def test_chat_that_is_cut_before_the_assistant_speaks_is_left_out():
     assert rows_of("chat", CHAT, 8, ChatTokenizer()) == []
+
+
+def test_turn_whose_start_cannot_be_told_has_no_loss():
+    assert rows_of("chat", CHAT, 200, ChatTokenizer(marks_question=True)) == []
 
 
 def test_chat_template_errors_name_the_line():
