@@ -1,5 +1,7 @@
 """What every test shares: seeds, threads, and the backends that an op is tested in."""
 
+import contextlib
+import importlib
 import os
 
 import torch
@@ -9,7 +11,8 @@ if not torch.cuda.is_available():  # before anything imports Triton: its kernels
 
 import pytest
 
-from dropbp_kernels import _backend
+from dropbp_kernels import _backend, tuning
+from dropbp_kernels.ops.schema import SCHEMAS
 
 torch.set_num_threads(2)
 
@@ -40,6 +43,20 @@ def device(backend):
     """Where the backend under test runs."""
     on_gpu = backend == "cuda" or (backend == "triton" and not _backend.is_interpreting())
     return torch.device("cuda" if on_gpu else "cpu")
+
+
+@pytest.fixture
+def in_chunks(backend):
+    """Triton programs hold 32 columns at a time, so that small tensors already have rows of several chunks."""
+    if backend != "triton":
+        yield
+        return
+    for stem in SCHEMAS:
+        importlib.import_module(f"dropbp_kernels._triton.{stem}")
+    with contextlib.ExitStack() as stack:
+        for table in tuning.TABLES.values():
+            stack.enter_context(table.override(tuning.Config(32, 1, 2)))
+        yield
 
 
 @pytest.fixture

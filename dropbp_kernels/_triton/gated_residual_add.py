@@ -11,9 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# 8 elements a thread: one 16-byte access of bfloat16, two of float32. Chosen by that count; not yet measured on a GPU.
-_BLOCK = 1024
-_NUM_WARPS = 4
+from ..tuning import WIDEST, Config, LaunchTable, Row
+
+# 8 elements a thread: one 16-byte access of bfloat16, two of float32.
+_ROWS = [Row(WIDEST, Config(block=1024, num_warps=4))]
+_ADD = LaunchTable("gated_residual_add", _ROWS, lambda to: launch_gated_residual_add(to.x, to.y, to.permutation))
+_ADD_BACKWARD = LaunchTable(
+    "gated_residual_add_backward",
+    _ROWS,
+    lambda to: launch_gated_residual_add_backward(to.x, to.permutation, to.per_row, 1.0, to.x.dtype),
+)
 
 
 @triton.jit
@@ -97,18 +104,19 @@ def _device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def _geometry(branch: Tensor, is_by_rows: bool) -> tuple[int, int, int]:
-    """(rows to visit, row_size, blocks_per_row)."""
+def _geometry(branch: Tensor, is_by_rows: bool, table: LaunchTable) -> tuple[int, int, int, Config]:
+    """(rows to visit, row_size, blocks_per_row, launch parameters)."""
     num_visits = branch.shape[0] if is_by_rows else 1
     row_size = branch.numel() // num_visits
-    return num_visits, row_size, triton.cdiv(row_size, _BLOCK)
+    config = table.at(row_size, branch.device)
+    return num_visits, row_size, triton.cdiv(row_size, config.block), config
 
 
 def _add(residual: Tensor, branch: Tensor, output: Tensor, rows: Tensor | None) -> None:
     if branch.numel() == 0:
         return
     branch = branch.contiguous()
-    num_visits, row_size, blocks_per_row = _geometry(branch, rows is not None)
+    num_visits, row_size, blocks_per_row, config = _geometry(branch, rows is not None, _ADD)
     with _device_guard(residual):
         _gated_residual_add_kernel[(num_visits * blocks_per_row,)](
             residual,
@@ -120,8 +128,8 @@ def _add(residual: Tensor, branch: Tensor, output: Tensor, rows: Tensor | None) 
             blocks_per_row,
             HAS_ROWS=rows is not None,
             WIDE=_wide(residual.dtype),
-            BLOCK=_BLOCK,
-            num_warps=_NUM_WARPS,
+            BLOCK=config.block,
+            num_warps=config.num_warps,
         )
 
 
@@ -153,7 +161,8 @@ def launch_gated_residual_add_backward(
     if grad_branch.numel() == 0:
         return grad_branch
     grad_output = grad_output.contiguous()
-    num_visits, row_size, blocks_per_row = _geometry(grad_branch, rows is not None or row_scale is not None)
+    is_by_rows = rows is not None or row_scale is not None
+    num_visits, row_size, blocks_per_row, config = _geometry(grad_branch, is_by_rows, _ADD_BACKWARD)
     # A float argument of a kernel is float32: float64 needs the rest that it cuts off.
     head = torch.tensor(grad_scale, dtype=torch.float32).item()
     with _device_guard(grad_output):
@@ -170,7 +179,7 @@ def launch_gated_residual_add_backward(
             HAS_ROWS=rows is not None,
             HAS_ROW_SCALE=row_scale is not None,
             WIDE=_wide(grad_output.dtype, dtype),
-            BLOCK=_BLOCK,
-            num_warps=_NUM_WARPS,
+            BLOCK=config.block,
+            num_warps=config.num_warps,
         )
     return grad_branch

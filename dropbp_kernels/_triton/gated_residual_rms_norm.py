@@ -13,12 +13,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Widest row that one program holds in registers; the backward holds about twice as many values per column.
-# By that count; not yet measured on a GPU.
-_MAX_BLOCK = 32768
-_MAX_BLOCK_BACKWARD = 16384
-_CHUNK = 4096  # columns per step over a wider row
-_PROGRAMS_PER_MULTIPROCESSOR = 2
+from ..tuning import LaunchTable, row_table
+
+# A program holds a row in registers up to the first width, and takes a wider one in chunks; the backward holds about
+# twice as many values per column.
+_FORWARD = LaunchTable(
+    "gated_residual_rms_norm",
+    row_table(32768, 4096),
+    lambda to: launch_gated_residual_rms_norm(to.x, to.y, to.weight, 1e-6, False),
+)
+_BACKWARD = LaunchTable(
+    "gated_residual_rms_norm_backward",
+    row_table(16384, 4096, programs_per_multiprocessor=2),
+    lambda to: launch_gated_residual_rms_norm_backward(to.x, to.y, to.z, to.weight, to.per_row, False, True),
+)
 _PROGRAMS_ON_CPU = 4  # of the interpreter: more than one, so that tests see partial sums
 
 
@@ -194,11 +202,6 @@ def _gated_residual_rms_norm_weight_grad_kernel(
     tl.store(partial_ptr + program * D + columns, weight_sum, mask=mask)
 
 
-def _num_warps(block: int) -> int:
-    # 16 elements a thread up to the largest program. By that count; not yet measured on a GPU.
-    return min(max(block // 512, 1), 32)
-
-
 def _wide(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
     return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
 
@@ -209,10 +212,10 @@ def _device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:
 
 
 @functools.cache
-def _max_programs(device: torch.device) -> int:
+def _max_programs(device: torch.device, per_multiprocessor: int) -> int:
     if device.type != "cuda":
         return _PROGRAMS_ON_CPU
-    return _PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+    return per_multiprocessor * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def launch_gated_residual_rms_norm(
@@ -226,9 +229,8 @@ def launch_gated_residual_rms_norm(
     rstd = torch.empty(residual.shape[:-1], dtype=torch_wide, device=residual.device)
     if residual.numel() == 0:
         return normed, new_residual, rstd.fill_(eps**-0.5 if eps > 0 else float("inf"))
-    block = triton.next_power_of_2(width)
-    is_one_block = block <= _MAX_BLOCK
-    block = block if is_one_block else _CHUNK
+    config = _FORWARD.at(width, residual.device)
+    block = min(config.block, triton.next_power_of_2(width))
     # A float argument of a kernel is float32: float64 needs the rest that it cuts off.
     head = torch.tensor(eps, dtype=torch.float32).item()
     with _device_guard(residual):
@@ -243,10 +245,10 @@ def launch_gated_residual_rms_norm(
             eps - head,
             D=width,
             GEMMA=gemma,
-            IS_ONE_BLOCK=is_one_block,
+            IS_ONE_BLOCK=block >= width,
             WIDE=wide,
             BLOCK=block,
-            num_warps=_num_warps(block),
+            num_warps=config.num_warps,
         )
     return normed, new_residual, rstd
 
@@ -268,10 +270,10 @@ def launch_gated_residual_rms_norm_backward(
     if grad_residual.numel() == 0:
         return grad_residual, torch.zeros(width if weight_grad else 0, dtype=weight.dtype, device=weight.device)
     num_rows = new_residual.numel() // width
-    num_programs = min(num_rows, _max_programs(new_residual.device))
-    block = triton.next_power_of_2(width)
-    is_one_block = block <= _MAX_BLOCK_BACKWARD
-    block = block if is_one_block else _CHUNK
+    config = _BACKWARD.at(width, new_residual.device)
+    num_programs = min(num_rows, _max_programs(new_residual.device, config.programs_per_multiprocessor))
+    block = min(config.block, triton.next_power_of_2(width))
+    is_one_block = block >= width
     grid = num_programs if is_one_block else num_rows
     partial = torch.empty((num_programs if weight_grad else 0, width), dtype=torch_wide, device=weight.device)
     with _device_guard(new_residual):
@@ -292,7 +294,7 @@ def launch_gated_residual_rms_norm_backward(
             IS_ONE_BLOCK=is_one_block,
             WIDE=wide,
             BLOCK=block,
-            num_warps=_num_warps(block),
+            num_warps=config.num_warps,
         )
         if weight_grad and not is_one_block:
             blocks_per_row = triton.cdiv(width, block)
@@ -307,7 +309,7 @@ def launch_gated_residual_rms_norm_backward(
                 D=width,
                 WIDE=wide,
                 BLOCK=block,
-                num_warps=_num_warps(block),
+                num_warps=config.num_warps,
             )
     if not weight_grad:
         return grad_residual, torch.empty(0, dtype=weight.dtype, device=weight.device)

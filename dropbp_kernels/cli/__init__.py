@@ -2,6 +2,7 @@
 
 dropbp-kernels finetune   fine-tune a Llama-family model with DropBP; compares four ways on the built-in model
 dropbp-kernels info       versions, devices, and which backend serves each op here
+dropbp-kernels tune       measure launch parameters of the Triton kernels on this GPU
 
 Order of a fine-tuning: `finetune` reads the settings, `corpus` and `data` make batches, `builtin` and `models` make
 the model, `training` runs the steps, `checkpoint` keeps them, `compare` measures, `plots` draws.
@@ -10,7 +11,7 @@ the model, `training` runs the steps, `checkpoint` keeps them, `compare` measure
 import sys
 from collections.abc import Sequence
 
-from . import finetune, info
+from . import finetune, info, tune
 from .errors import UserError
 from .parser import Parser
 
@@ -18,8 +19,8 @@ from .parser import Parser
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0, 2 for a user's error (one line on stderr), 130 when interrupted."""
     parser = Parser(prog="dropbp-kernels", description="Fine-tuning with dropped backward propagation.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="finetune | info")
-    for command in (finetune, info):
+    commands = parser.add_subparsers(dest="command", required=True, metavar="finetune | info | tune")
+    for command in (finetune, info, tune):
         command.add_parser(commands)
     try:
         args = parser.parse_args(argv)
