@@ -16,6 +16,7 @@ LEVELS = {
     "measure": 0,
     "flops": 0,
     "samplers": 0,
+    "permutation": 0,
     "_backend": 1,
     "tuning": 2,
     "_triton": 3,
