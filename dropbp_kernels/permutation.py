@@ -11,14 +11,13 @@ shapes are known before anything runs.
 """
 
 import math
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 MAX_ROWS = 1 << 31
 _MASK = 0xFFFFFFFF
-_T = TypeVar("_T", int, Tensor)
 
 
 def draw_permutation(
@@ -68,10 +67,10 @@ def draw_num_kept(num_rows: int, drop_rate: float, *, seed: int, step: int, bran
     return min(math.floor(expected + uniform), num_rows)
 
 
-def _key(seed: int | Tensor, step: int | Tensor, branch: int | Tensor) -> tuple:
+def _key(seed: int | Tensor, step: int | Tensor, branch: int | Tensor) -> tuple[Any, Any]:
     """Two words of 32 bits, each of which depends on every bit of the three numbers."""
-    a: int | Tensor = 0x3243F6A8  # of pi
-    b: int | Tensor = 0x05A308D3
+    a: Any = 0x3243F6A8  # of pi
+    b: Any = 0x05A308D3
     for name, number in (("seed", seed), ("step", step), ("branch", branch)):
         _check(name, number)
         for word in (number & _MASK, (number >> 32) & _MASK):
@@ -80,7 +79,7 @@ def _key(seed: int | Tensor, step: int | Tensor, branch: int | Tensor) -> tuple:
     return a, b
 
 
-def _mix(x: _T) -> _T:
+def _mix(x: Any) -> Any:  # of an int or a tensor
     """A map of 0 ... 2^32 - 1 onto itself in which each bit of x decides about half of the result's."""
     x = x ^ (x >> 16)
     x = (x * 0x21F0AAAD) & _MASK  # both factors below 2^31: no product reaches 2^63
