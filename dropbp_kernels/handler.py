@@ -21,6 +21,7 @@ from torch import nn
 from .allocation import allocate
 from .layer import DROPPED_RUNS, DropBP
 from .plan import DropPlan, set_plan
+from .report import Report
 from .samplers import Sampler, get_sampler
 from .sensitivity import compute_sensitivity
 
@@ -219,8 +220,11 @@ class DropBPHandler:
 
     # ---- books
 
-    def report(self) -> dict[str, Any]:
-        """What was dropped so far: realised rate and FLOPs kept, overall and per branch (`branches`, model order)."""
+    def report(self) -> Report:
+        """What was dropped so far: realised rate and FLOPs kept, overall and per branch (`branches`, model order).
+
+        A dict; `print` and rich show it as a table, `draw(path)` as a picture.
+        """
         flops = self.flops()
         branches = [
             {
@@ -236,13 +240,14 @@ class DropBPHandler:
             )
         ]
         kept_flops = sum(n * f for n, f in zip(self._num_kept, flops, strict=True))
-        return {
-            "num_steps": self.num_steps,
-            "drop_rate": self.drop_rate,
-            "realised_drop_rate": 1.0 - sum(self._num_kept) / (self.num_steps * len(flops)) if self.num_steps else None,
-            "flops_kept": kept_flops / (self.num_steps * sum(flops)) if self.num_steps else None,
-            "branches": branches,
-        }
+        num_calls = self.num_steps * len(flops)
+        return Report(
+            num_steps=self.num_steps,
+            drop_rate=self.drop_rate,
+            realised_drop_rate=1.0 - sum(self._num_kept) / num_calls if num_calls else None,
+            flops_kept=kept_flops / (self.num_steps * sum(flops)) if num_calls else None,
+            branches=branches,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Rates, sensitivities, step, seed and counts, as plain Python values; also good as a JSON file."""

@@ -17,6 +17,7 @@ LEVELS = {
     "flops": 0,
     "samplers": 0,
     "permutation": 0,
+    "report": 0,
     "_backend": 1,
     "tuning": 2,
     "_triton": 3,

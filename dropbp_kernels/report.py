@@ -1,0 +1,83 @@
+"""What was dropped so far, for people: the dict of `DropBPHandler.report`, which prints as a table and draws itself."""
+
+from pathlib import Path
+from typing import Any
+
+COLUMNS = ("branch", "kept", "dropped", "drop rate", "realised", "GFLOPs")
+
+
+class Report(dict[str, Any]):
+    """A plain dict (good for JSON) whose text is a table, one line per branch.
+
+    Keys: num_steps, drop_rate, realised_drop_rate, flops_kept (None before the first step) and branches, a list of
+    dicts: name, drop_rate, num_kept, num_dropped, realised_drop_rate, flops (forward FLOPs of one call).
+    `rich.print(report)` shows it in colour; rich is not needed for `print(report)`.
+    """
+
+    def __str__(self) -> str:
+        rows = [COLUMNS, *self._rows()]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+        lines = [
+            "  ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(pairs))
+            for pairs in (list(zip(row, widths, strict=True)) for row in rows)
+        ]
+        return "\n".join([self.summary(), "", *lines])
+
+    def __rich__(self) -> Any:
+        """What rich prints."""
+        from rich.table import Table
+
+        table = Table(title=self.summary(), title_justify="left")
+        for place, column in enumerate(COLUMNS):
+            table.add_column(column, justify="right" if place else "left")
+        for branch, row in zip(self["branches"], self._rows(), strict=True):
+            never = self["num_steps"] > 0 and branch["num_kept"] == 0
+            table.add_row(*row, style="dim" if never else None)
+        return table
+
+    def summary(self) -> str:
+        """One line on all branches together."""
+        if not self["num_steps"]:
+            return f"no step yet, {len(self['branches'])} branches, drop rate {self['drop_rate']:g}"
+        return (
+            f"{self['num_steps']} steps, {len(self['branches'])} branches, drop rate {self['drop_rate']:g} "
+            f"(realised {self['realised_drop_rate']:.3f}), backward FLOPs kept {self['flops_kept']:.1%}"
+        )
+
+    def draw(self, path: str | Path) -> None:
+        """Write a picture: for each branch, in model order, its drop rate and the share of steps it was dropped in.
+
+        Errors: ImportError without matplotlib; OSError when the file cannot be written.
+        """
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        branches = self["branches"]
+        figure = Figure(figsize=(8, 1.2 + 0.18 * len(branches)), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        places = range(len(branches))
+        realised = [branch["realised_drop_rate"] or 0.0 for branch in branches]
+        axes.barh(places, realised, color="#D55E00", alpha=0.75, label="dropped, share of the steps")
+        rates = [branch["drop_rate"] for branch in branches]
+        axes.plot(rates, places, "|", color="black", markersize=7, label="drop rate")
+        axes.set_yticks(places, [branch["name"] for branch in branches], fontsize=6)
+        axes.set_ylim(len(branches) - 0.4, -0.6)
+        axes.set_xlim(0.0, 1.0)
+        axes.set_title(self.summary(), loc="left", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+        figure.savefig(path, dpi=150)
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                branch["name"],
+                str(branch["num_kept"]),
+                str(branch["num_dropped"]),
+                f"{branch['drop_rate']:.3f}",
+                "-" if branch["realised_drop_rate"] is None else f"{branch['realised_drop_rate']:.3f}",
+                f"{branch['flops'] / 1e9:.3g}",
+            )
+            for branch in self["branches"]
+        ]
