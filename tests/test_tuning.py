@@ -250,7 +250,7 @@ def test_dry_run_shows_every_launcher_and_writes_nothing(capsys, cache):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--op", "convolution"], "--op: expected one of gated_residual_add, "),
+        (["--op", "convolution"], "--op: expected one of gated_residual_"),
         (["--width", "0"], "--width: expected 1 to 65536, got 0"),
         (["--rows", "0"], "--rows: expected at least 1, got 0"),
         ([], "tune measures on a CUDA GPU, and torch sees none here; --dry-run shows"),

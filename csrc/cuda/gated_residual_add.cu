@@ -1,13 +1,11 @@
 // CUDA launches of dropbp_kernels::gated_residual_add, its in-place form and its backward.
 // Signatures: dropbp_kernels/ops/schema.py; meaning: dropbp_kernels/reference.py.
-#include <torch/csrc/stable/accelerator.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <optional>
 
-#include "../checks.h"
 #include "gated_residual_add_kernel.cuh"
+#include "launch.h"
 
 namespace dropbp {
 namespace {
@@ -15,53 +13,18 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kBlocksPerMultiprocessor = 8;  // 2048 threads, all that fit
 
-void check_cuda(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) fail<std::runtime_error>(what, ": ", cudaGetErrorString(error));
-}
-
 // Runs a kernel over `count` elements, `pack` per thread at a time, on the current stream of the
 // current device.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const Tensor& tensor, int64_t count,
             int pack, Arguments... arguments) {
   if (count == 0) return;
-  const int32_t device = tensor.get_device_index();
-  int multiprocessors;
-  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
-             name);
-  void* stream;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const int64_t packs = (count + pack - 1) / pack;
-  const int64_t blocks = std::min<int64_t>((packs + kThreads - 1) / kThreads,
-                                           int64_t{multiprocessors} * kBlocksPerMultiprocessor);
-  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      arguments...);
+  const int64_t blocks =
+      std::min<int64_t>((packs + kThreads - 1) / kThreads,
+                        int64_t{num_multiprocessors(tensor, name)} * kBlocksPerMultiprocessor);
+  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, current_stream(tensor)>>>(arguments...);
   check_cuda(cudaGetLastError(), name);
-}
-
-// Calls visitor with a value of dtype's element type.
-template <class Visitor>
-void visit_dtype(const char* name, ScalarType dtype, const Visitor& visitor) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return visitor(float{});
-    case ScalarType::BFloat16:
-      return visitor(__nv_bfloat16{});
-    case ScalarType::Half:
-      return visitor(__half{});
-    case ScalarType::Double:
-      return visitor(double{});
-    default:
-      fail<std::runtime_error>(name, ": expected dtype Float, Half, BFloat16 or Double, got ",
-                               dtype_name(dtype));
-  }
-}
-
-// Whether packs of N may be used: every pointer on a 16-byte boundary and no pack across two rows.
-bool packs_fit(int n, bool by_row, int64_t width, std::initializer_list<const void*> pointers) {
-  if (by_row && width % n != 0) return false;
-  return std::all_of(pointers.begin(), pointers.end(),
-                     [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; });
 }
 
 int64_t row_width(const Tensor& tensor) {
@@ -79,33 +42,22 @@ const int64_t* row_pointer(const std::optional<Tensor>& rows) {
 void add_into(const Tensor& target, const Tensor& residual, const Tensor& branch,
               const std::optional<Tensor>& rows) {
   const int64_t num_rows = rows ? residual.size(0) : 0, width = row_width(residual);
-  visit_dtype("residual", residual.scalar_type(), [&](auto r) {
+  visit_residual_and_branch(residual.scalar_type(), branch.scalar_type(), [&](auto r, auto b) {
     using R = decltype(r);
-    visit_dtype("branch", branch.scalar_type(), [&](auto b) {
-      using B = decltype(b);
-      // The narrower dtype of two floats is the one that residual must hold.
-      if constexpr (std::is_same_v<R, B> || std::is_same_v<R, double> ||
-                    (std::is_same_v<R, float> && !std::is_same_v<B, double>)) {
-        R* to = static_cast<R*>(target.mutable_data_ptr());
-        const R* from = static_cast<const R*>(residual.const_data_ptr());
-        const B* add = static_cast<const B*>(branch.const_data_ptr());
-        const auto run = [&](auto pack) {
-          constexpr int kN = decltype(pack)::value;
-          launch("gated_residual_add", gated_residual_add_kernel<R, B, kN>, residual,
-                 branch.numel(), kN, to, from, add, row_pointer(rows), num_rows, width,
-                 branch.numel());
-        };
-        if (packs_fit(kPack<R, B>, rows.has_value(), width, {to, from, add})) {
-          run(std::integral_constant<int, kPack<R, B>>{});
-        } else {
-          run(std::integral_constant<int, 1>{});
-        }
-      } else {
-        fail<std::runtime_error>("residual: expected a dtype that holds branch's ",
-                                 dtype_name(branch.scalar_type()), ", got ",
-                                 dtype_name(residual.scalar_type()));
-      }
-    });
+    using B = decltype(b);
+    R* to = static_cast<R*>(target.mutable_data_ptr());
+    const R* from = static_cast<const R*>(residual.const_data_ptr());
+    const B* add = static_cast<const B*>(branch.const_data_ptr());
+    const auto run = [&](auto pack) {
+      constexpr int kN = decltype(pack)::value;
+      launch("gated_residual_add", gated_residual_add_kernel<R, B, kN>, residual, branch.numel(),
+             kN, to, from, add, row_pointer(rows), num_rows, width, branch.numel());
+    };
+    if (packs_fit(kPack<R, B>, rows.has_value(), width, {to, from, add})) {
+      run(std::integral_constant<int, kPack<R, B>>{});
+    } else {
+      run(std::integral_constant<int, 1>{});
+    }
   });
 }
 

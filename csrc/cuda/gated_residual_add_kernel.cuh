@@ -1,75 +1,12 @@
 // Device code of gated_residual_add. Raw pointers, no torch header.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 #include <cstdio>
-#include <type_traits>
+
+#include "elements.cuh"
 
 namespace dropbp {
-
-// Sums of T are taken in this type.
-template <class T>
-using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-template <class W, class T>
-__device__ W widen(T value) {
-  if constexpr (std::is_same_v<T, __half>) {
-    return __half2float(value);
-  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return __bfloat162float(value);
-  } else {
-    return value;
-  }
-}
-
-// Rounds to nearest, ties to even.
-template <class T, class W>
-__device__ T narrow(W value) {
-  if constexpr (std::is_same_v<T, __half>) {
-    return __float2half_rn(static_cast<float>(value));
-  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return __float2bfloat16_rn(static_cast<float>(value));
-  } else {
-    return static_cast<T>(value);
-  }
-}
-
-// N neighbours, moved by as few and as wide accesses as their alignment allows.
-template <class T, int N>
-struct alignas(sizeof(T) * N) Pack {
-  T values[N];
-};
-
-// Elements for one thread at a time: 16 bytes of the narrower type.
-template <class A, class B>
-constexpr int kPack = 16 / (sizeof(A) < sizeof(B) ? sizeof(A) : sizeof(B));
-
-// The loads and stores of a Pack larger than 16 bytes are several of 16 bytes.
-template <class T, int N>
-__device__ void load(T (&values)[N], const T* from) {
-  constexpr int kStep = N * sizeof(T) > 16 ? 16 / sizeof(T) : N;
-#pragma unroll
-  for (int i = 0; i < N; i += kStep) {
-    const auto pack = *reinterpret_cast<const Pack<T, kStep>*>(from + i);
-#pragma unroll
-    for (int j = 0; j < kStep; ++j) values[i + j] = pack.values[j];
-  }
-}
-
-template <class T, int N>
-__device__ void store(T* to, const T (&values)[N]) {
-  constexpr int kStep = N * sizeof(T) > 16 ? 16 / sizeof(T) : N;
-#pragma unroll
-  for (int i = 0; i < N; i += kStep) {
-    Pack<T, kStep> pack;
-#pragma unroll
-    for (int j = 0; j < kStep; ++j) pack.values[j] = values[i + j];
-    *reinterpret_cast<Pack<T, kStep>*>(to + i) = pack;
-  }
-}
 
 // A wrong row would write anywhere: stop the program with a message instead. The host cannot check
 // without waiting for the device.

@@ -5,15 +5,14 @@ gradient of its own in registers; the partial sums are then added in a fixed ord
 too wide for registers are read twice, in chunks, and their weight gradient is a kernel of its own.
 """
 
-import contextlib
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..tuning import LaunchTable, row_table
+from . import rows
+from .rows import add_chunk
 
 # A program holds a row in registers up to the first width, and takes a wider one in chunks; the backward holds about
 # twice as many values per column.
@@ -27,7 +26,6 @@ _BACKWARD = LaunchTable(
     row_table(16384, 4096, programs_per_multiprocessor=2),
     lambda to: launch_gated_residual_rms_norm_backward(to.x, to.y, to.z, to.weight, to.per_row, False, True),
 )
-_PROGRAMS_ON_CPU = 4  # of the interpreter: more than one, so that tests see partial sums
 
 
 @triton.jit
@@ -51,12 +49,12 @@ def _gated_residual_rms_norm_kernel(
     start = row * D
     columns = tl.arange(0, BLOCK)
     if IS_ONE_BLOCK:
-        x = _add_chunk(residual_ptr, branch_ptr, new_residual_ptr, start, columns, D, WIDE, True)
+        x = add_chunk(residual_ptr, branch_ptr, new_residual_ptr, start, columns, D, WIDE, True)
         squares = x * x
     else:
         squares = tl.zeros((BLOCK,), dtype=WIDE)
         for chunk in range(0, D, BLOCK):
-            x = _add_chunk(residual_ptr, branch_ptr, new_residual_ptr, start, chunk + columns, D, WIDE, True)
+            x = add_chunk(residual_ptr, branch_ptr, new_residual_ptr, start, chunk + columns, D, WIDE, True)
             squares += x * x
     rstd = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / D + eps + eps_rest)
     tl.store(rstd_ptr + row, rstd)
@@ -65,29 +63,8 @@ def _gated_residual_rms_norm_kernel(
     else:
         for chunk in range(0, D, BLOCK):
             # Added anew instead of read back: what other threads of the program stored need not be visible yet.
-            x = _add_chunk(residual_ptr, branch_ptr, new_residual_ptr, start, chunk + columns, D, WIDE, False)
+            x = add_chunk(residual_ptr, branch_ptr, new_residual_ptr, start, chunk + columns, D, WIDE, False)
             _scale_chunk(x, rstd, weight_ptr, normed_ptr, start, chunk + columns, D, GEMMA, WIDE)
-
-
-@triton.jit
-def _add_chunk(
-    residual_ptr,
-    branch_ptr,
-    new_residual_ptr,
-    start,
-    columns,
-    D: tl.constexpr,
-    WIDE: tl.constexpr,
-    IS_STORED: tl.constexpr,
-):
-    """residual + branch, rounded to residual's dtype, as WIDE; zero beyond the row."""
-    mask = columns < D
-    residual = tl.load(residual_ptr + start + columns, mask=mask, other=0.0).to(WIDE)
-    branch = tl.load(branch_ptr + start + columns, mask=mask, other=0.0).to(WIDE)
-    x = (residual + branch).to(new_residual_ptr.dtype.element_ty)
-    if IS_STORED:
-        tl.store(new_residual_ptr + start + columns, x, mask=mask)
-    return x.to(WIDE)
 
 
 @triton.jit
@@ -202,28 +179,12 @@ def _gated_residual_rms_norm_weight_grad_kernel(
     tl.store(partial_ptr + program * D + columns, weight_sum, mask=mask)
 
 
-def _wide(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
-    return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
-
-
-def _device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-@functools.cache
-def _max_programs(device: torch.device, per_multiprocessor: int) -> int:
-    if device.type != "cuda":
-        return _PROGRAMS_ON_CPU
-    return per_multiprocessor * torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def launch_gated_residual_rms_norm(
     residual: Tensor, branch: Tensor, weight: Tensor, eps: float, gemma: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     residual, branch, weight = residual.contiguous(), branch.contiguous(), weight.contiguous()
     width = weight.shape[0]
-    torch_wide, wide = _wide(residual.dtype)
+    torch_wide, wide = rows.wide_of(residual.dtype)
     normed = torch.empty_like(branch)
     new_residual = torch.empty_like(residual)
     rstd = torch.empty(residual.shape[:-1], dtype=torch_wide, device=residual.device)
@@ -231,9 +192,7 @@ def launch_gated_residual_rms_norm(
         return normed, new_residual, rstd.fill_(eps**-0.5 if eps > 0 else float("inf"))
     config = _FORWARD.at(width, residual.device)
     block = min(config.block, triton.next_power_of_2(width))
-    # A float argument of a kernel is float32: float64 needs the rest that it cuts off.
-    head = torch.tensor(eps, dtype=torch.float32).item()
-    with _device_guard(residual):
+    with rows.device_guard(residual):
         _gated_residual_rms_norm_kernel[(residual.numel() // width,)](
             residual,
             branch,
@@ -241,8 +200,7 @@ def launch_gated_residual_rms_norm(
             normed,
             new_residual,
             rstd,
-            head,
-            eps - head,
+            *rows.split_eps(eps),
             D=width,
             GEMMA=gemma,
             IS_ONE_BLOCK=block >= width,
@@ -265,18 +223,18 @@ def launch_gated_residual_rms_norm_backward(
     grad_normed, new_residual, weight = grad_normed.contiguous(), new_residual.contiguous(), weight.contiguous()
     rstd = rstd.contiguous()
     width = weight.shape[0]
-    torch_wide, wide = _wide(new_residual.dtype)
+    torch_wide, wide = rows.wide_of(new_residual.dtype)
     grad_residual = torch.empty_like(new_residual)
     if grad_residual.numel() == 0:
         return grad_residual, torch.zeros(width if weight_grad else 0, dtype=weight.dtype, device=weight.device)
     num_rows = new_residual.numel() // width
     config = _BACKWARD.at(width, new_residual.device)
-    num_programs = min(num_rows, _max_programs(new_residual.device, config.programs_per_multiprocessor))
+    num_programs = min(num_rows, rows.max_programs(new_residual.device, config.programs_per_multiprocessor))
     block = min(config.block, triton.next_power_of_2(width))
     is_one_block = block >= width
     grid = num_programs if is_one_block else num_rows
     partial = torch.empty((num_programs if weight_grad else 0, width), dtype=torch_wide, device=weight.device)
-    with _device_guard(new_residual):
+    with rows.device_guard(new_residual):
         _gated_residual_rms_norm_backward_kernel[(grid,)](
             grad_normed,
             grad_normed if grad_new_residual is None else grad_new_residual.contiguous(),

@@ -11,8 +11,7 @@ kept      dropped     nothing             an alias of the gradient: no kernel, n
 dropped   dropped     nothing             an alias of the gradient: no kernel, no allocation
 ========  ==========  ==================  =====================================================
 
-One tensor returned as two gradients is legal as long as nobody writes into it; autograd's own accumulation does not
-while a second reference exists.
+The rows in which the next branch is dropped, and the sharing of one tensor as two gradients, are `boundary`'s.
 """
 
 from typing import Any
@@ -21,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+from .boundary import NextDropped, check, share
+
 CASTINGS = ("llama", "gemma")
 
 _raw = torch.ops.dropbp_kernels
@@ -55,25 +55,16 @@ def gated_residual_rms_norm(
     Source: DropBP (arXiv 2402.17812); RMSNorm (arXiv 1910.07467), eq. 4; oracle
             reference.gated_residual_rms_norm_reference.
     """
-    if residual.shape != branch.shape or residual.dtype is not branch.dtype or residual.dtype not in DTYPES:
-        _check_pair(residual, branch)
-    if residual.dim() == 0 or weight.dim() != 1 or weight.shape[0] != residual.shape[-1]:
-        raise ValueError(f"weight: expected shape {tuple(residual.shape[-1:])}, got {tuple(weight.shape)}")
-    if weight.dtype not in DTYPES:
-        raise TypeError(f"weight: expected dtype float32, float16, bfloat16 or float64, got {weight.dtype}")
-    if residual.device != branch.device or residual.device != weight.device:
-        raise ValueError(f"branch, weight: expected on {residual.device}, got {branch.device}, {weight.device}")
+    check(residual, branch, weight, grad_scale)
     if casting not in CASTINGS:
         raise ValueError(f"casting: expected one of {', '.join(CASTINGS)}, got {casting!r}")
-    if not isinstance(grad_scale, (float, int)):
-        raise TypeError(f"grad_scale: expected a number, got {type(grad_scale).__name__}")
     gemma = casting == "gemma"
 
     stream_needs_grad = residual.requires_grad or branch.requires_grad
     if torch.is_grad_enabled() and (stream_needs_grad or (next_kept and weight.requires_grad)):
         if next_kept:
             return _Kept.apply(residual, branch, weight, eps, gemma, grad_scale)
-        return _NextDropped.apply(residual, branch, weight, eps, gemma, grad_scale)
+        return NextDropped.apply(_raw.gated_residual_rms_norm, grad_scale, residual, branch, weight, eps, gemma)
     with torch.no_grad():  # weight may require a gradient that nobody asks for
         normed, new_residual, _ = _raw.gated_residual_rms_norm(residual, branch, weight, eps, gemma)
     return normed, new_residual
@@ -97,56 +88,16 @@ class _Kept(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_normed: Tensor | None, grad_new: Tensor | None) -> tuple[Tensor | None, ...]:
+        is_wanted, grad_scale, branch_dtype = ctx.needs_input_grad, ctx.grad_scale, ctx.branch_dtype
         if grad_normed is None:
-            return *_share(ctx, grad_new), None, None, None, None
+            return *share(grad_new, is_wanted, grad_scale, branch_dtype), None, None, None, None
         new_residual, weight, rstd = ctx.saved_tensors
-        weight_grad = ctx.needs_input_grad[2]
+        weight_grad = is_wanted[2]
         grad, grad_weight = _raw.gated_residual_rms_norm_backward(
             grad_normed, grad_new, new_residual, weight, rstd, ctx.gemma, weight_grad
         )
-        return *_share(ctx, grad), grad_weight if weight_grad else None, None, None, None
-
-
-class _NextDropped(torch.autograd.Function):
-    """The next branch is dropped: normed is a constant, the gradient of the stream passes."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, residual: Tensor, branch: Tensor, weight: Tensor, eps: float, gemma: bool, grad_scale: float
-    ) -> tuple[Tensor, Tensor]:
-        normed, new_residual, _ = _raw.gated_residual_rms_norm(residual, branch, weight, eps, gemma)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(normed)
-        ctx.grad_scale = grad_scale
-        ctx.branch_dtype = branch.dtype
-        return normed, new_residual
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, _: Tensor | None, grad_new: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_share(ctx, grad_new), None, None, None, None
-
-
-def _share(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of residual and branch: one tensor, where scale and dtype allow."""
-    if grad is None:
-        return None, None
-    grad_branch = None
-    if ctx.needs_input_grad[1]:
-        grad_branch = grad
-        if ctx.grad_scale != 1.0 or grad.dtype != ctx.branch_dtype:
-            grad_branch = _raw.gated_residual_add_backward(grad, None, None, ctx.grad_scale, ctx.branch_dtype)
-    return grad if ctx.needs_input_grad[0] else None, grad_branch
-
-
-def _check_pair(residual: Tensor, branch: Tensor) -> None:
-    for name, tensor in (("residual", residual), ("branch", branch)):
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name}: expected dtype float32, float16, bfloat16 or float64, got {tensor.dtype}")
-    if residual.shape != branch.shape:
-        raise ValueError(f"branch: expected residual's shape {tuple(residual.shape)}, got {tuple(branch.shape)}")
-    if torch.promote_types(residual.dtype, branch.dtype) != residual.dtype:
-        raise TypeError(f"residual: expected a dtype that holds branch's {branch.dtype}, got {residual.dtype}")
+        gradients = share(grad, is_wanted, grad_scale, branch_dtype)
+        return *gradients, grad_weight if weight_grad else None, None, None, None
 
 
 @torch.library.register_fake("dropbp_kernels::gated_residual_rms_norm")

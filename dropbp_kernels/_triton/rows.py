@@ -1,0 +1,56 @@
+"""What the Triton kernels share that read a tensor (num_rows, D) row by row: adding two rows, and sizes of launches."""
+
+import contextlib
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PROGRAMS_ON_CPU = 4  # of the interpreter: more than one, so that tests see partial sums
+
+
+@triton.jit
+def add_chunk(
+    residual_ptr,
+    branch_ptr,
+    new_residual_ptr,
+    start,
+    columns,
+    D: tl.constexpr,
+    WIDE: tl.constexpr,
+    IS_STORED: tl.constexpr,
+):
+    """residual + branch, rounded to residual's dtype, as WIDE; zero beyond the row."""
+    mask = columns < D
+    residual = tl.load(residual_ptr + start + columns, mask=mask, other=0.0).to(WIDE)
+    branch = tl.load(branch_ptr + start + columns, mask=mask, other=0.0).to(WIDE)
+    x = (residual + branch).to(new_residual_ptr.dtype.element_ty)
+    if IS_STORED:
+        tl.store(new_residual_ptr + start + columns, x, mask=mask)
+    return x.to(WIDE)
+
+
+def wide_of(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
+    """The dtype of the arithmetic on a residual of `dtype`, for PyTorch and for Triton."""
+    return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
+
+
+def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def split_eps(eps: float) -> tuple[float, float]:
+    """eps as the sum of a float32 and its rest: a float argument of a kernel is float32, which float64 sees cut off."""
+    head = torch.tensor(eps, dtype=torch.float32).item()
+    return head, eps - head
+
+
+@functools.cache
+def max_programs(device: torch.device, per_multiprocessor: int) -> int:
+    """How many programs stride over the rows in a backward; so many partial sums of a weight gradient there are."""
+    if device.type != "cuda":
+        return PROGRAMS_ON_CPU
+    return per_multiprocessor * torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,82 @@
+"""What the ops at the boundary of two branches share, whichever norm they fuse: checks, and gradients that are aliases.
+
+One tensor returned as two gradients is legal as long as nobody writes into it; autograd's own accumulation does not
+while a second reference exists.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+_raw = torch.ops.dropbp_kernels
+
+
+def check(residual: Tensor, branch: Tensor, weight: Tensor, grad_scale: float) -> None:
+    """Raise ValueError or TypeError unless residual and branch (..., D), weight (D,) and grad_scale fit together."""
+    if residual.shape != branch.shape or residual.dtype is not branch.dtype or residual.dtype not in DTYPES:
+        _check_sum(residual, branch)
+    if residual.dim() == 0 or weight.dim() != 1 or weight.shape[0] != residual.shape[-1]:
+        raise ValueError(f"weight: expected shape {tuple(residual.shape[-1:])}, got {tuple(weight.shape)}")
+    if weight.dtype not in DTYPES:
+        raise TypeError(f"weight: expected dtype float32, float16, bfloat16 or float64, got {weight.dtype}")
+    if residual.device != branch.device or residual.device != weight.device:
+        raise ValueError(f"branch, weight: expected on {residual.device}, got {branch.device}, {weight.device}")
+    if not isinstance(grad_scale, (float, int)):
+        raise TypeError(f"grad_scale: expected a number, got {type(grad_scale).__name__}")
+
+
+def _check_sum(residual: Tensor, branch: Tensor) -> None:
+    for name, tensor in (("residual", residual), ("branch", branch)):
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name}: expected dtype float32, float16, bfloat16 or float64, got {tensor.dtype}")
+    if residual.shape != branch.shape:
+        raise ValueError(f"branch: expected residual's shape {tuple(residual.shape)}, got {tuple(branch.shape)}")
+    if torch.promote_types(residual.dtype, branch.dtype) != residual.dtype:
+        raise TypeError(f"residual: expected a dtype that holds branch's {branch.dtype}, got {residual.dtype}")
+
+
+class NextDropped(torch.autograd.Function):
+    """(normed, new_residual) where the next branch is dropped: normed is a constant, the stream's gradient passes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        raw_op: Callable[..., tuple[Tensor, ...]],
+        grad_scale: float,
+        residual: Tensor,
+        branch: Tensor,
+        *arguments: Any,
+    ) -> tuple[Tensor, Tensor]:
+        normed, new_residual, *_ = raw_op(residual, branch, *arguments)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(normed)
+        ctx.grad_scale = grad_scale
+        ctx.branch_dtype = branch.dtype
+        ctx.num_arguments = len(arguments)
+        return normed, new_residual
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor | None, grad_new: Tensor | None) -> tuple[Tensor | None, ...]:
+        is_wanted = ctx.needs_input_grad[2:4]
+        gradients = share(grad_new, is_wanted, ctx.grad_scale, ctx.branch_dtype)
+        return None, None, *gradients, *[None] * ctx.num_arguments
+
+
+def share(
+    grad: Tensor | None, is_wanted: tuple[bool, ...], grad_scale: float, branch_dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of residual and branch from that of their sum: one tensor, where scale and dtype allow."""
+    if grad is None:
+        return None, None
+    grad_branch = None
+    if is_wanted[1]:
+        grad_branch = grad
+        if grad_scale != 1.0 or grad.dtype != branch_dtype:
+            grad_branch = _raw.gated_residual_add_backward(grad, None, None, grad_scale, branch_dtype)
+    return grad if is_wanted[0] else None, grad_branch
