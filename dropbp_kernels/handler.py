@@ -19,13 +19,14 @@ from typing import Any
 from torch import nn
 
 from .allocation import allocate
-from .layer import DROPPED_RUNS, DropBP
+from .layer import DROPPED_RUNS, DropBP, checkpoint_branch
 from .plan import DropPlan, set_plan
 from .report import Report
 from .samplers import Sampler, get_sampler
 from .sensitivity import compute_sensitivity
 
 STATE_VERSION = 1
+CHECKPOINTS = (None, "kept")
 # Sequence length at which FLOPs are compared before the first training call has shown the real one.
 DEFAULT_SEQ_LEN = 512
 # FLOPs of every branch when gates do not know theirs: all alike, and large, since the published allocation truncates.
@@ -58,6 +59,8 @@ class DropBPHandler:
         keep_one: keep at least one branch that has trainable parameters, so that a step is never lost.
         strict: raise in `step` when a gate was not called since the last one.
         dropped_runs: how dropped branches run, see `DropBP`.
+        checkpoint: None, or "kept": kept branches save only their inputs and are computed again in the backward (by
+            torch's non-reentrant checkpoint, dropout included). Dropped branches save nothing either way.
 
     Errors: ValueError without gates (the message names the module types found), for a drop_rate outside [0, 1) or an
     unknown sampler; TypeError for arguments of a wrong type. The model is unchanged then.
@@ -75,6 +78,7 @@ class DropBPHandler:
         keep_one: bool = True,
         strict: bool = True,
         dropped_runs: str = "inference",
+        checkpoint: str | None = None,
     ):
         gates = find_gates(model)
         if not gates:
@@ -87,6 +91,8 @@ class DropBPHandler:
             raise ValueError(f'grad_scale: expected a finite number or "unbiased", got {grad_scale!r}')
         if dropped_runs not in DROPPED_RUNS:
             raise ValueError(f"dropped_runs: expected one of {', '.join(DROPPED_RUNS)}, got {dropped_runs!r}")
+        if checkpoint not in CHECKPOINTS:
+            raise ValueError(f'checkpoint: expected None or "kept", got {checkpoint!r}')
         self.model = model
         self.gates = gates
         self.drop_rate = check_drop_rate(drop_rate)
@@ -102,6 +108,7 @@ class DropBPHandler:
         self._awaits_call = False
         for gate in gates.values():
             gate.dropped_runs = dropped_runs
+            gate.checkpoint = checkpoint_branch if checkpoint else None
         self.drop_rates: list[float] = []
         self.flops()  # refuses gates of which only some know their FLOPs
         self.set_drop_rates([self.drop_rate] * len(gates))

@@ -11,13 +11,19 @@ a `DropBPHandler` draws the plan of a step and writes it into all gates of a mod
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .ops.gated_residual_add import gated_residual_add
 
 DROPPED_RUNS = ("inference", "detach")
+
+# Runs a branch and keeps its input alone; the rest is computed again in the backward, up to the last tensor it needs.
+checkpoint_branch: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
 
 
 class DropBP(nn.Module):
@@ -34,6 +40,8 @@ class DropBP(nn.Module):
 
     Attributes:
         kept: the plan entry; True until a handler says otherwise.
+        checkpoint: None, or the function(branch, residual) that runs a kept branch in training mode so that it saves
+            its input alone: `checkpoint_branch`, or what transformers was told to use.
         was_called: whether the gate was called with gradients enabled since the handler last drew a plan.
         batch_size, seq_len: the first two dimensions of the residual in the last such call, 0 before it.
 
@@ -56,6 +64,7 @@ class DropBP(nn.Module):
         self.grad_scale = grad_scale
         self.dropped_runs = dropped_runs
         self.kept = True
+        self.checkpoint: Callable[..., Any] | None = None
         self.was_called = False
         self.batch_size = 0
         self.seq_len = 0
@@ -82,13 +91,17 @@ class DropBP(nn.Module):
     def run(self, residual: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
         """Return branch(residual) without the add, for blocks that fuse the add into the next norm.
 
-        The only place where a gate chooses how a dropped branch runs.
+        The only place where a gate chooses how a branch runs: as written, checkpointed or like inference.
         """
         if torch.is_grad_enabled():
             # Written and never read here: a counter would make torch.compile guard on it and recompile every step.
             self.was_called = True
             self.batch_size = residual.shape[0]
             self.seq_len = residual.shape[1] if residual.dim() > 2 else 1
+        if self.checkpoint is not None and self.kept and self.training and torch.is_grad_enabled():
+            # What is computed again is the branch alone, never the gate: a plan drawn since then changes nothing.
+            output: Tensor = self.checkpoint(branch, residual)
+            return output
         if self.records_graph:
             output = branch(residual)
             return output if self.kept else output.detach()

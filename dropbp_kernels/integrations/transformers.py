@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..handler import DropBPHandler, check_drop_rate, find_gates
+from .checkpointing import CheckpointByPlan, without_cache
 from .families import FAMILIES, Family
 
 
@@ -21,7 +22,8 @@ def apply_dropbp(model: nn.Module, drop_rate: float, **options: Any) -> DropBPHa
     """Gate every branch of a Llama-family model (with or without PEFT) and return the handler that draws its plans.
 
     Works on Llama, Mistral, Qwen2 and Qwen3 decoders, before or after `get_peft_model`; `state_dict` keys stay.
-    `options` are those of `DropBPHandler`: sampler, grad_scale, seed, keep_one, strict, dropped_runs.
+    `options` are those of `DropBPHandler`: sampler, grad_scale, seed, keep_one, strict, dropped_runs, checkpoint.
+    With transformers' own gradient checkpointing a block is checkpointed as far as it is kept (see `checkpointing`).
 
     Errors: ValueError when the model is patched already, has no branch of a known family (the message names the module
             types found) or an option is out of range; TypeError for a wrong type. The model is unchanged then.
@@ -71,7 +73,8 @@ def _patch(block: nn.Module, family: Family) -> None:
         original.__name__,
         (original,),
         {
-            "forward": family.forward,
+            "forward": without_cache(family.forward),
+            "_gradient_checkpointing_func": CheckpointByPlan(),
             "__module__": original.__module__,
             "__doc__": original.__doc__,
             "_dropbp_original": original,

@@ -1,0 +1,136 @@
+"""Gradient checkpointing of a patched transformers block: a dropped branch is never computed again.
+
+transformers checkpoints whole blocks: it keeps a block's input and runs the block again in the backward. By its plan:
+
+==================  ===================================================================================================
+branches            what happens
+==================  ===================================================================================================
+all dropped         the block just runs: it saves nothing that could be computed again
+some kept           each kept branch is checkpointed by itself, with the function that transformers was told to use
+all kept            the block is checkpointed as usual (in a compiled model branch by branch)
+==================  ===================================================================================================
+
+A fully kept block stays whole because it then keeps one tensor of the residual stream instead of two, so that drop rate
+0 needs exactly the memory it needs without this package. At high rates such blocks are rare ((1 - rate)**2 of all) and
+checkpointing by branch is better, since only one branch at a time is computed again: ``apply_dropbp(...,
+checkpoint="kept")`` does that for every kept branch, with or without transformers' switch.
+
+What is computed again follows the plan of its forward, also when the next plan has been drawn by then.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..layer import DropBP
+
+_FUNCTION = "_gradient_checkpointing_func"
+_CACHES = {"past_key_values", "layer_past"}  # names under which blocks are given their key/value cache
+
+
+class CheckpointByPlan:
+    """The attribute of a patched block where transformers puts its checkpointing function and looks for it.
+
+    What was put stays in the instance, where remove_dropbp leaves it; what is found asks the plan first.
+    """
+
+    def __get__(self, block: nn.Module | None, owner: type) -> Any:
+        if block is None:
+            return self
+        if _FUNCTION not in vars(block):
+            raise AttributeError(f"{owner.__name__!r} object has no attribute {_FUNCTION!r}")
+        return functools.partial(_checkpoint_block, block, vars(block)[_FUNCTION])
+
+    def __set__(self, block: nn.Module, function: Callable[..., Any]) -> None:
+        vars(block)[_FUNCTION] = function
+
+    def __delete__(self, block: nn.Module) -> None:
+        del vars(block)[_FUNCTION]
+
+
+def _checkpoint_block(block: nn.Module, function: Callable[..., Any], run: Callable[..., Any], *args: Any) -> Any:
+    """Run the block's forward `run`, checkpointed by `function` as far as its branches are kept."""
+    gates = [module for module in block.children() if isinstance(module, DropBP)]
+    recorded = [gate for gate in gates if gate.records_graph]
+    if not recorded or any(gate.checkpoint is not None for gate in gates):
+        return run(*args)
+    is_reentrant = getattr(function, "keywords", {}).get("use_reentrant") is not False
+    if is_reentrant:
+        _warn_of_reentrant()
+    # torch.compile refuses the notes that gates take inside of what is checkpointed; by branch they stay outside.
+    is_whole = len(recorded) == len(gates) and not torch.compiler.is_compiling()
+    if is_reentrant or is_whole:
+        return function(_with_this_plan(gates, run), *args)
+    with _checkpointed(recorded, function):
+        return run(*args)
+
+
+@contextmanager
+def _checkpointed(gates: list[DropBP], function: Callable[..., Any]) -> Iterator[None]:
+    for gate in gates:
+        gate.checkpoint = function
+    try:
+        yield
+    finally:
+        for gate in gates:
+            gate.checkpoint = None
+
+
+def _with_this_plan(gates: list[DropBP], run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` under the plan of now, whenever it is called. Only a recompute can meet another plan, and puts it back."""
+    plan = [gate.kept for gate in gates]
+
+    def run_with_this_plan(*args: Any) -> Any:
+        found = [gate.kept for gate in gates]
+        if found == plan:
+            return run(*args)
+        _set(gates, plan)
+        try:
+            return run(*args)
+        finally:
+            _set(gates, found)
+
+    return run_with_this_plan
+
+
+def _set(gates: list[DropBP], plan: list[bool]) -> None:
+    for gate, is_kept in zip(gates, plan, strict=True):
+        gate.kept = is_kept
+
+
+@functools.cache  # once a process
+def _warn_of_reentrant() -> None:
+    warnings.warn(
+        "gradient checkpointing: it is reentrant (or of unknown kind), so a block with a kept branch also computes its "
+        "dropped branches again, and all of it to the block's end. Gradients are the same. For the whole saving use "
+        'gradient_checkpointing_kwargs={"use_reentrant": False}, or apply_dropbp(..., checkpoint="kept").',
+        UserWarning,
+        stacklevel=2,
+    )
+
+
+def without_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` of a block that passes no key/value cache on while its gates checkpoint.
+
+    A branch that is computed again would append its keys twice. transformers takes the cache away from the blocks that
+    it checkpoints; this is for apply_dropbp(..., checkpoint="kept").
+    """
+
+    @functools.wraps(forward)
+    def forward_without_cache(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.training and any(kwargs.get(name) is not None for name in _CACHES) and _checkpoints(self):
+            kwargs.update(dict.fromkeys(_CACHES & kwargs.keys()))
+            if "use_cache" in kwargs:
+                kwargs["use_cache"] = False
+        return forward(self, *args, **kwargs)
+
+    return forward_without_cache
+
+
+def _checkpoints(block: nn.Module) -> bool:
+    return any(gate.checkpoint is not None for gate in block.children() if isinstance(gate, DropBP))

@@ -1,0 +1,299 @@
+"""Checkpointing follows the plan: what is saved, what is computed again, and that gradients do not change."""
+
+import warnings
+from collections import Counter
+
+import pytest
+import torch
+from models import CAUSAL_LMS, gradients, tiny_batch, tiny_causal_lm, toy_model, with_lora
+
+from dropbp_kernels import DropBPHandler, apply_dropbp, remove_dropbp
+from dropbp_kernels.integrations import checkpointing
+from dropbp_kernels.measure import saved_bytes
+
+# Blocks: half kept, half kept (the other half), dropped.
+MIXED = (True, False, False, True, False, False)
+PLANS = [MIXED, (True,) * 6, (False,) * 5 + (True,), (True, True, False, False, True, False)]
+WAYS = ["transformers", "kept", "both"]
+
+
+def build(plan, way=None, use_reentrant=False, wrap=lambda model: model, **overrides):
+    """A patched tiny model under `plan`, checkpointed in one `way`, and its handler."""
+    model = wrap(tiny_causal_lm(**overrides))
+    handler = apply_dropbp(model, 0.5, checkpoint="kept" if way in ("kept", "both") else None)
+    if way in ("transformers", "both"):
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    handler.set_plan(plan)
+    return model, handler
+
+
+def backward(model, batch):
+    """Loss and gradients of a step that starts from the same RNG state at every call."""
+    torch.manual_seed(3)
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+def assert_same(ours, expected):
+    assert torch.equal(ours[0], expected[0])
+    assert set(ours[1]) == set(expected[1])
+    for name, grad in expected[1].items():
+        assert (ours[1][name] is None) == (grad is None), name
+        assert grad is None or torch.equal(ours[1][name], grad), name
+
+
+def count_calls(model):
+    """Calls of each branch's module since now, as a Counter of (block, "self_attn" or "mlp")."""
+    calls = Counter()
+    for index, layer in enumerate(model.get_submodule("model.layers")):
+        for name in ("self_attn", "mlp"):
+            key = (index, name)
+            getattr(layer, name).register_forward_pre_hook(lambda *_, key=key: calls.update([key]))
+    return calls
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_and_dropout_are_those_without_checkpointing_bit_for_bit(way, plan):
+    batch = tiny_batch()
+    expected = backward(build(plan, attention_dropout=0.3)[0], batch)
+    model, handler = build(plan, way, attention_dropout=0.3)
+    assert_same(backward(model, batch), expected)
+    assert handler.plan.kept == plan
+
+
+@pytest.mark.parametrize("family", CAUSAL_LMS)
+@pytest.mark.parametrize("way", WAYS)
+def test_lora_of_every_family(family, way):
+    batch = tiny_batch()
+    expected = backward(build(MIXED, family=family, wrap=with_lora)[0], batch)
+    assert_same(backward(build(MIXED, way, family=family, wrap=with_lora)[0], batch), expected)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("way", WAYS)
+def test_only_kept_branches_are_computed_again(way, plan):
+    model, _ = build(plan, way)
+    calls = count_calls(model)
+    loss = model(**tiny_batch()).loss
+    branches = [(block, name) for block in range(3) for name in ("self_attn", "mlp")]
+    assert calls == Counter(branches)
+    loss.backward()
+    assert calls == Counter(branches) + Counter(b for b, is_kept in zip(branches, plan, strict=True) if is_kept)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_saved_is_one_residual_for_each_kept_branch_or_whole_block(way):
+    residual_bytes = 2 * 10 * 32 * 4
+
+    def stack_bytes(plan):
+        model, _ = build(plan, way)
+        embedded = model.model.embed_tokens(tiny_batch()["input_ids"]).detach().requires_grad_()
+        rope = model.model.rotary_emb(embedded, torch.arange(10)[None])
+        with saved_bytes() as saved:
+            x = embedded
+            for layer in model.model.layers:
+                x = layer(x, position_embeddings=rope)
+        return saved.num_bytes
+
+    assert stack_bytes((False,) * 6) == 0
+    assert stack_bytes(MIXED) == 2 * residual_bytes
+    assert stack_bytes((True,) * 6) == (3 if way == "transformers" else 6) * residual_bytes
+
+
+def test_blocks_of_ones_own_save_only_the_inputs_of_kept_branches():
+    x = torch.randn(2, 5, 8, requires_grad=True)
+    results = []
+    for checkpoint in (None, "kept"):
+        model = toy_model(num_blocks=4, dropout=0.5)
+        DropBPHandler(model, 0.5, checkpoint=checkpoint).set_plan([True, False, False, True])
+        torch.manual_seed(3)
+        with saved_bytes() as saved:
+            out = model(x)
+        x.grad = None
+        out.square().sum().backward()
+        results.append((out.detach(), {**gradients(model), "x": x.grad}, saved.num_bytes))
+    assert_same(results[1], results[0])
+    assert results[1][2] == 2 * x.nbytes < results[0][2]
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_plan_drawn_before_the_backward_does_not_change_it(use_reentrant, monkeypatch):
+    monkeypatch.setattr(checkpointing, "_warn_of_reentrant", lambda: None)
+    batch = tiny_batch()
+    for plan in PLANS:
+        expected = backward(build(plan)[0], batch)
+        for way in WAYS[: 1 if use_reentrant else 3]:
+            model, handler = build(plan, way, use_reentrant)
+            loss = model(**batch).loss
+            handler.set_plan([not is_kept for is_kept in plan])
+            loss.backward()
+            assert_same((loss.detach(), gradients(model)), expected)
+            assert handler.plan.kept == tuple(gate.kept for gate in handler.gates.values())
+            assert handler.plan.kept == tuple(not is_kept for is_kept in plan)
+
+
+@pytest.mark.parametrize("plan", [*PLANS, (False,) * 6])
+def test_reentrant_has_the_same_gradients_and_a_warning_says_what_it_costs(plan):
+    checkpointing._warn_of_reentrant.cache_clear()
+    batch = tiny_batch()
+    expected = backward(build(plan)[0], batch)
+    model, _ = build(plan, "transformers", use_reentrant=True)
+    if any(plan):
+        with pytest.warns(UserWarning, match=r"reentrant.*computes its dropped branches again.*use_reentrant"):
+            assert_same(backward(model, batch), expected)
+    assert_same(backward(model, batch), expected)  # once: a second warning would be an error here
+
+
+def test_reentrant_blocks_without_a_kept_branch_are_not_computed_again(monkeypatch):
+    monkeypatch.setattr(checkpointing, "_warn_of_reentrant", lambda: None)
+    model, _ = build(MIXED, "transformers", use_reentrant=True)
+    calls = count_calls(model)
+    model(**tiny_batch()).loss.backward()
+    assert [calls[block, "mlp"] for block in range(3)] == [2, 2, 1]
+
+
+def test_kept_wins_over_transformers_reentrant_switch():
+    model, _ = build(MIXED, "both", use_reentrant=True)
+    calls = count_calls(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**tiny_batch()).loss.backward()
+    assert sum(calls.values()) == 6 + 2
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_cache_left_on_does_not_see_keys_twice(way):
+    batch = tiny_batch()
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][0, :3] = 0
+    expected = backward(build(MIXED)[0], batch)
+    model, _ = build(MIXED, way, use_cache=True)
+    assert_same(backward(model, batch), expected)
+    cache = model(**batch).past_key_values
+    assert cache is None or cache.get_seq_length() == 0
+    with torch.no_grad():  # and generation has its cache
+        assert model.eval()(**batch).past_key_values.get_seq_length() == 10
+
+
+def test_gradient_checkpointing_switched_on_before_patching_and_left_after():
+    batch = tiny_batch()
+    expected = backward(build(MIXED)[0], batch)
+    model = tiny_causal_lm()
+    model.gradient_checkpointing_enable()
+    before = model.model.layers[0]._gradient_checkpointing_func
+    apply_dropbp(model, 0.5).set_plan(MIXED)
+    calls = count_calls(model)
+    assert_same(backward(model, batch), expected)
+    assert sum(calls.values()) == 6 + 2
+    remove_dropbp(model)
+    assert model.model.layers[0]._gradient_checkpointing_func is before
+    calls.clear()
+    backward(model, batch)
+    assert sum(calls.values()) == 12
+
+
+def test_switched_off_again_nothing_is_computed_again():
+    model, _ = build((True,) * 6, "transformers")
+    model.gradient_checkpointing_disable()
+    calls = count_calls(model)
+    model(**tiny_batch()).loss.backward()
+    assert sum(calls.values()) == 6
+
+
+def test_an_unpatched_model_has_no_checkpointing_function_of_ours():
+    model = tiny_causal_lm()
+    had = hasattr(model.model.layers[0], "_gradient_checkpointing_func")
+    apply_dropbp(model, 0.5)
+    assert hasattr(model.model.layers[0], "_gradient_checkpointing_func") == had
+
+
+def test_unknown_checkpoint_is_refused_and_leaves_the_model_unpatched():
+    model = tiny_causal_lm()
+    with pytest.raises(ValueError, match=r"checkpoint: expected None or \"kept\", got 'all'"):
+        apply_dropbp(model, 0.5, checkpoint="all")
+    with pytest.raises(ValueError, match="patched by apply_dropbp"):
+        remove_dropbp(model)
+
+
+@pytest.mark.parametrize("way", [None, *WAYS])
+def test_backward_twice(way):
+    """With retain_graph gradients double; without, torch's own error names the cause, and nothing is left half-done."""
+    batch = tiny_batch()
+    _, expected = backward(build(MIXED)[0], batch)
+    model, _ = build(MIXED, way)
+    loss = model(**batch).loss
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for name, grad in gradients(model).items():
+        assert grad is None or torch.equal(grad, 2 * expected[name]), name
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+    assert_same(backward(model, batch), (loss.detach(), expected))
+
+
+@pytest.mark.parametrize("way", [None, *WAYS])
+def test_an_evaluation_between_two_micro_batches_changes_nothing(way):
+    batches = [tiny_batch(), tiny_batch(2, 7)]
+
+    def accumulate(evaluates):
+        model, handler = build(MIXED, way, attention_dropout=0.3)
+        torch.manual_seed(3)
+        for batch in batches:
+            model(**batch).loss.backward()
+            if evaluates:
+                model.eval()
+                with torch.no_grad():
+                    model(**batch)
+                model.train()
+        assert handler.plan.kept == MIXED
+        return torch.zeros(()), gradients(model)
+
+    assert_same(accumulate(True), accumulate(False))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_evaluation_mode_between_forward_and_backward(way):
+    batch = tiny_batch()
+    expected = backward(build(MIXED)[0], batch)
+    model, _ = build(MIXED, way)
+    loss = model(**batch).loss
+    model.eval()
+    loss.backward()
+    assert_same((loss.detach(), gradients(model)), expected)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo, on a block's own input
+@pytest.mark.parametrize("is_whole_model", [True, False])
+def test_patching_a_compiled_model_compiles_it_again(is_whole_model):
+    torch.compiler.reset()
+    batch = tiny_batch()
+    _, expected = backward(build(MIXED)[0], batch)
+    model = tiny_causal_lm()
+    for module in [model] if is_whole_model else model.model.layers:
+        module.compile(backend="aot_eager")
+    backward(model, batch)  # compiled unpatched
+    apply_dropbp(model, 0.5).set_plan(MIXED)
+    _, grads = backward(model, batch)
+    assert {n for n, grad in grads.items() if grad is None} == {n for n, grad in expected.items() if grad is None}
+    remove_dropbp(model)
+    assert all(grad is not None for grad in backward(model, batch)[1].values())
+
+
+@pytest.mark.parametrize("way", ["transformers", "kept"])
+@pytest.mark.parametrize("plan", [MIXED, (True,) * 6])
+def test_compiles_with_equal_gradients(way, plan):
+    torch.compiler.reset()
+    batch = tiny_batch()
+    _, expected = backward(build(plan)[0], batch)
+    model, _ = build(plan, way)
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(**batch).loss.backward()
+    assert not torch._dynamo.utils.counters["graph_break"]
+    for name, grad in gradients(model).items():
+        assert (grad is None) == (expected[name] is None), name
+        if grad is not None:
+            torch.testing.assert_close(grad, expected[name])
