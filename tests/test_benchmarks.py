@@ -19,6 +19,7 @@ sys.path.append(str(ROOT))
 from benchmarks import (  # noqa: E402
     bench_gated_residual_add,
     bench_gated_residual_rms_norm,
+    bench_host_overhead,
     bench_step,
     boundary,
     gpu_check,
@@ -245,6 +246,18 @@ def test_the_boundary_is_free_where_the_next_branch_is_dropped():
     assert not boundary.is_free(kept)
 
 
+def test_host_overhead_puts_the_raw_op_beside_what_calls_it():
+    cases = list(bench_host_overhead.make_cases(CPU, num_calls=1))
+    assert len(cases) == bench_host_overhead.NUM_CASES
+    forwards = [case for case in cases if case.direction == "fwd"]
+    assert len(forwards) == 5
+    assert all({"eager", "raw", "ours"} <= case.variants.keys() for case in forwards)
+    for case in forwards:
+        ours, raw = (case.variants[name].run(None) for name in ("ours", "raw"))
+        first = [result[0] if isinstance(result, tuple) else result for result in (ours, raw)]
+        torch.testing.assert_close(first[0].detach(), first[1])
+
+
 # ---- commands
 
 
@@ -253,7 +266,7 @@ def test_pytest_finds_and_runs_the_benchmarks():
     quick = ["--benchmark-min-rounds=1", "--benchmark-max-time=0.001", "-k", "host_overhead and eager"]
     result = subprocess.run([*command, *quick], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "8 passed" in result.stdout
+    assert f"{bench_host_overhead.NUM_CASES} passed" in result.stdout
     assert "test_bench_host_overhead" in result.stdout
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .derivative import first_derivative
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -18,14 +19,15 @@ _raw = torch.ops.dropbp_kernels
 
 def check(residual: Tensor, branch: Tensor, weight: Tensor, grad_scale: float) -> None:
     """Raise ValueError or TypeError unless residual and branch (..., D), weight (D,) and grad_scale fit together."""
-    if residual.shape != branch.shape or residual.dtype is not branch.dtype or residual.dtype not in DTYPES:
+    shape, dtype, device = residual.shape, residual.dtype, residual.device
+    if shape != branch.shape or dtype is not branch.dtype or dtype not in DTYPES:
         _check_sum(residual, branch)
-    if residual.dim() == 0 or weight.dim() != 1 or weight.shape[0] != residual.shape[-1]:
-        raise ValueError(f"weight: expected shape {tuple(residual.shape[-1:])}, got {tuple(weight.shape)}")
+    if not shape or weight.shape != shape[-1:]:
+        raise ValueError(f"weight: expected shape {tuple(shape[-1:])}, got {tuple(weight.shape)}")
     if weight.dtype not in DTYPES:
         raise TypeError(f"weight: expected dtype float32, float16, bfloat16 or float64, got {weight.dtype}")
-    if residual.device != branch.device or residual.device != weight.device:
-        raise ValueError(f"branch, weight: expected on {residual.device}, got {branch.device}, {weight.device}")
+    if device != branch.device or device != weight.device:
+        raise ValueError(f"branch, weight: expected on {device}, got {branch.device}, {weight.device}")
     if not isinstance(grad_scale, (float, int)):
         raise TypeError(f"grad_scale: expected a number, got {type(grad_scale).__name__}")
 
@@ -61,7 +63,7 @@ class NextDropped(torch.autograd.Function):
         return normed, new_residual
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, _: Tensor | None, grad_new: Tensor | None) -> tuple[Tensor | None, ...]:
         is_wanted = ctx.needs_input_grad[2:4]
         gradients = share(grad_new, is_wanted, ctx.grad_scale, ctx.branch_dtype)

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .derivative import first_derivative
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -112,7 +113,7 @@ class _GatedResidualAdd(torch.autograd.Function):
         return _raw.gated_residual_add(residual, branch, rows)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
             return None, None, None, None, None, None
@@ -122,10 +123,10 @@ class _GatedResidualAdd(torch.autograd.Function):
 
 
 def _check(residual: Tensor, branch: Tensor, rows: Tensor | None) -> None:
-    for name, tensor in (("residual", residual), ("branch", branch)):
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name}: expected dtype float32, float16, bfloat16 or float64, got {tensor.dtype}")
-    if torch.promote_types(residual.dtype, branch.dtype) != residual.dtype:
+    for name, dtype in (("residual", residual.dtype), ("branch", branch.dtype)):
+        if dtype not in DTYPES:
+            raise TypeError(f"{name}: expected dtype float32, float16, bfloat16 or float64, got {dtype}")
+    if residual.dtype != branch.dtype and torch.promote_types(residual.dtype, branch.dtype) != residual.dtype:
         raise TypeError(f"residual: expected a dtype that holds branch's {branch.dtype}, got {residual.dtype}")
     if rows is None:
         if residual.shape != branch.shape:
@@ -135,13 +136,14 @@ def _check(residual: Tensor, branch: Tensor, rows: Tensor | None) -> None:
         raise TypeError(f"rows: expected dtype int64, got {rows.dtype}")
     if rows.device != branch.device:
         raise ValueError(f"rows: expected on branch's device {branch.device}, got {rows.device}")
-    if residual.dim() == 0 or branch.shape[1:] != residual.shape[1:] or branch.dim() == 0:
-        expected = ", ".join(["K", *map(str, residual.shape[1:])])
-        raise ValueError(f"branch: expected shape ({expected}), got {tuple(branch.shape)}")
-    if rows.dim() != 1 or rows.shape[0] != branch.shape[0]:
-        raise ValueError(f"rows: expected shape ({branch.shape[0]},) as branch has, got {tuple(rows.shape)}")
-    if branch.shape[0] > residual.shape[0]:
-        raise ValueError(f"rows: expected at most residual's {residual.shape[0]}, got {branch.shape[0]}")
+    shape, branch_shape = residual.shape, branch.shape
+    if not shape or not branch_shape or branch_shape[1:] != shape[1:]:
+        expected = ", ".join(["K", *map(str, shape[1:])])
+        raise ValueError(f"branch: expected shape ({expected}), got {tuple(branch_shape)}")
+    if rows.dim() != 1 or rows.shape[0] != branch_shape[0]:
+        raise ValueError(f"rows: expected shape ({branch_shape[0]},) as branch has, got {tuple(rows.shape)}")
+    if branch_shape[0] > shape[0]:
+        raise ValueError(f"rows: expected at most residual's {shape[0]}, got {branch_shape[0]}")
 
 
 def _check_row_scale(grad_scale: Tensor, branch: Tensor) -> None:
