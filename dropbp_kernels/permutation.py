@@ -11,12 +11,14 @@ shapes are known before anything runs.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 MAX_ROWS = 1 << 31
+DTYPES = (torch.int64, torch.int32)
 _MASK = 0xFFFFFFFF
 
 
@@ -65,6 +67,39 @@ def draw_num_kept(num_rows: int, drop_rate: float, *, seed: int, step: int, bran
     a, b = _key(seed, step, branch)
     uniform = (_mix(_mix(a ^ _MASK) ^ b) + 0.5) / (1 << 32)  # row 2^32 - 1, which no permutation has, and xor for plus
     return min(math.floor(expected + uniform), num_rows)
+
+
+def row_shape(shape: Sequence[int], num_rows: int) -> tuple[int, ...] | None:
+    """`shape` (..., D) seen as num_rows rows, (num_rows, ..., D); None where it has no such rows.
+
+    A row is an index of the leading dimensions that together have num_rows elements, as few of them as do: of (B, S, D)
+    B rows are samples, (B, S, D), and B * S rows are tokens, (B * S, D).
+    """
+    product = 1
+    for place, size in enumerate(shape[:-1]):
+        product *= size
+        if product == num_rows:
+            return (num_rows, *shape[place + 1 :])
+    return None
+
+
+def check_permutation(permutation: Tensor, residual: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """(permutation as int64, residual's shape as rows). That it is one is checked where that needs no wait: on a CPU.
+
+    Errors: TypeError for another dtype than int64 and int32, ValueError for a wrong device or length.
+    """
+    if permutation.dtype not in DTYPES:
+        raise TypeError(f"permutation: expected dtype int64 or int32, got {permutation.dtype}")
+    if permutation.device != residual.device:
+        raise ValueError(f"permutation: expected on residual's device {residual.device}, got {permutation.device}")
+    shape = row_shape(residual.shape, permutation.shape[0]) if permutation.dim() == 1 else None
+    if shape is None:
+        counts = [str(math.prod(residual.shape[:place])) for place in range(1, residual.dim())]
+        raise ValueError(
+            f"permutation: expected shape (N,), N = {' or '.join(dict.fromkeys(counts)) or 'a number of rows'} for "
+            f"residual {tuple(residual.shape)}, got {tuple(permutation.shape)}"
+        )
+    return permutation.long(), shape
 
 
 def _key(seed: int | Tensor, step: int | Tensor, branch: int | Tensor) -> tuple[Any, Any]:

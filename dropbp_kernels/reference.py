@@ -94,3 +94,21 @@ def gated_residual_rms_norm_backward_reference(
         return grad_residual, weight.new_empty(0)
     rows = (grad_normed.to(wide) * normalized).reshape(rstd.numel(), weight.shape[0])
     return grad_residual, rows.sum(0).to(weight.dtype)
+
+
+def _check_is_permutation(permutation: Tensor) -> None:
+    """The reference looks, where there is something to look at: a device without memory of its own, not meta."""
+    ordered = torch.arange(len(permutation), device=permutation.device)
+    if permutation.device.type == "cpu" and not torch.equal(permutation.sort().values, ordered):
+        raise IndexError(f"permutation: expected each number from 0 to {len(permutation) - 1} once")
+
+
+def permuted_residual_add_reference(residual: Tensor, kept: Tensor, dropped: Tensor, permutation: Tensor) -> Tensor:
+    """residual + branch in residual's shape and dtype, where (kept, dropped) is the branch in permuted order."""
+    _check_is_permutation(permutation)
+    wide = _wide(residual.dtype)
+    rows = residual.reshape(len(permutation), -1) if residual.numel() else residual.new_empty(len(permutation), 0)
+    branch = torch.cat((kept, dropped)).reshape(rows.shape)
+    total = rows.index_select(0, permutation).to(wide) + branch.to(wide)
+    output = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    return output.index_copy_(0, permutation, total.to(residual.dtype)).reshape(residual.shape)

@@ -25,11 +25,13 @@ import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from dropbp_kernels._triton import gated_residual_add as add, gated_residual_rms_norm as norm
+from dropbp_kernels._triton import permuted_residual_add as permuted_add
 
 SCALARS = {"grad_scale": "fp32", "grad_scale_rest": "fp32", "eps": "fp32", "eps_rest": "fp32"}
 
 def compile(name, kernel, element, wide, num_warps=8, **constants):
-    types = {"rows_ptr": "*i64", "row_scale_ptr": "*fp32", "rstd_ptr": "*" + wide, "partial_ptr": "*" + wide}
+    indices = {"rows_ptr": "*i64", "permutation_ptr": "*i64"}
+    types = {**indices, "row_scale_ptr": "*fp32", "rstd_ptr": "*" + wide, "partial_ptr": "*" + wide}
     constants["WIDE"] = {"fp32": tl.float32, "fp64": tl.float64}[wide]
     signature = {}
     for argument in kernel.arg_names:
@@ -46,6 +48,7 @@ for element, wide in (("bf16", "fp32"), ("fp64", "fp64")):
     compile(f"add {element}", add._gated_residual_add_kernel, element, wide, **flags)
     flags["HAS_ROW_SCALE"] = True
     compile(f"add backward {element}", add._gated_residual_add_backward_kernel, element, wide, **flags)
+    compile(f"permuted add {element}", permuted_add._permuted_residual_add_kernel, element, wide, BLOCK=1024)
     for is_one in (True, False):
         flags = dict(D=1000 if is_one else 60000, GEMMA=False, IS_ONE_BLOCK=is_one, BLOCK=1024)
         compile(f"norm {element} {is_one}", norm._gated_residual_rms_norm_kernel, element, wide, **flags)
@@ -74,7 +77,7 @@ def test_kernels_compile_without_a_gpu(architecture, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
-    assert len(results) == 14
+    assert len(results) == 16
     for name, (source, num_bytes) in results.items():
         assert num_bytes > 0, name
         # Rows times their length is what passes 2^31: the only products of 32 bits left are of columns.

@@ -33,4 +33,11 @@ SCHEMAS = {
             "bool gemma, bool weight_grad) -> (Tensor, Tensor)"
         ),
     },
+    # A permutation (N,) int64 orders the rows of residual; a row is an index of the leading dimensions, as few of them
+    # as have N elements together (permutation.row_shape). Its first K entries are the kept rows.
+    "permuted_residual_add": {
+        # residual (..., D), the branch in permuted order as kept (K, ..., D) and dropped (N - K, ..., D) -> the sum in
+        # residual's order and shape. Backward: gated_residual_add_backward at rows permutation[:K].
+        "permuted_residual_add": "(Tensor residual, Tensor kept, Tensor dropped, Tensor permutation) -> Tensor",
+    },
 }
