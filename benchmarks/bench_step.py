@@ -159,7 +159,7 @@ def run(settings: Settings) -> Iterator[list[StepRow]]:
     size = SIZES["tiny" if settings.scale == "tiny" else settings.device.type]
     model, batch = build(size, settings.device)
     handler = apply_dropbp(model, 0.0, strict=False)
-    stepper = _Stepper(model, batch, settings.device)
+    stepper = Stepper(model, batch, settings.device)
 
     memory = {}
     for method in tqdm(METHODS, desc="counting memory", leave=False, disable=None):
@@ -229,7 +229,7 @@ def verdicts(rows: list[StepRow]) -> dict[str, bool]:
     return result
 
 
-class _Stepper:
+class Stepper:
     """Runs one forward and backward of `model` on `batch`; gradients start at None."""
 
     def __init__(self, model: nn.Module, batch: dict[str, Tensor], device: torch.device) -> None:
@@ -258,7 +258,7 @@ class _Stepper:
         return start.elapsed_time(middle), middle.elapsed_time(end)
 
 
-def _memory(method: Method, handler: DropBPHandler, stepper: _Stepper, step: int) -> dict[str, Any]:
+def _memory(method: Method, handler: DropBPHandler, stepper: Stepper, step: int) -> dict[str, Any]:
     method.set_plan(handler, step)
     stepper.model.zero_grad(set_to_none=True)
     with saved_bytes() as saved:
@@ -278,7 +278,7 @@ def _memory(method: Method, handler: DropBPHandler, stepper: _Stepper, step: int
     return result
 
 
-def _largest_forward_transient(handler: DropBPHandler, stepper: _Stepper) -> int:
+def _largest_forward_transient(handler: DropBPHandler, stepper: Stepper) -> int:
     """The most bytes live while one branch runs without a graph, the residual stream that it reads included."""
     peaks = []
     gates = list(handler.gates.values())

@@ -14,7 +14,13 @@ from typing import Any
 
 import torch
 
-from . import bench_gated_residual_add, bench_gated_residual_rms_norm, bench_host_overhead, bench_step
+from . import (
+    bench_checkpointed_step,
+    bench_gated_residual_add,
+    bench_gated_residual_rms_norm,
+    bench_host_overhead,
+    bench_step,
+)
 from .baselines import WrongResult
 from .rows import RESULTS, append_rows
 from .settings import SCALES, Settings
@@ -22,6 +28,7 @@ from .settings import SCALES, Settings
 SUITES: dict[str, Callable[[Settings], Iterator[list[Any]]]] = {
     "host_overhead": bench_host_overhead.run,
     "step": bench_step.run,
+    "checkpointed_step": bench_checkpointed_step.run,
     "gated_residual_rms_norm": bench_gated_residual_rms_norm.run,
     "gated_residual_add": bench_gated_residual_add.run,
 }

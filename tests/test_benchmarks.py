@@ -17,6 +17,7 @@ if not (ROOT / "benchmarks").is_dir():
 sys.path.append(str(ROOT))
 
 from benchmarks import (  # noqa: E402
+    bench_checkpointed_step,
     bench_gated_residual_add,
     bench_gated_residual_rms_norm,
     bench_host_overhead,
@@ -149,7 +150,8 @@ def test_committed_rows_have_the_columns_of_today():
     from benchmarks.rows import RESULTS, Row
 
     for path in filter(Path.exists, (RESULTS / f"{suite}.csv" for suite in run.SUITES)):
-        row_type = bench_step.StepRow if path.stem == "step" else Row
+        own = {"step": bench_step.StepRow, "checkpointed_step": bench_checkpointed_step.CheckpointedStepRow}
+        row_type = own.get(path.stem, Row)
         with path.open(newline="") as file:
             lines = list(csv.reader(file))
         assert lines[0] == [column.name for column in fields(row_type)], path.name
@@ -232,6 +234,17 @@ def test_step_rows(tmp_path, one_thread):
     append_rows(tmp_path / "step.csv", rows)
     assert plots.main(["--rows", str(tmp_path), "--out", str(tmp_path)]) == 0
     assert (tmp_path / "step.png").stat().st_size > 10_000
+
+
+def test_checkpointed_step_rows(one_thread):
+    (rows,) = bench_checkpointed_step.run(Settings(CPU, "tiny"))
+    by_name = {(row.method, row.drop_rate): row for row in rows}
+    undropped, published = by_name["undropped", 0.0], by_name["published", 0.875]
+    assert published.saved_bytes == undropped.saved_bytes  # every block keeps its input
+    for way in ("transformers", "kept"):
+        assert by_name[way, 0.875].saved_bytes < undropped.saved_bytes
+        assert by_name[way, 0.75].flops_kept == pytest.approx(0.25, abs=0.15)
+    assert len(bench_checkpointed_step.verdicts(rows)) == 2
 
 
 def test_the_boundary_is_free_where_the_next_branch_is_dropped():
