@@ -75,8 +75,8 @@ class CheckpointedStepRow(Machine):
     peak_live_bytes: int
 
     HEADER: ClassVar[str] = (
-        f"{'method':<18} {'kept':>5} {'forward':>10} {'backward':>10} {'step':>10} {'p20-p80':>17} {'of undropped':>12} "
-        f"{'saved':>10} {'peak live':>10}"
+        f"{'method':<18} {'kept':>5} {'forward':>10} {'backward':>10} {'step':>10} {'p20-p80':>17} {'of undropped':>12}"
+        f" {'saved':>10} {'peak live':>10}"
     )
 
     def __str__(self) -> str:
