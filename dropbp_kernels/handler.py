@@ -23,7 +23,7 @@ from .layer import DROPPED_RUNS, DropBP, checkpoint_branch
 from .plan import DropPlan, set_plan
 from .report import Report
 from .samplers import Sampler, get_sampler
-from .sensitivity import compute_sensitivity
+from .sensitivity import compute_sensitivity, mean_over_ranks
 
 STATE_VERSION = 1
 CHECKPOINTS = (None, "kept")
@@ -214,12 +214,13 @@ class DropBPHandler:
         """Measure the sensitivity of each branch and set the drop rates from it; return the rates.
 
         backprop runs forward and backward on a fixed batch, nothing else (no optimizer step, no zero_grad).
-        Gradients, RNG state, train/eval mode and plan are left as found.
+        Gradients, RNG state, train/eval mode and plan are left as found. Where torch.distributed runs, every rank calls
+        this on its own batch and all take the mean of the sensitivities, so that they draw the same plans.
         Errors: those of `compute_sensitivity` and `allocate`; the rates are unchanged then.
         Cost:   1 + num_branches forwards and backwards, and one extra set of gradients with definition="element".
         Source: DropBP (arXiv 2402.17812), section 3.3.
         """
-        sensitivities = compute_sensitivity(self, backprop, definition, progress=progress)
+        sensitivities = mean_over_ranks(compute_sensitivity(self, backprop, definition, progress=progress))
         rates = allocate(sensitivities, self.flops(), self.drop_rate, method=allocation, min_rate=min_rate)
         self.set_drop_rates(rates)
         self.sensitivities = sensitivities

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 DEFINITIONS = ("norm", "element")
@@ -49,7 +50,7 @@ def _set_rng_state(state: tuple[Any, ...]) -> None:
 
 
 @contextmanager
-def _left_as_found(handler: HasGates) -> Iterator[None]:
+def left_as_found(handler: HasGates) -> Iterator[None]:
     """Whatever happens inside, put back gradients, RNG states, train/eval modes and all attributes of the gates.
 
     Gradients are set aside, not copied: backprop finds none and makes its own.
@@ -116,6 +117,15 @@ def _sensitivity(undropped: list[Any], grads: list[Tensor | None], definition: s
     return sum(change * change for change in changes)
 
 
+def mean_over_ranks(values: list[float]) -> list[float]:
+    """The mean of each value over the ranks of torch.distributed, the same on all; `values` where there is one."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return values
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, values)
+    return [sum(column) / len(gathered) for column in zip(*gathered, strict=True)]
+
+
 def _progress(names: Sequence[str], enabled: bool) -> Any:
     """`names`, with a tqdm bar around it when that is wanted and tqdm is installed."""
     if not enabled:
@@ -150,7 +160,7 @@ def compute_sensitivity(
         raise ValueError("handler: expected at least one gate, got none")
 
     sensitivities: list[float] = []
-    with _left_as_found(handler):
+    with left_as_found(handler):
         rng_state = _get_rng_state()
         for parameter in handler.model.parameters():
             parameter.grad = None

@@ -1,0 +1,333 @@
+"""DropBP in transformers' `Trainer` and TRL's trainers: one callback.
+
+from dropbp_kernels import DropBPCallback
+
+callback = DropBPCallback(drop_rate=0.75, rates="sensitivity")
+trainer = Trainer(model, args, train_dataset=data, callbacks=[callback])
+trainer.train()
+print(callback.handler.report())
+"""
+
+import inspect
+import json
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..handler import DropBPHandler, check_drop_rate, find_gates
+from ..sensitivity import DEFINITIONS
+from .meters import PlanMeter, TimeMeter, saved_bytes_by_branch
+from .transformers import apply_dropbp, remove_dropbp
+
+try:
+    from transformers.trainer_callback import CallbackHandler, ExportableState, TrainerCallback
+except ImportError as error:
+    raise ImportError("DropBPCallback: needs transformers; pip install dropbp_kernels[trainer]") from error
+
+RATES = ("uniform", "sensitivity")
+PLANS = ("optimizer_step", "micro_batch")
+LOG_PREFIX = "dropbp_"
+
+
+class DropBPCallback(TrainerCallback, ExportableState):
+    """Patches the Trainer's model, draws a plan for each optimizer step, logs what was dropped, resumes exactly.
+
+    Args:
+        drop_rate: share of the branches' backward work to drop, 0 <= drop_rate < 1.
+        rates: "uniform" gives every branch drop_rate; "sensitivity" measures, once, what dropping each branch does to
+            the gradient, and shares the rate out by that.
+        calibrate_at: after which share of the optimizer steps it is measured, 0 <= calibrate_at < 1 (at least one
+            step); on the last micro-batch of that step, after its update, when no gradient is accumulated.
+        plan: "optimizer_step" draws one plan for all micro-batches of a step, "micro_batch" one for each.
+        definition: of the sensitivity, "norm" or "element".
+        loss: (model, inputs) -> the loss that calibration differentiates; needed only where the model itself returns
+            none, as with `compute_loss_func` or label smoothing.
+        measure: also log forward, backward and step time and the peak of memory, and print their means at the end.
+        remove_at_end: take the patch off the model when training ends.
+        options: those of `apply_dropbp`. A model that has gates already, its own or from `apply_dropbp`, keeps them.
+
+    Attributes: handler, the `DropBPHandler` of the model, None until the Trainer is made.
+    Logs:       dropbp_drop_rate and dropbp_flops_kept (realised since the last log), dropbp_bytes_not_saved (for a
+                micro-batch), dropbp_tokens_per_second (padding counts, all processes), and with measure
+                dropbp_forward_ms, dropbp_backward_ms, dropbp_step_ms, dropbp_peak_memory_mib.
+    Errors:     ValueError for an argument out of range, a model that cannot be patched (when the Trainer is made; the
+                model is unchanged then), DDP without find_unused_parameters, or a checkpoint of other settings.
+    Cost:       one more forward in the first step, to count bytes; calibration takes 1 + num_branches forwards and
+                backwards on a micro-batch, with the memory of an undropped one.
+    """
+
+    def __init__(
+        self,
+        drop_rate: float,
+        *,
+        rates: str = "uniform",
+        calibrate_at: float = 0.1,
+        plan: str = "optimizer_step",
+        definition: str = "norm",
+        loss: Callable[[nn.Module, dict[str, Any]], Tensor] | None = None,
+        measure: bool = False,
+        remove_at_end: bool = False,
+        **options: Any,
+    ):
+        check_drop_rate(drop_rate)
+        check_drop_rate(calibrate_at, "calibrate_at")
+        for name, value, known in [
+            ("rates", rates, RATES),
+            ("plan", plan, PLANS),
+            ("definition", definition, DEFINITIONS),
+        ]:
+            if value not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        self.drop_rate = drop_rate
+        self.rates = rates
+        self.calibrate_at = calibrate_at
+        self.plan = plan
+        self.definition = definition
+        self.loss = loss
+        self.measure = measure
+        self.remove_at_end = remove_at_end
+        self.options = options
+        self.handler: DropBPHandler | None = None
+        self._patched: nn.Module | None = None
+        self._is_calibrated = False
+        self._inputs: dict[str, Any] | None = None  # of the last forward, while a probe waits for them
+        self._capture: Any = None
+        self._plans: PlanMeter | None = None
+        self._times: TimeMeter | None = None
+
+    # ---- the model
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        functions = [name for name, value in [*self.options.items(), ("loss", self.loss)] if callable(value)]
+        if functions and args.restore_callback_states_from_checkpoint:
+            raise ValueError(
+                f"restore_callback_states_from_checkpoint: expected False, since {functions[0]} is a function and the "
+                "Trainer would make the callback again without it, got True; DropBPCallback resumes without that"
+            )
+        self._go_first()
+        self._attach(model)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._go_first()
+        _check_ddp(args, model)
+        self._stop()  # what a run that broke off left
+        self._attach(model)
+        self._is_calibrated = False
+        name = type(self).__name__
+        if state.global_step > 0:
+            self._resume(state.stateful_callbacks.get(name), state.global_step)
+        state.stateful_callbacks.setdefault(name, self.state())  # the Trainer writes into the entry it expects to find
+        self._plans = PlanMeter(self._handler())
+        self._times = TimeMeter(model) if self.measure else None
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._times is not None and state.is_world_process_zero:
+            print(f"DropBP: {self._times.summary()}")
+        self._stop()
+        if self.remove_at_end and self._patched is not None:
+            remove_dropbp(self._patched)
+            self._patched = None
+
+    def _attach(self, model: nn.Module) -> None:
+        """A handler for the model; the model is patched unless it has gates."""
+        if not find_gates(model):
+            self.handler = apply_dropbp(model, self.drop_rate, **self.options)
+            self._patched = model
+            return
+        known = inspect.signature(DropBPHandler).parameters
+        options = {name: value for name, value in self.options.items() if name in known}
+        self.handler = DropBPHandler(model, self.drop_rate, **options)
+
+    def _handler(self) -> DropBPHandler:
+        if self.handler is None:
+            raise RuntimeError("DropBPCallback: expected a Trainer that has begun to train, got none")
+        return self.handler
+
+    def _stop(self) -> None:
+        self._stop_capture()
+        if self._times is not None:
+            self._times.close()
+        self._times = None
+
+    # ---- plans
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._handler().step()
+        if self._plans is None:
+            return
+        if self._plans.bytes_per_token is None or self._calibrates_after(state):
+            self._capture = model.register_forward_pre_hook(self._keep_inputs, with_kwargs=True)
+        self._plans.start_step()
+        if self._times is not None:
+            self._times.begin("step")
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._end_micro_batch()
+        if self.plan == "micro_batch":
+            self._handler().step()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._end_micro_batch()
+
+    def _end_micro_batch(self) -> None:
+        if self._times is not None:
+            self._times.end("backward")
+        if self._plans is not None:
+            self._plans.count_forward()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self._times is not None:
+            self._times.end("step")
+        if self._plans is not None:
+            self._plans.end_step()
+        inputs = self._inputs
+        self._stop_capture()
+        if inputs is None:
+            return
+        if self._times is None:
+            self._probe(model, inputs, state)
+        else:
+            with self._times.paused():
+                self._probe(model, inputs, state)
+
+    # ---- probes: between two optimizer steps, on the last micro-batch, with everything left as found
+
+    def _keep_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.is_grad_enabled():
+            names = list(inspect.signature(module.forward).parameters)
+            self._inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+
+    def _stop_capture(self) -> None:
+        self._inputs = None
+        if self._capture is not None:
+            self._capture.remove()
+        self._capture = None
+
+    def _calibrates_after(self, state: Any) -> bool:
+        """Whether the step that begins now is the one whose end calibrates."""
+        if self.rates != "sensitivity" or self._is_calibrated:
+            return False
+        return state.global_step + 1 >= max(1, round(self.calibrate_at * state.max_steps))
+
+    def _probe(self, model: nn.Module, inputs: dict[str, Any], state: Any) -> None:
+        handler = self._handler()
+        if self._plans is not None and self._plans.bytes_per_token is None:
+            gate = next(iter(handler.gates.values()))
+            num_tokens = max(1, gate.batch_size * gate.seq_len)
+            num_bytes = saved_bytes_by_branch(handler, lambda: model(**inputs))
+            self._plans.bytes_per_token = [size / num_tokens for size in num_bytes]
+        due = max(1, round(self.calibrate_at * state.max_steps))
+        if self.rates == "sensitivity" and not self._is_calibrated and state.global_step >= due:
+            handler.calibrate(lambda: _backprop(model, self._loss(model, inputs)), definition=self.definition)
+            self._is_calibrated = True
+
+    def _loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        if self.loss is not None:
+            return self.loss(model, inputs)
+        output = model(**inputs)
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if loss is None:
+            raise ValueError(
+                f"loss: expected a function (model, inputs) -> loss, because calibration found none in the model's "
+                f"{type(output).__name__} (inputs: {', '.join(inputs)}), got None"
+            )
+        return loss
+
+    # ---- logs
+
+    def _go_first(self) -> None:
+        """Move to the front of the Trainer's callbacks, so that what is added to its logs reaches all that report them.
+
+        The Trainer tells its callbacks neither of itself nor of each other, and puts those that report before those of
+        the user; the list is found in the frame of the `CallbackHandler` that makes this call.
+        """
+        frame = sys._getframe(2)
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, CallbackHandler) and self in caller.callbacks:
+            caller.callbacks.remove(self)
+            caller.callbacks.insert(0, self)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "loss" not in logs or self._plans is None:  # evaluation, or the summary at the end
+            return
+        values = self._plans.read(args.world_size)
+        if self._times is not None:
+            values.update(self._times.read())
+        named = {LOG_PREFIX + name: value for name, value in values.items()}
+        logs.update(named)
+        state.log_history[-1].update(named)
+
+    # ---- checkpoints
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer writes into trainer_state.json: the arguments, and where the handler stands."""
+        return {
+            "args": self._settings(),
+            "attributes": {
+                "saved_state": None if self.handler is None else self.handler.state_dict(),
+                "_is_calibrated": self._is_calibrated,
+            },
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        """The arguments that JSON can hold; a function stands there as its name."""
+        settings = {
+            "drop_rate": self.drop_rate,
+            "rates": self.rates,
+            "calibrate_at": self.calibrate_at,
+            "plan": self.plan,
+            "definition": self.definition,
+            "measure": self.measure,
+            "remove_at_end": self.remove_at_end,
+            **self.options,
+        }
+        return json.loads(json.dumps(settings, default=lambda value: getattr(value, "__qualname__", repr(value))))
+
+    def _resume(self, saved: dict[str, Any] | None, global_step: int) -> None:
+        """Go on where the checkpoint stands, also when the Trainer restores no callbacks (its default)."""
+        state = None if saved is None else saved["attributes"]["saved_state"]
+        if saved is None or state is None:
+            warnings.warn(
+                f"DropBPCallback: the checkpoint at step {global_step} holds no state of it; plans start anew",
+                stacklevel=2,
+            )
+            return
+        ours = self._settings()
+        for name in sorted((set(ours) | set(saved["args"])) - {"measure", "remove_at_end"}):
+            if ours.get(name) != saved["args"].get(name):
+                raise ValueError(
+                    f"{name}: expected {saved['args'].get(name)!r}, with which the checkpoint was trained, got "
+                    f"{ours.get(name)!r}; start a new run to change it"
+                )
+        self._handler().load_state_dict(state)
+        self._is_calibrated = saved["attributes"]["_is_calibrated"]
+
+
+def _backprop(model: nn.Module, loss: Tensor) -> None:
+    """loss.backward(), which DDP's reducer does not notice: it would take the parameters for used in its next step."""
+    if not (dist.is_available() and dist.is_initialized()):
+        loss.backward()  # the only way through checkpointing with use_reentrant=True
+        return
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
+        parameter.grad = grad
+
+
+def _check_ddp(args: Any, model: nn.Module) -> None:
+    """Refuse DDP that would stop at the first dropped branch: its parameters get no gradient in that step."""
+    if args.parallel_mode.value != "distributed" or args.fsdp or args.deepspeed:
+        return
+    finds_unused = args.ddp_find_unused_parameters
+    if finds_unused is None:  # the Trainer's own choice then
+        finds_unused = not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    if not finds_unused:
+        raise ValueError(
+            "ddp_find_unused_parameters: expected True, since a dropped branch leaves its parameters without gradient, "
+            "got False (with gradient checkpointing the Trainer's own choice). Pass it to TrainingArguments, and "
+            "checkpoint with use_reentrant=False."
+        )

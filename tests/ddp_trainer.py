@@ -1,0 +1,47 @@
+"""One rank of Trainer runs under DDP. test_trainer.py starts two: python ddp_trainer.py FOLDER, with RANK and so on."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from models import tiny_causal_lm, with_lora
+from transformers import Trainer, TrainingArguments
+
+from dropbp_kernels import DropBPCallback
+
+# What is run: the callback's options by name.
+RUNS = {
+    "uniform": {"rates": "uniform"},
+    "sensitivity": {"rates": "sensitivity", "calibrate_at": 0.3, "plan": "micro_batch"},
+}
+
+
+def run(name: str, batch_size: int) -> dict:
+    """Train a tiny model; its weights, and where the handler stands."""
+    tokens = torch.randint(64, (32, 8), generator=torch.Generator().manual_seed(3))
+    callback = DropBPCallback(0.5, **RUNS[name])
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            output_dir=folder,
+            max_steps=6,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=2,
+            learning_rate=1e-2,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            dataloader_pin_memory=False,
+        )
+        model = with_lora(tiny_causal_lm())
+        data = [{"input_ids": row, "labels": row} for row in tokens]
+        Trainer(model, args, train_dataset=data, callbacks=[callback]).train()
+    return {"weights": model.state_dict(), "handler": callback.handler.state_dict()}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.save({name: run(name, 2) for name in RUNS}, Path(sys.argv[1], f"rank{os.environ['RANK']}.pt"))
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,498 @@
+"""DropBPCallback in transformers' Trainer: plans, resumes bit for bit, calibration, logs, and what it refuses."""
+
+import copy
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import gradients, tiny_causal_lm, toy_model, with_lora
+
+pytest.importorskip("accelerate")
+
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from dropbp_kernels import DropBPCallback, apply_dropbp, remove_dropbp
+from dropbp_kernels.integrations import trainer as trainer_module
+from dropbp_kernels.integrations.meters import saved_bytes_by_branch
+from dropbp_kernels.layer import DropBP
+from dropbp_kernels.measure import saved_bytes
+
+NUM_BRANCHES = 6
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors this small gain nothing from a second one."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+def data(num_rows=48, seq_len=12):
+    tokens = torch.randint(64, (num_rows, seq_len), generator=torch.Generator().manual_seed(3))
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+def arguments(folder, **overrides):
+    defaults = {
+        "output_dir": str(folder),
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 2,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+    }
+    return TrainingArguments(**{**defaults, **overrides})
+
+
+class Watcher(TrainerCallback):
+    """Notes, for every micro-batch, the plan that ran and which branches' parameters have gradients after it."""
+
+    def __init__(self, callback):
+        self.callback = callback
+        self.plans = []
+        self.grads = []
+        self.is_training = False
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        model.register_forward_pre_hook(lambda *_: self.plans.append(self.plan()) if self.is_training else None)
+
+    def plan(self):
+        assert [gate.kept for gate in self.callback.handler.gates.values()] == list(self.callback.handler.plan.kept)
+        return self.callback.handler.plan
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.is_training = True
+
+    def note(self, model):
+        blocks = [m for m in model.modules() if type(m).__name__.endswith("DecoderLayer")]
+        branches = [branch for block in blocks for branch in (block.self_attn, block.mlp)]
+        self.grads.append(tuple(any(p.grad is not None for p in branch.parameters()) for branch in branches))
+
+    def on_substep_end(self, args, state, control, model=None, **kwargs):
+        self.note(model)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.note(model)
+        self.is_training = False  # what comes until the next step is a probe
+
+
+def train(folder, callback=None, model=None, resume=None, callbacks=(), eval_data=None, **overrides):
+    callback = DropBPCallback(0.5) if callback is None else callback
+    trainer = Trainer(
+        tiny_causal_lm() if model is None else model,
+        arguments(folder, **overrides),
+        train_dataset=data(),
+        eval_dataset=eval_data,
+        callbacks=[callback, *callbacks],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def weights(trainer):
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def assert_same(ours, expected):
+    assert set(ours) == set(expected)
+    for name, value in expected.items():
+        assert torch.equal(ours[name], value), name
+
+
+def test_one_plan_for_each_optimizer_step(tmp_path):
+    callback = DropBPCallback(0.5, seed=3)
+    watcher = Watcher(callback)
+    train(tmp_path, callback, callbacks=[watcher], gradient_accumulation_steps=3)
+    handler = callback.handler
+    assert handler.num_steps == 6
+    assert [plan.step for plan in watcher.plans] == [step for step in range(6) for _ in range(3)]
+    assert watcher.plans[::3] == [handler.draw(step) for step in range(6)]
+    assert watcher.grads == [plan.kept for plan in watcher.plans]
+
+
+def test_one_plan_for_each_micro_batch(tmp_path):
+    callback = DropBPCallback(0.5, plan="micro_batch")
+    watcher = Watcher(callback)
+    train(tmp_path, callback, callbacks=[watcher], gradient_accumulation_steps=3, max_steps=4)
+    handler = callback.handler
+    assert handler.num_steps == 12
+    assert watcher.plans == [handler.draw(step) for step in range(12)]
+    for index, grads in enumerate(watcher.grads):  # what any micro-batch of the step so far has kept
+        ran = [watcher.plans[i].kept for i in range(3 * (index // 3), index + 1)]
+        assert grads == tuple(map(any, zip(*ran, strict=True)))
+
+
+def test_the_last_step_of_an_epoch_may_have_fewer_micro_batches(tmp_path):
+    callback = DropBPCallback(0.5)
+    train(tmp_path, callback, gradient_accumulation_steps=5, max_steps=-1, num_train_epochs=2)  # 24 micro-batches
+    assert callback.handler.num_steps == 10
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_rate_zero_trains_as_without_the_callback(tmp_path, lora):
+    wrap = with_lora if lora else (lambda model: model)
+    trainer = train(tmp_path / "a", DropBPCallback(0.0), wrap(tiny_causal_lm()))
+    plain = Trainer(wrap(tiny_causal_lm()), arguments(tmp_path / "b"), train_dataset=data())
+    plain.train()
+    assert_same(weights(trainer), weights(plain))
+
+
+@pytest.mark.parametrize("restore_callbacks", [False, True])
+@pytest.mark.parametrize("plan", ["optimizer_step", "micro_batch"])
+def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path, plan, restore_callbacks):
+    def callback():
+        return DropBPCallback(0.5, rates="sensitivity", calibrate_at=0.3, plan=plan, seed=5)
+
+    options = {
+        "gradient_accumulation_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "restore_callback_states_from_checkpoint": restore_callbacks,
+        "logging_steps": 1,
+    }
+    whole = train(tmp_path, callback(), with_lora(tiny_causal_lm(attention_dropout=0.1)), **options)
+    rates = whole.callback_handler.callbacks[0].handler.drop_rates
+    assert len(set(rates)) > 1
+    for step in (1, 3):  # before and after calibration
+        model = with_lora(tiny_causal_lm(attention_dropout=0.1))
+        resumed = train(tmp_path, callback(), model, str(tmp_path / f"checkpoint-{step}"), **options)
+        ours = resumed.callback_handler.callbacks[0]
+        assert isinstance(ours, DropBPCallback)
+        assert ours.handler.state_dict() == whole.callback_handler.callbacks[0].handler.state_dict()
+        assert_same(weights(resumed), weights(whole))
+        losses = [entry["loss"] for entry in resumed.state.log_history if "loss" in entry]
+        assert losses == [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
+
+
+def test_resuming_with_other_settings_or_without_a_state(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 3}
+    train(tmp_path, **options)
+    with pytest.raises(ValueError, match=r"drop_rate: expected 0\.5, with which the checkpoint was trained, got 0\.25"):
+        train(tmp_path, DropBPCallback(0.25), resume=str(tmp_path / "checkpoint-3"), **options)
+    with pytest.raises(ValueError, match="seed: expected None, with which"):
+        train(tmp_path, DropBPCallback(0.5, seed=1), resume=str(tmp_path / "checkpoint-3"), **options)
+    state_file = tmp_path / "checkpoint-3" / "trainer_state.json"
+    state = json.loads(state_file.read_text())
+    del state["stateful_callbacks"]["DropBPCallback"]
+    state_file.write_text(json.dumps(state))
+    with pytest.warns(UserWarning, match="the checkpoint at step 3 holds no state of it; plans start anew"):
+        trainer = train(tmp_path, resume=str(tmp_path / "checkpoint-3"), **options)
+    assert trainer.callback_handler.callbacks[0].handler.num_steps == 3
+
+
+def test_evaluation_in_the_middle_disturbs_nothing(tmp_path):
+    plain = train(tmp_path / "a")
+    trainer = train(tmp_path / "b", eval_data=data(4), eval_strategy="steps", eval_steps=1)
+    assert len([entry for entry in trainer.state.log_history if "eval_loss" in entry]) == 6
+    assert_same(weights(trainer), weights(plain))
+    handlers = [t.callback_handler.callbacks[0].handler.state_dict() for t in (trainer, plain)]
+    assert handlers[0] == handlers[1]
+    assert not any("dropbp_drop_rate" in entry for entry in trainer.state.log_history if "eval_loss" in entry)
+
+
+def test_a_second_training_starts_anew(tmp_path):
+    callback = DropBPCallback(0.5)
+    trainer = train(tmp_path, callback)
+    first = callback.handler.plan
+    trainer.train()
+    assert callback.handler.num_steps == 6
+    assert callback.handler.plan == first
+
+
+def test_calibration_changes_the_rates_and_nothing_else(tmp_path):
+    """Up to and in the step that calibrates, weights are those of uniform rates; so are gradients and dropout."""
+    seen = {}
+
+    class AtStep(TrainerCallback):
+        def __init__(self, name):
+            self.name = name
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 3:
+                grads = [p.grad for p in model.parameters()]
+                training = [module.training for module in model.modules()]
+                values = {key: value.clone() for key, value in model.state_dict().items()}
+                seen[self.name] = (values, torch.get_rng_state(), training, [g is None for g in grads])
+
+    for name in ("uniform", "sensitivity"):
+        callback = DropBPCallback(0.5, rates=name, calibrate_at=0.5)
+        model = tiny_causal_lm(attention_dropout=0.1)
+        train(tmp_path / name, callback, model, callbacks=[AtStep(name)], gradient_accumulation_steps=2)
+        seen[name] += (callback.handler,)
+    assert_same(seen["sensitivity"][0], seen["uniform"][0])
+    assert torch.equal(seen["sensitivity"][1], seen["uniform"][1])
+    assert seen["sensitivity"][2:4] == seen["uniform"][2:4]
+    assert seen["uniform"][4].sensitivities is None
+    handler = seen["sensitivity"][4]
+    assert len(set(handler.drop_rates)) > 1
+    assert all(value > 0 for value in handler.sensitivities)
+
+
+def test_sensitivities_are_those_of_the_last_micro_batch(tmp_path):
+    batches, models = [], []
+
+    class Batch(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 1:
+                models.append(copy.deepcopy(model))
+
+    model = tiny_causal_lm()
+    model.register_forward_pre_hook(lambda m, a, k: batches.append(k), with_kwargs=True)
+    callback = DropBPCallback(0.5, rates="sensitivity", calibrate_at=0.0)
+    train(tmp_path, callback, model, callbacks=[Batch()], gradient_accumulation_steps=2, max_steps=2)
+    twin = models[0]
+    remove_dropbp(twin)
+    twin._forward_pre_hooks.clear()
+    handler = apply_dropbp(twin, 0.5)
+    handler.calibrate(lambda: twin(**batches[1]).loss.backward())
+    assert handler.sensitivities == callback.handler.sensitivities
+
+
+def test_a_model_without_loss_needs_a_loss_function(tmp_path):
+    def loss_of(output, labels, num_items_in_batch=None):
+        return torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), labels.flatten())
+
+    def run(callback):
+        arguments_ = arguments(tmp_path, max_steps=2)
+        trainer = Trainer(
+            tiny_causal_lm(), arguments_, train_dataset=data(), callbacks=[callback], compute_loss_func=loss_of
+        )
+        trainer.train()
+
+    with pytest.raises(ValueError, match=r"loss: expected a function .* none in the model's CausalLMOutputWithPast"):
+        run(DropBPCallback(0.5, rates="sensitivity"))
+    callback = DropBPCallback(
+        0.5, rates="sensitivity", loss=lambda model, inputs: model(**inputs).logits.float().logsumexp(-1).mean()
+    )
+    run(callback)
+    assert callback.handler.sensitivities is not None
+
+
+def test_logs_reach_tensorboard(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    callback = DropBPCallback(0.5, measure=True)
+    trainer = train(tmp_path / "run", callback, report_to="tensorboard")
+    events = EventAccumulator(str(next((tmp_path / "logs").rglob("events*")).parent))
+    events.Reload()
+    written = {tag.removeprefix("train/"): [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    names = [name for name in logged[-1] if name.startswith("dropbp_")]
+    assert set(names) == {
+        *("dropbp_drop_rate", "dropbp_flops_kept", "dropbp_bytes_not_saved", "dropbp_tokens_per_second"),
+        *("dropbp_forward_ms", "dropbp_backward_ms", "dropbp_step_ms", "dropbp_peak_memory_mib"),
+    }
+    for name in names:
+        expected = [entry[name] for entry in logged if name in entry]
+        assert written[name] == pytest.approx(expected, rel=1e-6), name
+        assert min(expected[1:]) > 0
+    assert written["dropbp_drop_rate"] == pytest.approx([0.5] * 3)
+
+
+def test_logged_numbers_are_those_of_the_plans(tmp_path):
+    callback = DropBPCallback(0.5, sampler="bernoulli")
+    watcher = Watcher(callback)
+    trainer = train(tmp_path, callback, callbacks=[watcher], gradient_accumulation_steps=2)
+    flops = callback.handler.flops()
+    sizes = saved_bytes_by_branch(callback.handler, lambda: trainer.model(**two_rows()))
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for index, entry in enumerate(logged):
+        kept = [plan.kept for plan in watcher.plans[4 * index : 4 * index + 4]]
+        assert entry["dropbp_drop_rate"] == pytest.approx(1 - sum(map(sum, kept)) / (4 * NUM_BRANCHES))
+        kept_flops = sum(f for plan in kept for f, k in zip(flops, plan, strict=True) if k)
+        assert entry["dropbp_flops_kept"] == pytest.approx(kept_flops / (4 * sum(flops)))
+        if index:  # bytes are measured after the first step
+            not_saved = sum(size for plan in kept for size, k in zip(sizes, plan, strict=True) if not k) / 4
+            assert entry["dropbp_bytes_not_saved"] == pytest.approx(not_saved)
+
+
+def two_rows():
+    rows = data(2)
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def test_saved_bytes_by_branch_are_what_dropping_it_takes_off():
+    model, batch = tiny_causal_lm(), two_rows()
+    handler = apply_dropbp(model, 0.5)
+    handler.set_plan([True, False, True, True, False, True])
+    grads, plan = gradients(model), handler.plan
+    sizes = saved_bytes_by_branch(handler, lambda: model(**batch))
+    assert handler.plan is plan
+    assert [gate.kept for gate in handler.gates.values()] == list(plan.kept)
+    assert not any("run" in vars(gate) for gate in handler.gates.values())
+    assert gradients(model) == grads
+
+    def saved(kept):
+        handler.set_plan(kept)
+        with saved_bytes() as count:
+            model(**batch)
+        return count.num_bytes
+
+    everything = saved([True] * NUM_BRANCHES)
+    taken_off = [everything - saved([i != index for i in range(NUM_BRANCHES)]) for index in range(NUM_BRANCHES)]
+    assert sizes[1:] == taken_off[1:]
+    assert sizes[0] == taken_off[0] + 2 * 12 * 8 * 4  # cosines and sines, which all attentions save
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert saved_bytes_by_branch(handler, lambda: model(**batch)) == [0] * NUM_BRANCHES
+
+
+def test_measure_prints_times_and_memory(tmp_path, capsys):
+    trainer = train(tmp_path, DropBPCallback(0.5, measure=True), gradient_accumulation_steps=2)
+    out = capsys.readouterr().out
+    assert "DropBP: forward " in out
+    assert "(mean of 6 optimizer steps)" in out
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert 0 < entry["dropbp_forward_ms"] + entry["dropbp_backward_ms"] < entry["dropbp_step_ms"]
+    assert not trainer.model._forward_hooks
+    assert not trainer.model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("remove_at_end", [False, True])
+def test_the_patch_stays_or_goes(tmp_path, remove_at_end):
+    model = tiny_causal_lm()
+    classes = [type(module) for module in model.modules()]
+    callback = DropBPCallback(0.5, remove_at_end=remove_at_end)
+    train(tmp_path, callback, model, max_steps=2)
+    assert ([type(module) for module in model.modules()] == classes) == remove_at_end
+    assert callback.handler.report()["num_steps"] == 2
+    assert not model._forward_pre_hooks
+
+
+def test_a_model_made_for_each_training(tmp_path):
+    callback = DropBPCallback(0.5)
+    options = arguments(tmp_path, max_steps=2)
+    trainer = Trainer(None, options, train_dataset=data(), model_init=lambda: tiny_causal_lm(), callbacks=[callback])
+    for _ in range(2):
+        trainer.train()
+        assert callback.handler.model is trainer.model
+        assert callback.handler.num_steps == 2
+
+
+def test_a_callback_that_is_added_later(tmp_path):
+    trainer = Trainer(tiny_causal_lm(), arguments(tmp_path, save_strategy="steps", save_steps=6), train_dataset=data())
+    callback = DropBPCallback(0.5)
+    trainer.add_callback(callback)
+    trainer.train()
+    assert callback.handler.num_steps == 6
+    assert trainer.callback_handler.callbacks[0] is callback
+    saved = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
+    assert saved["stateful_callbacks"]["DropBPCallback"]["attributes"]["saved_state"]["num_steps"] == 6
+
+
+class OwnModel(torch.nn.Module):
+    """Gates of its own, and nothing of transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(64, 8)
+        self.blocks = toy_model()
+
+    def forward(self, input_ids, labels=None):
+        logits = self.blocks(self.embedding(input_ids))
+        return {"loss": torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten() % 8), "logits": logits}
+
+
+def test_a_model_with_gates_of_its_own(tmp_path):
+    model = OwnModel()
+    callback = DropBPCallback(0.5, rates="sensitivity", grad_scale="unbiased", remove_at_end=True)
+    train(tmp_path, callback, model)
+    assert callback.handler.grad_scale == "unbiased"
+    assert len(set(callback.handler.drop_rates)) > 1
+    assert sum(isinstance(module, DropBP) for module in model.modules()) == 4
+
+
+@pytest.mark.slow
+def test_ranks_of_ddp_draw_the_same_plans_and_stay_alike(tmp_path):
+    import ddp_trainer
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = Path(ddp_trainer.__file__)
+    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    paths = os.pathsep.join([str(script.parent), str(script.parent.parent)])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(tmp_path)],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    alone = ddp_trainer.run("uniform", 4)  # meanwhile, in one process: the same rows in each step
+    for rank in ranks:
+        _, errors = rank.communicate(timeout=120)
+        assert rank.returncode == 0, errors
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    for name in ddp_trainer.RUNS:
+        assert first[name]["handler"] == second[name]["handler"]
+        assert_same(first[name]["weights"], second[name]["weights"])
+    assert len(set(first["sensitivity"]["handler"]["drop_rates"])) > 1
+    assert first["uniform"]["handler"] == alone["handler"]
+    for name, value in alone["weights"].items():
+        torch.testing.assert_close(first["uniform"]["weights"][name], value, atol=1e-4, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize(("option", "checkpointing"), [(False, False), (None, True)])
+def test_ddp_that_does_not_look_for_unused_parameters_is_refused(option, checkpointing):
+    from types import SimpleNamespace
+
+    model = tiny_causal_lm()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    mode = SimpleNamespace(value="distributed")
+    args = SimpleNamespace(parallel_mode=mode, fsdp=None, deepspeed=None, ddp_find_unused_parameters=option)
+    with pytest.raises(ValueError, match="ddp_find_unused_parameters: expected True"):
+        trainer_module._check_ddp(args, model)
+    args.ddp_find_unused_parameters = True
+    trainer_module._check_ddp(args, model)
+
+
+def test_a_model_that_cannot_be_patched(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="got none; module types found: Linear"):
+        Trainer(model, arguments(tmp_path), train_dataset=data(), callbacks=[DropBPCallback(0.5)])
+    model = tiny_causal_lm()
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match="sampler"):
+        train(tmp_path, DropBPCallback(0.5, sampler="fair"), model)
+    assert [type(module) for module in model.modules()] == classes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"drop_rate": 1.0}, "drop_rate: expected 0 <= drop_rate < 1, got 1"),
+        ({"drop_rate": 0.5, "calibrate_at": 1.0}, "calibrate_at: expected 0 <= calibrate_at < 1, got 1"),
+        ({"drop_rate": 0.5, "rates": "best"}, "rates: expected one of uniform, sensitivity, got 'best'"),
+        ({"drop_rate": 0.5, "plan": "epoch"}, "plan: expected one of optimizer_step, micro_batch, got 'epoch'"),
+        ({"drop_rate": 0.5, "definition": "max"}, "definition: expected one of norm, element, got 'max'"),
+    ],
+)
+def test_arguments_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        DropBPCallback(**options)
+
+
+def test_a_function_cannot_be_restored_by_the_trainer(tmp_path):
+    def sampler(rates, flops, seed, step):
+        return (True,) * len(rates)
+
+    with pytest.raises(ValueError, match="restore_callback_states_from_checkpoint: expected False, since sampler"):
+        train(tmp_path, DropBPCallback(0.5, sampler=sampler), restore_callback_states_from_checkpoint=True)
+    train(tmp_path, DropBPCallback(0.5, sampler=sampler), save_strategy="steps", save_steps=3)
