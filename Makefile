@@ -9,7 +9,7 @@ SOURCES := setup.py $(wildcard csrc/*.h csrc/*/*)
 FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(wildcard tests/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build finetune test bench lint format wheel clean
+.PHONY: help setup build finetune test sanitize bench lint format wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +34,9 @@ finetune: $(SETUP) ## fine-tune a small model with and without dropping, and com
 # passive: threads that spin while they wait make every process slow where cores are shared.
 test: $(SETUP) ## run the tests
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q $(ARGS)
+
+sanitize: $(SETUP) ## run the kernels under sanitizers: address and undefined behaviour; on a GPU compute-sanitizer
+	$(BIN)/python tests/sanitize.py $(ARGS)
 
 bench: $(SETUP) ## run the benchmarks; rows go to benchmarks/results
 	$(BIN)/python -m benchmarks.run $(ARGS)

@@ -12,7 +12,7 @@ dropbp_kernels._C_cuda  csrc/cuda                where a CUDA toolkit is (never 
 from 2.11 on. A missing compiler is no error, the package is whole in plain PyTorch; a compiler that fails is.
 
 Environment: DROPBP_KERNELS_CUDA=0|1 (never | always, an error without a toolkit), CUDA_HOME, TORCH_CUDA_ARCH_LIST, CXX,
-MAX_JOBS.
+CXXFLAGS (after ours, of C++ alone), MAX_JOBS.
 """
 
 import importlib.metadata
@@ -169,7 +169,7 @@ def ninja_file(extensions: list[Extension], build: Path) -> str:
         f"cxx = {compiler}",
         f"common = {COMMON_FLAGS}",
         "rule cxx",
-        "  command = $cxx -MMD -MF $out.d $common $flags -c $in -o $out",
+        f"  command = $cxx -MMD -MF $out.d $common $flags {os.environ.get('CXXFLAGS', '')} -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",

@@ -6,11 +6,15 @@
 // shared with code that runs on an older one.
 #include "elements.h"
 
+#ifndef DROPBP_X86  // -DDROPBP_X86=0 leaves all but the baseline out, for a quick build
 #if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
 #define DROPBP_X86 1
 #else
 #define DROPBP_X86 0
+#endif
+#endif
+#if DROPBP_X86
+#include <immintrin.h>
 #endif
 
 #define DROPBP_ISA baseline
