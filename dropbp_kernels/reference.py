@@ -112,3 +112,58 @@ def permuted_residual_add_reference(residual: Tensor, kept: Tensor, dropped: Ten
     total = rows.index_select(0, permutation).to(wide) + branch.to(wide)
     output = torch.empty_like(rows, memory_format=torch.contiguous_format)
     return output.index_copy_(0, permutation, total.to(residual.dtype)).reshape(residual.shape)
+
+
+def gated_residual_layer_norm_reference(
+    residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(normed, new_residual, mean, rstd) of new_residual = residual + branch; the norm reads the *rounded* sum."""
+    wide = _wide(residual.dtype)
+    new_residual = gated_residual_add_reference(residual, branch, None)
+    x = new_residual.to(wide)
+    width = max(x.shape[-1], 1)
+    mean = x.sum(-1) / width
+    centred = x - mean.unsqueeze(-1)
+    rstd = torch.rsqrt(centred.pow(2).sum(-1) / width + eps)
+    normed = centred * rstd.unsqueeze(-1) * weight.to(wide)
+    if bias is not None:
+        normed = normed + bias.to(wide)
+    return normed.to(branch.dtype), new_residual, mean, rstd
+
+
+def gated_residual_layer_norm_backward_reference(
+    grad_normed: Tensor,
+    grad_new_residual: Tensor | None,
+    new_residual: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(gradient of new_residual through the norm plus grad_new_residual, gradients of weight and bias).
+
+    With n = (x - mean) * rstd and g = grad_normed * weight, grad_x = rstd * (g - mean(g) - n * mean(g * n)). The
+    roundings of the forward count as the identity.
+    """
+    wide = _wide(new_residual.dtype)
+    width = weight.shape[0]
+    scale = rstd.to(wide).unsqueeze(-1)
+    normalized = (new_residual.to(wide) - mean.to(wide).unsqueeze(-1)) * scale
+    grad = grad_normed.to(wide) * weight.to(wide)
+    mean_grad = grad.sum(-1, keepdim=True) / max(width, 1)
+    mean_product = (grad * normalized).sum(-1, keepdim=True) / max(width, 1)
+    grad_x = scale * (grad - mean_grad - normalized * mean_product)
+    if grad_new_residual is not None:
+        grad_x = grad_x + grad_new_residual.to(wide)
+    grad_residual = grad_x.to(new_residual.dtype, memory_format=torch.contiguous_format, copy=True)
+    grad_weight = grad_bias = None
+    if weight_grad:
+        grad_weight = (grad_normed.to(wide) * normalized).reshape(rstd.numel(), width).sum(0).to(weight.dtype)
+    if bias_grad:
+        grad_bias = grad_normed.to(wide).reshape(rstd.numel(), width).sum(0).to(weight.dtype)
+    return (
+        grad_residual,
+        weight.new_empty(0) if grad_weight is None else grad_weight,
+        weight.new_empty(0) if grad_bias is None else grad_bias,
+    )

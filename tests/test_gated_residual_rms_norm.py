@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch._dynamo.testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inputs import LAYOUTS, make
@@ -147,6 +148,12 @@ def test_empty(backend, device, shape):
     grad, grad_weight = raw.gated_residual_rms_norm_backward(normed, None, residual, weight, rstd, False, True)
     assert grad.shape == shape
     assert torch.equal(grad_weight, torch.zeros_like(weight))
+
+
+@pytest.mark.parametrize("width", [65536, 65535])
+def test_widest_rows(backend, device, width):
+    tensors = [make((3, width), torch.bfloat16, device=device) for _ in range(4)]
+    check(*tensors[:2], make((width,), torch.bfloat16, device=device), *tensors[2:], 1e-6, False)
 
 
 def test_many_rows_and_wide_rows(backend, device, in_chunks):
@@ -428,6 +435,29 @@ def test_compiles_without_graph_breaks(is_kept, next_kept):
         output = function(*inputs)
         results.append((output, *torch.autograd.grad(output.square().sum(), wanted)))
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("next_kept", [True, False])
+def test_one_graph_serves_every_number_of_rows(next_kept):
+    torch.compiler.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def run(*inputs):
+        normed, new_residual = gated_residual_rms_norm(*inputs, next_kept=next_kept)
+        return normed + new_residual
+
+    num_compiled = []
+    for rows in (2, 3, 7, 16, 100):
+        residual, branch, weight = leaves(shape=(rows, 5))
+        output = run(residual, branch, weight)
+        num_compiled.append(counter.frame_count)
+        (grad,) = torch.autograd.grad(output.square().sum(), branch)
+        normed, new_residual = plain(residual, branch, weight, 1e-6, False)
+        expected = (normed if next_kept else normed.detach()) + new_residual
+        torch.testing.assert_close(output, expected)
+        torch.testing.assert_close(grad, torch.autograd.grad(expected.square().sum(), branch)[0])
+    assert len(set(num_compiled)) == 1  # nothing after the first
 
 
 def test_inductor_matches_eager():

@@ -24,14 +24,17 @@ import json, sys
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from dropbp_kernels._triton import gated_residual_add as add, gated_residual_rms_norm as norm
-from dropbp_kernels._triton import permuted_residual_add as permuted_add
+from dropbp_kernels._triton import (
+    gated_residual_add as add, gated_residual_layer_norm as layer_norm, gated_residual_rms_norm as norm,
+    permuted_residual_add as permuted_add,
+)
 
 SCALARS = {"grad_scale": "fp32", "grad_scale_rest": "fp32", "eps": "fp32", "eps_rest": "fp32"}
 
 def compile(name, kernel, element, wide, num_warps=8, **constants):
     indices = {"rows_ptr": "*i64", "permutation_ptr": "*i64"}
     types = {**indices, "row_scale_ptr": "*fp32", "rstd_ptr": "*" + wide, "partial_ptr": "*" + wide}
+    types |= {name: "*" + wide for name in ("mean_ptr", "weight_partial_ptr", "bias_partial_ptr")}
     constants["WIDE"] = {"fp32": tl.float32, "fp64": tl.float64}[wide]
     signature = {}
     for argument in kernel.arg_names:
@@ -56,8 +59,20 @@ for element, wide in (("bf16", "fp32"), ("fp64", "fp64")):
             f"norm backward {element} {is_one}", norm._gated_residual_rms_norm_backward_kernel, element, wide,
             HAS_GRAD_NEW_RESIDUAL=True, WEIGHT_GRAD=is_one, **flags,
         )
+        del flags["GEMMA"]
+        compile(
+            f"layer norm {element} {is_one}", layer_norm._gated_residual_layer_norm_kernel, element, wide,
+            HAS_BIAS=True, **flags,
+        )
+        compile(
+            f"layer norm backward {element} {is_one}", layer_norm._gated_residual_layer_norm_backward_kernel, element,
+            wide, HAS_GRAD_NEW_RESIDUAL=True, WEIGHT_GRAD=is_one, BIAS_GRAD=is_one, **flags,
+        )
+    flags = dict(D=60000, BLOCK=1024)
+    compile(f"norm weight {element}", norm._gated_residual_rms_norm_weight_grad_kernel, element, wide, **flags)
     compile(
-        f"norm weight {element}", norm._gated_residual_rms_norm_weight_grad_kernel, element, wide, D=60000, BLOCK=1024
+        f"layer norm weight {element}", layer_norm._gated_residual_layer_norm_weight_grad_kernel, element, wide,
+        WEIGHT_GRAD=True, BIAS_GRAD=True, **flags,
     )
 print(json.dumps(results))
 """
@@ -77,12 +92,12 @@ def test_kernels_compile_without_a_gpu(architecture, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
-    assert len(results) == 16
+    assert len(results) == 26
     for name, (source, num_bytes) in results.items():
         assert num_bytes > 0, name
         # Rows times their length is what passes 2^31: the only products of 32 bits left are of columns.
         narrow = [line for line in source.splitlines() if "arith.muli" in line and "i64" not in line]
-        assert len(narrow) == (1 if name.startswith("norm weight") else 0), (name, narrow)
+        assert len(narrow) == (1 if "norm weight" in name else 0), (name, narrow)
 
 
 def test_weight_gradient_is_summed_in_a_bounded_buffer(monkeypatch):

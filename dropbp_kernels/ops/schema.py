@@ -33,6 +33,21 @@ SCHEMAS = {
             "bool gemma, bool weight_grad) -> (Tensor, Tensor)"
         ),
     },
+    "gated_residual_layer_norm": {
+        # residual (..., D), branch (..., D), weight (D,), bias (D,) of weight's dtype -> normed (..., D) in branch's
+        # dtype, new_residual (..., D) in residual's dtype, mean (...), rstd (...) in float32 (float64 for a float64
+        # residual). round((x - mean) * rstd * weight + bias).
+        "gated_residual_layer_norm": (
+            "(Tensor residual, Tensor branch, Tensor weight, Tensor? bias, float eps) "
+            "-> (Tensor, Tensor, Tensor, Tensor)"
+        ),
+        # -> grad_residual (..., D) in new_residual's dtype (the norm's gradient plus grad_new_residual if given),
+        # grad_weight, grad_bias (D,) in weight's dtype, of size (0,) when weight_grad or bias_grad is False.
+        "gated_residual_layer_norm_backward": (
+            "(Tensor grad_normed, Tensor? grad_new_residual, Tensor new_residual, Tensor weight, Tensor mean, "
+            "Tensor rstd, bool weight_grad, bool bias_grad) -> (Tensor, Tensor, Tensor)"
+        ),
+    },
     # A permutation (N,) int64 orders the rows of residual; a row is an index of the leading dimensions, as few of them
     # as have N elements together (permutation.row_shape). Its first K entries are the kept rows.
     "permuted_residual_add": {
