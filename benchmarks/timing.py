@@ -5,11 +5,18 @@ On a CPU every sample uses another of many input sets, together far larger than 
 larger than the L2 is written before every sample; that also keeps the GPU busy while the host launches the sample, so
 that the events bracket the kernels and not the launches.
 
-In turn. Round by round every variant is timed once, so that a noisy neighbour or a clock change meets all of them.
+In turn. Round by round every variant is timed once, so that a noisy neighbour or a clock change meets all of them. Each
+round has another random order: what runs after a variant that left the cache full of dirty lines pays for them.
+
+On a CPU the heap is told to keep what it is given back. Whether a result lands in pages that the kernel must clear first
+is luck of the heap otherwise, differs between variants, and costs several times what an addition does.
 """
 
+import ctypes
 import gc
 import math
+import platform
+import random
 import statistics
 import time
 from collections import deque
@@ -94,6 +101,7 @@ def cache_bytes(device: torch.device) -> int:
 def measure(case: Case, device: torch.device, *, seconds: float, min_rounds: int = MIN_ROUNDS) -> dict[str, Timing]:
     """Time every variant of `case` for about `seconds` in all; at least `min_rounds` samples each."""
     clock = _CudaClock(device) if device.type == "cuda" else _CpuClock()
+    shuffle = random.Random(0)
     num_variants = len(case.variants)
     sets = _input_sets(case, device)
     share = len(sets) // num_variants  # sets of one variant
@@ -112,7 +120,9 @@ def measure(case: Case, device: torch.device, *, seconds: float, min_rounds: int
             is_late = time.perf_counter() - started > seconds
             if num_rounds >= min_rounds and is_late:
                 break
-            for place, (name, variant) in enumerate(case.variants.items()):
+            order = list(enumerate(case.variants.items()))
+            shuffle.shuffle(order)
+            for place, (name, variant) in order:
                 if not pending[name]:
                     indices = [place + num_variants * (num_rounds + k) for k in range(share)]
                     pending[name].extend(variant.prepare(sets[index % len(sets)]) for index in indices)
@@ -139,6 +149,12 @@ def _input_sets(case: Case, device: torch.device) -> list[Any]:
 
 
 class _CpuClock:
+    def __init__(self) -> None:
+        if platform.libc_ver()[0] == "glibc":
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation is a mapping of its own
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: no free memory goes back to the kernel
+
     def sample(self, samples_ms: list[float], run: Callable[[Any], Any], state: Any, num_calls: int) -> None:
         if num_calls == 1:
             start = time.perf_counter_ns()

@@ -20,34 +20,24 @@ namespace {
 constexpr int64_t kMaxBlocks = 64;
 constexpr int64_t kMinBlockRows = 32;
 
-// The weight as the factor that the kernels apply: in float or double, for Gemma 1 + weight.
-template <class W>
-class Factor {
- public:
-  Factor(const Tensor& weight, bool gemma) : weight_(dense(weight)) {
-    visit_dtype("weight", weight_.scalar_type(), [&](auto t) {
-      using T = decltype(t);
-      if constexpr (std::is_same_v<T, W>) {
-        if (!gemma) {
-          data_ = input<W>(weight_);
-          return;
-        }
-      }
-      buffer_.reset(new W[weight_.numel()]);
-      const T* weight = input<T>(weight_);
-      with_kernels([&](auto kernels) {
-        kernels.offset_run(buffer_.get(), weight, gemma ? W{1} : W{0}, weight_.numel());
-      });
-      data_ = buffer_.get();
+// Calls visitor with the weight as the factor that the kernels apply: as it is where its dtype is
+// W or branch's, else in W; for Gemma 1 + weight in W.
+template <class W, class B, class Visitor>
+void visit_factor(const Tensor& weight_tensor, bool gemma, const Visitor& visitor) {
+  const Tensor weight = dense(weight_tensor);
+  visit_dtype("weight", weight.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    const T* data = input<T>(weight);
+    if constexpr (std::is_same_v<T, W> || std::is_same_v<T, B>) {
+      if (!gemma) return visitor(data);
+    }
+    const std::unique_ptr<W[]> factor(new W[weight.numel()]);
+    with_kernels([&](auto kernels) {
+      kernels.offset_run(factor.get(), data, gemma ? W{1} : W{0}, weight.numel());
     });
-  }
-  const W* data() const { return data_; }
-
- private:
-  Tensor weight_;
-  std::unique_ptr<W[]> buffer_;
-  const W* data_ = nullptr;
-};
+    visitor(static_cast<const W*>(factor.get()));
+  });
+}
 
 // Every tensor of `width` columns; the number of rows.
 int64_t check_width(const Tensor& rows_by_width, const Tensor& weight) {
@@ -62,6 +52,32 @@ int64_t check_width(const Tensor& rows_by_width, const Tensor& weight) {
 
 int64_t row_grain(int64_t width) {
   return std::max<int64_t>(1, kGrain / std::max<int64_t>(width, 1));
+}
+
+// Calls run(begin, end, sums) for blocks of rows, sums (width,) zeros at first, and writes the sums
+// of all blocks to grad_weight.
+template <class W, class Run>
+void run_blocks(int64_t num_rows, int64_t width, const Run& run, const Tensor& grad_weight) {
+  const int64_t block_rows = std::max(kMinBlockRows, (num_rows + kMaxBlocks - 1) / kMaxBlocks);
+  const int64_t num_blocks = std::max<int64_t>(1, (num_rows + block_rows - 1) / block_rows);
+  const std::unique_ptr<W[]> partial(new W[num_blocks * width]);
+  const int64_t grain = std::max<int64_t>(1, row_grain(width) / block_rows);
+  torch::stable::parallel_for(0, num_blocks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      W* sums = partial.get() + block * width;
+      std::fill_n(sums, width, W{0});
+      run(block * block_rows, std::min(num_rows, (block + 1) * block_rows), sums);
+    }
+  });
+  visit_dtype("weight", grad_weight.scalar_type(), [&](auto t) {
+    auto* sum = output<decltype(t)>(grad_weight);
+    const int64_t column_grain = std::max<int64_t>(64, kGrain / num_blocks);
+    torch::stable::parallel_for(0, width, column_grain, [&](int64_t begin, int64_t end) {
+      with_kernels([&](auto kernels) {
+        kernels.sum_blocks(sum + begin, partial.get() + begin, num_blocks, width, end - begin);
+      });
+    });
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor> gated_residual_rms_norm(Tensor residual, Tensor branch,
@@ -80,17 +96,18 @@ std::tuple<Tensor, Tensor, Tensor> gated_residual_rms_norm(Tensor residual, Tens
     using R = decltype(r);
     using B = decltype(b);
     using W = Wide<R>;
-    const Factor<W> factor(weight, gemma);
     const R* res = input<R>(residual);
     const B* add = input<B>(branch);
     B* out = output<B>(normed);
     R* sum = output<R>(new_residual);
     W* scale = output<W>(rstd);
-    torch::stable::parallel_for(0, num_rows, row_grain(width), [&](int64_t begin, int64_t end) {
-      const int64_t at = begin * width;
-      with_kernels([&](auto kernels) {
-        kernels.forward_rows(res + at, add + at, factor.data(), static_cast<W>(eps), gemma,
-                             out + at, sum + at, scale + begin, end - begin, width);
+    visit_factor<W, B>(weight, gemma, [&](auto factor) {
+      torch::stable::parallel_for(0, num_rows, row_grain(width), [&](int64_t begin, int64_t end) {
+        const int64_t at = begin * width;
+        with_kernels([&](auto kernels) {
+          kernels.forward_rows(res + at, add + at, factor, static_cast<W>(eps), gemma, out + at,
+                               sum + at, scale + begin, end - begin, width);
+        });
       });
     });
   });
@@ -124,47 +141,26 @@ std::tuple<Tensor, Tensor> gated_residual_rms_norm_backward(Tensor grad_normed,
         using R = decltype(r);
         using B = decltype(b);
         using W = Wide<R>;
-        const Factor<W> factor(weight, gemma);
         const B* grad = input<B>(grad_normed);
         const R* grad_new = grad_new_residual ? input<R>(*grad_new_residual) : nullptr;
         const R* x = input<R>(new_residual);
         const W* scale = input<W>(rstd);
         R* out = output<R>(grad_residual);
-        const auto run = [&](int64_t begin, int64_t end, W* sums) {
-          const int64_t at = begin * width;
-          with_kernels([&](auto kernels) {
-            kernels.backward_rows(grad + at, grad_new ? grad_new + at : nullptr, x + at,
-                                  factor.data(), scale + begin, out + at, sums, end - begin, width);
-          });
-        };
-        if (!weight_grad) {
-          torch::stable::parallel_for(
-              0, num_rows, row_grain(width),
-              [&](int64_t begin, int64_t end) { run(begin, end, nullptr); });
-          return;
-        }
-        const int64_t block_rows =
-            std::max(kMinBlockRows, (num_rows + kMaxBlocks - 1) / kMaxBlocks);
-        const int64_t num_blocks = std::max<int64_t>(1, (num_rows + block_rows - 1) / block_rows);
-        const std::unique_ptr<W[]> partial(new W[num_blocks * width]);
-        const int64_t grain = std::max<int64_t>(1, row_grain(width) / block_rows);
-        torch::stable::parallel_for(0, num_blocks, grain, [&](int64_t begin, int64_t end) {
-          for (int64_t block = begin; block < end; ++block) {
-            W* sums = partial.get() + block * width;
-            std::fill_n(sums, width, W{0});
-            run(block * block_rows, std::min(num_rows, (block + 1) * block_rows), sums);
-          }
-        });
-        visit_dtype("weight", weight.scalar_type(), [&](auto t) {
-          using T = decltype(t);
-          T* sum = output<T>(grad_weight);
-          const int64_t column_grain = std::max<int64_t>(64, kGrain / num_blocks);
-          torch::stable::parallel_for(0, width, column_grain, [&](int64_t begin, int64_t end) {
+        visit_factor<W, B>(weight, gemma, [&](auto factor) {
+          const auto run = [&](int64_t begin, int64_t end, W* sums) {
+            const int64_t at = begin * width;
             with_kernels([&](auto kernels) {
-              kernels.sum_blocks(sum + begin, partial.get() + begin, num_blocks, width,
-                                 end - begin);
+              kernels.backward_rows(grad + at, grad_new ? grad_new + at : nullptr, x + at, factor,
+                                    scale + begin, out + at, sums, end - begin, width);
             });
-          });
+          };
+          if (weight_grad) {
+            run_blocks<W>(num_rows, width, run, grad_weight);
+          } else {
+            torch::stable::parallel_for(
+                0, num_rows, row_grain(width),
+                [&](int64_t begin, int64_t end) { run(begin, end, nullptr); });
+          }
         });
       });
   return {grad_residual, grad_weight};

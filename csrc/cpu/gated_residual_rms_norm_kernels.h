@@ -2,7 +2,8 @@
 // hence no guard.
 //
 // A row is read twice: once for its statistic, and again, from the cache, for the result. W is the
-// type of the arithmetic; factor is the weight in W, for Gemma 1 + weight.
+// type of the arithmetic; factor is the weight, for Gemma 1 + weight in W. A 16-bit weight is
+// widened as it is read: a wide copy would push the row out of the L1 cache from width 4096 on.
 namespace dropbp::DROPBP_ISA {
 namespace {  // another file has other Kernels
 
@@ -35,8 +36,8 @@ struct Kernels {
       store_part<W>(output + i, load_part<W>(values + i, count - i) + offset, count - i);
   }
 
-  template <class R, class B, class W>
-  static void forward_rows(const R* residual, const B* branch, const W* factor, W eps, bool gemma,
+  template <class R, class B, class F, class W>
+  static void forward_rows(const R* residual, const B* branch, const F* factor, W eps, bool gemma,
                            B* normed, R* new_residual, W* rstd, int64_t num_rows, int64_t width) {
     constexpr int kStep = kLanes<W>;
     for (int64_t row = 0; row < num_rows; ++row) {
@@ -73,9 +74,9 @@ struct Kernels {
   // With n = x * rstd and g = grad_normed * factor: grad_residual = rstd * (g - n * mean(g * n)) +
   // grad_new_residual, and grad_weight gains grad_normed * n. grad_new_residual and grad_weight may
   // be null.
-  template <class R, class B, class W>
+  template <class R, class B, class F, class W>
   static void backward_rows(const B* grad_normed, const R* grad_new_residual, const R* x,
-                            const W* factor, const W* rstd, R* grad_residual, W* grad_weight,
+                            const F* factor, const W* rstd, R* grad_residual, W* grad_weight,
                             int64_t num_rows, int64_t width) {
     for (int64_t row = 0; row < num_rows; ++row) {
       const W sum = grad_weight
@@ -115,8 +116,8 @@ struct Kernels {
     return kGemma ? normalized * factor : factor * rounded_to<B, W>(normalized);
   }
 
-  template <bool kGemma, class R, class B, class W>
-  static DROPBP_INLINE void normalize_row(const R* x, const W* factor, W scale, B* normed,
+  template <bool kGemma, class R, class B, class F, class W>
+  static DROPBP_INLINE void normalize_row(const R* x, const F* factor, W scale, B* normed,
                                           int64_t width) {
     constexpr int kStep = kLanes<W>;
     int64_t i = 0;
@@ -133,8 +134,8 @@ struct Kernels {
   }
 
   // The sum of g * n over a row; grad_weight gains grad_normed * n.
-  template <bool kWeightGrad, class R, class B, class W>
-  static DROPBP_INLINE W dot_row(const B* grad_normed, const R* x, const W* factor, W scale,
+  template <bool kWeightGrad, class R, class B, class F, class W>
+  static DROPBP_INLINE W dot_row(const B* grad_normed, const R* x, const F* factor, W scale,
                                  W* grad_weight, int64_t width) {
     constexpr int kStep = kLanes<W>;
     Sums<W> sums;
@@ -160,9 +161,9 @@ struct Kernels {
     return sums.total();
   }
 
-  template <bool kGradNew, class R, class B, class W>
+  template <bool kGradNew, class R, class B, class F, class W>
   static DROPBP_INLINE void grad_row(const B* grad_normed, const R* grad_new_residual, const R* x,
-                                     const W* factor, W scale, W mean, R* grad_residual,
+                                     const F* factor, W scale, W mean, R* grad_residual,
                                      int64_t width) {
     constexpr int kStep = kLanes<W>;
     int64_t i = 0;

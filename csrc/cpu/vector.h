@@ -31,11 +31,37 @@ DROPBP_INLINE V load_raw(const T* from) {
   return vector;
 }
 
+// 16 bits to 32 and back, high halves zero. By hand where GCC would split the vector in two.
+template <int N>
+DROPBP_INLINE Vector<uint32_t, N> widen(Vector<uint16_t, N> narrow) {
+#if DROPBP_VECTOR_BYTES > 16
+  if constexpr (N == 8) {
+    return bits_as<Vector<uint32_t, N>>(_mm256_cvtepu16_epi32(bits_as<__m128i>(narrow)));
+  }
+#endif
+#if DROPBP_VECTOR_BYTES == 64
+  if constexpr (N == 16) {
+    return bits_as<Vector<uint32_t, N>>(_mm512_cvtepu16_epi32(bits_as<__m256i>(narrow)));
+  }
+#endif
+  return __builtin_convertvector(narrow, Vector<uint32_t, N>);
+}
+
+template <int N>
+DROPBP_INLINE Vector<uint16_t, N> narrow(Vector<uint32_t, N> wide) {
+#if DROPBP_VECTOR_BYTES == 64
+  if constexpr (N == 16) {
+    return bits_as<Vector<uint16_t, N>>(_mm512_cvtepi32_epi16(bits_as<__m512i>(wide)));
+  }
+#endif
+  return __builtin_convertvector(wide, Vector<uint16_t, N>);
+}
+
 // Half to float by its bits: what F16C does in one instruction.
 template <int N>
 DROPBP_INLINE Vector<float, N> from_half(Vector<uint16_t, N> half) {
   using Bits = Vector<uint32_t, N>;
-  const Bits bits = __builtin_convertvector(half, Bits);
+  const Bits bits = widen<N>(half);
   const Bits magnitude = bits & 0x7fffu;
   const Bits normal = (magnitude << 13) + ((127u - 15u) << 23);
   const Bits infinite_or_nan = (magnitude << 13) | 0x7f800000u;
@@ -66,9 +92,7 @@ DROPBP_INLINE Vector<uint16_t, N> to_half(Vector<float, N> value) {
 // N elements as floats, for the 16-bit types.
 template <int N>
 DROPBP_INLINE Vector<float, N> load_floats(const BFloat16* from) {
-  using Bits = Vector<uint32_t, N>;
-  const auto raw = load_raw<Vector<uint16_t, N>>(from);
-  return bits_as<Vector<float, N>>(__builtin_convertvector(raw, Bits) << 16);
+  return bits_as<Vector<float, N>>(widen<N>(load_raw<Vector<uint16_t, N>>(from)) << 16);
 }
 
 template <int N>
@@ -98,8 +122,7 @@ DROPBP_INLINE Vector<float, N> round_to_bfloat16(Vector<float, N> value) {
 // Stores floats that are BFloat16 already.
 template <int N>
 DROPBP_INLINE void store_exact(BFloat16* to, Vector<float, N> value) {
-  const auto raw =
-      __builtin_convertvector(bits_as<Vector<uint32_t, N>>(value) >> 16, Vector<uint16_t, N>);
+  const auto raw = narrow<N>(bits_as<Vector<uint32_t, N>>(value) >> 16);
   __builtin_memcpy(to, &raw, sizeof(raw));
 }
 
