@@ -29,6 +29,15 @@ struct Kernels {
     }
   }
 
+  template <class W, class T>
+  static void widen_run(W* output, const T* values, int64_t count) {
+    constexpr int kStep = kLanes<W>;
+    for (int64_t i = 0; i < count; i += kStep) {
+      const int64_t rest = count - i < kStep ? count - i : kStep;
+      store_part<W>(output + i, load_part<W>(values + i, rest), rest);
+    }
+  }
+
   // Two products and not one with grad_scale * row_scale: the same roundings as the reference.
   template <class G, class B, class W>
   static void scale_run(B* output, const G* grad, W grad_scale, W row_scale, int64_t count) {
