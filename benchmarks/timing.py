@@ -8,8 +8,8 @@ that the events bracket the kernels and not the launches.
 In turn. Round by round every variant is timed once, so that a noisy neighbour or a clock change meets all of them. Each
 round has another random order: what runs after a variant that left the cache full of dirty lines pays for them.
 
-On a CPU the heap is told to keep what it is given back. Whether a result lands in pages that the kernel must clear first
-is luck of the heap otherwise, differs between variants, and costs several times what an addition does.
+On a CPU the heap is told to keep what it is given back. Whether a result lands in pages that the system must clear
+first is luck of the heap otherwise, differs between variants, and costs several times what an addition does.
 """
 
 import ctypes

@@ -118,7 +118,11 @@ class _GatedResidualAdd(torch.autograd.Function):
         if grad_output is None:
             return None, None, None, None, None, None
         rows, row_scale = ctx.saved_tensors
-        grad_branch = _raw.gated_residual_add_backward(grad_output, rows, row_scale, ctx.grad_scale, ctx.dtypes[1])
+        residual_dtype, branch_dtype = ctx.dtypes
+        if rows is None and row_scale is None and residual_dtype is branch_dtype:
+            grad_branch = grad_output * ctx.grad_scale  # nothing to fuse: PyTorch's own kernel moves no byte more
+        else:
+            grad_branch = _raw.gated_residual_add_backward(grad_output, rows, row_scale, ctx.grad_scale, branch_dtype)
         return grad_output if ctx.needs_input_grad[0] else None, grad_branch, None, None, None, None
 
 
