@@ -2,6 +2,7 @@
 
 apply_dropbp, remove_dropbp   one line on a Hugging Face model      integrations/transformers.py
 DropBPCallback                the same in a Trainer or SFTTrainer   integrations/trainer.py
+register_family               the same for your own blocks          integrations/families.py
 DropBP                        the gate of one residual branch       layer.py
 DropBPHandler, DropPlan       draws the plan of each step           handler.py, plan.py
 blocks                        fused transformer blocks              blocks.py
@@ -13,6 +14,7 @@ from typing import Any
 
 from . import blocks, measure, ops
 from .handler import DropBPHandler
+from .integrations.families import register_family
 from .integrations.transformers import apply_dropbp, remove_dropbp
 from .layer import DropBP
 from .plan import DropPlan
@@ -25,6 +27,7 @@ __all__ = [
     "blocks",
     "measure",
     "ops",
+    "register_family",
     "remove_dropbp",
 ]
 __version__ = "0.1.0"

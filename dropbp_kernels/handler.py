@@ -220,6 +220,8 @@ class DropBPHandler:
         Cost:   1 + num_branches forwards and backwards, and one extra set of gradients with definition="element".
         Source: DropBP (arXiv 2402.17812), section 3.3.
         """
+        for gate in self.gates.values():
+            gate.refresh()
         sensitivities = mean_over_ranks(compute_sensitivity(self, backprop, definition, progress=progress))
         rates = allocate(sensitivities, self.flops(), self.drop_rate, method=allocation, min_rate=min_rate)
         self.set_drop_rates(rates)

@@ -10,7 +10,8 @@ nothing, and x + constant gives the residual stream its gradient unchanged. The 
 a `DropBPHandler` draws the plan of a step and writes it into all gates of a model.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,24 @@ DROPPED_RUNS = ("inference", "detach")
 
 # Runs a branch and keeps its input alone; the rest is computed again in the backward, up to the last tensor it needs.
 checkpoint_branch: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
+
+
+@contextmanager
+def as_inference(device_type: str) -> Iterator[None]:
+    """How a dropped branch runs: under no_grad, and without autocast's cache of cast weights.
+
+    A cast that was made under no_grad has no graph; found in the cache by a later kept run of the same weight, in the
+    same autocast region, it would silently take that weight's gradient away.
+    """
+    with torch.no_grad():
+        if not (torch.is_autocast_enabled(device_type) and torch.is_autocast_cache_enabled()):
+            yield
+            return
+        torch.set_autocast_cache_enabled(False)
+        try:
+            yield
+        finally:
+            torch.set_autocast_cache_enabled(True)
 
 
 class DropBP(nn.Module):
@@ -94,10 +113,7 @@ class DropBP(nn.Module):
         The only place where a gate chooses how a branch runs: as written, checkpointed or like inference.
         """
         if torch.is_grad_enabled():
-            # Written and never read here: a counter would make torch.compile guard on it and recompile every step.
-            self.was_called = True
-            self.batch_size = residual.shape[0]
-            self.seq_len = residual.shape[1] if residual.dim() > 2 else 1
+            self.note_call(residual)
         if self.checkpoint is not None and self.kept and self.training and torch.is_grad_enabled():
             # What is computed again is the branch alone, never the gate: a plan drawn since then changes nothing.
             output: Tensor = self.checkpoint(branch, residual)
@@ -105,8 +121,25 @@ class DropBP(nn.Module):
         if self.records_graph:
             output = branch(residual)
             return output if self.kept else output.detach()
-        with torch.no_grad():
+        with as_inference(residual.device.type):
             return branch(residual)
+
+    def note_call(self, residual: Tensor) -> None:
+        """Note that the branch runs on `residual`, with gradients enabled.
+
+        Written and never read here: a counter would make torch.compile guard on it and recompile every step.
+        """
+        self.was_called = True
+        self.batch_size = residual.shape[0]
+        self.seq_len = residual.shape[1] if residual.dim() > 2 else 1
+
+    def refresh(self) -> None:
+        """Called before a plan is set. A gate that is tied to modules finds them again here; this one has none."""
+
+    @property
+    def is_checkpointable(self) -> bool:
+        """Whether `checkpoint` can make the kept branch save no more than its input; so it is where `run` runs it."""
+        return True
 
     @property
     def records_graph(self) -> bool:

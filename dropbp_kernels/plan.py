@@ -43,4 +43,5 @@ def set_plan(gates: dict[str, DropBP], kept: tuple[bool, ...]) -> None:
     if wrong is not None:
         raise TypeError(f"plan: expected bool entries (True = kept), got {wrong!r} of type {type(wrong).__name__}")
     for gate, is_kept in zip(gates.values(), kept, strict=True):
+        gate.refresh()
         gate.kept = is_kept

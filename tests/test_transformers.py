@@ -153,7 +153,7 @@ def test_deepcopy_of_a_patched_model_is_independent():
     remove_dropbp(model)
     gate = twin.model.layers[0].gate_mlp
     assert gate.modules_of_branch[1] is twin.model.layers[0].mlp
-    assert gate.flops.modules[1] is twin.model.layers[0].mlp
+    assert gate.flops.block is twin.model.layers[0]
 
 
 def test_flops_follow_the_shape_of_the_last_training_call():

@@ -6,7 +6,9 @@ transformers checkpoints whole blocks: it keeps a block's input and runs the blo
 branches            what happens
 ==================  ===================================================================================================
 all dropped         the block just runs: it saves nothing that could be computed again
-some kept           each kept branch is checkpointed by itself, with the function that transformers was told to use
+some kept           each kept branch is checkpointed by itself, with the function that transformers was told to use;
+                    where a branch is several sublayers with the block's code between them (Bloom), the block is
+                    checkpointed as usual, and its dropped branches are run again as inference
 all kept            the block is checkpointed as usual (in a compiled model branch by branch)
 ==================  ===================================================================================================
 
@@ -55,7 +57,7 @@ class CheckpointByPlan:
 
 def _checkpoint_block(block: nn.Module, function: Callable[..., Any], run: Callable[..., Any], *args: Any) -> Any:
     """Run the block's forward `run`, checkpointed by `function` as far as its branches are kept."""
-    gates = [module for module in block.children() if isinstance(module, DropBP)]
+    gates = [module for module in block.modules() if isinstance(module, DropBP)]
     recorded = [gate for gate in gates if gate.records_graph]
     if not recorded or any(gate.checkpoint is not None for gate in gates):
         return run(*args)
@@ -64,6 +66,7 @@ def _checkpoint_block(block: nn.Module, function: Callable[..., Any], run: Calla
         _warn_of_reentrant()
     # torch.compile refuses the notes that gates take inside of what is checkpointed; by branch they stay outside.
     is_whole = len(recorded) == len(gates) and not torch.compiler.is_compiling()
+    is_whole |= not all(gate.is_checkpointable for gate in recorded)
     if is_reentrant or is_whole:
         return function(_with_this_plan(gates, run), *args)
     with _checkpointed(recorded, function):
@@ -133,4 +136,4 @@ def without_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _checkpoints(block: nn.Module) -> bool:
-    return any(gate.checkpoint is not None for gate in block.children() if isinstance(gate, DropBP))
+    return any(gate.checkpoint is not None for gate in block.modules() if isinstance(gate, DropBP))

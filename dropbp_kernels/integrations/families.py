@@ -1,17 +1,28 @@
-"""Which modules of a known block form its branches: one small entry per model family.
+"""Which modules of a block form its branches: one small entry per model family.
 
-An entry names the block's class and rewrites its forward around two gates. The rewrite is the block's own arithmetic
-with ``residual + branch`` replaced by the gate, so logits are the same bit for bit at any plan.
+    register_family("mine", block="MyBlock", branches={"attention": ("norm1", "attn"), "mlp": ("norm2", "mlp")})
+
+Each branch is the chain of modules between the residual stream and the add, in the order in which they run: pre-norms,
+sublayer, post-norms. Two branches may name the same norm (parallel residual). A name may be
+
+    "attn.dense"                  a module anywhere below the block, as in `get_submodule`
+    "ln_mlp|input_layernorm"      the first of these that the block has
+    "post_norm?"                  a module that not every block has
+
+and a branch, "cross_attention?", one that not every block has: it exists where all its modules are.
+
+What is applied after the add (the norms of a post-norm block: BERT) belongs to the stream and stays out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..flops import attention_core_flops, linear_flops
+from ..flops import attention_core_flops, attention_shape, linear_flops
 from ..layer import DropBP
+from .gating import ModuleGate
 
 
 def _pre_norm_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -31,45 +42,207 @@ def _pre_norm_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
 class Family:
     """How to gate the blocks of one model family.
 
-    block: class name of the block. forward: its new forward, which reads `gate_attention` and `gate_mlp`.
-    attention, mlp: attribute names of the modules of each branch, the norm first.
+    block: class names of its blocks. branches: by branch name, the names of its modules, first to last.
+    when: tells blocks of one class apart that their configuration lays out differently; None: all are alike.
+    forward: a forward of the block that does the adds itself, through `gate_<branch>.residual_add` or `.run`, for
+        families in which that pays ("fused"). None: the branches are gated by their modules (`gating`, "generic").
     """
 
-    block: str
-    forward: Callable[..., Tensor] = _pre_norm_forward
-    attention: tuple[str, ...] = ("input_layernorm", "self_attn")
-    mlp: tuple[str, ...] = ("post_attention_layernorm", "mlp")
+    block: tuple[str, ...]
+    branches: Mapping[str, tuple[str, ...]]
+    when: Callable[[Any], bool] | None = None
+    forward: Callable[..., Tensor] | None = None
+
+    def fits(self, block: nn.Module) -> bool:
+        """Whether `block` is one of this family's."""
+        return type(block).__name__ in self.block and (self.when is None or self.when(block))
+
+    def paths(self, block: nn.Module) -> dict[str, tuple[str, ...]]:
+        """The names of the modules of each branch that `block` has.
+
+        Errors: ValueError, naming the block's modules, when the block lacks one that it has to have.
+        """
+        paths = {branch.rstrip("?"): _find(block, branch, names) for branch, names in self.branches.items()}
+        return {branch: found for branch, found in paths.items() if found}
 
     def gates(self, block: nn.Module) -> dict[str, DropBP]:
-        """New gates for one block, knowing their modules and FLOPs."""
-        attention = [getattr(block, name) for name in self.attention]
-        mlp = [getattr(block, name) for name in self.mlp]
-        return {
-            "gate_attention": DropBP(_AttentionFlops(attention), modules=attention),
-            "gate_mlp": DropBP(_LinearFlops(mlp), modules=mlp),
-        }
+        """New gates for one block, by branch name, knowing their modules and FLOPs.
+
+        Errors: those of `paths`.
+        """
+        gates: dict[str, DropBP] = {}
+        for branch, paths in self.paths(block).items():
+            flops = BranchFlops(block, paths, is_attention="attention" in branch)
+            if self.forward is None:
+                gates[branch] = ModuleGate(block, paths, flops)
+            else:
+                gates[branch] = DropBP(flops, modules=[block.get_submodule(path) for path in paths])
+        return gates
 
 
-# Classes rather than closures, so that a patched model can be deep-copied and its copy counts its own modules.
+# A class rather than a closure, so that a patched model can be deep-copied and its copy counts its own modules.
 @dataclass
-class _LinearFlops:
-    modules: list[nn.Module]
+class BranchFlops:
+    """Forward FLOPs of a branch from the shapes of the modules that bear its names now, and from its attention's heads.
+
+    Keys of a cross-attention are taken to be as many as its queries.
+    """
+
+    block: nn.Module
+    paths: tuple[str, ...]
+    is_attention: bool
 
     def __call__(self, batch_size: int, seq_len: int) -> float:
-        return sum(linear_flops(module, batch_size * seq_len) for module in self.modules)
+        modules = [self.block.get_submodule(path) for path in self.paths]
+        flops = sum(linear_flops(module, batch_size * seq_len) for module in modules)
+        if self.is_attention:
+            parents = [self.block.get_submodule(path.rpartition(".")[0]) for path in self.paths if "." in path]
+            shape = next((shape for module in (*modules, *parents) if (shape := attention_shape(module))), None)
+            if shape is None:
+                raise TypeError(f"module: no head count found in the attention of {type(self.block).__name__}")
+            flops += attention_core_flops(batch_size, seq_len, *shape)
+        return flops
 
 
-@dataclass
-class _AttentionFlops(_LinearFlops):
-    def __call__(self, batch_size: int, seq_len: int) -> float:
-        attention: Any = self.modules[-1]
-        core = attention_core_flops(batch_size, seq_len, attention.config.num_attention_heads, attention.head_dim)
-        return super().__call__(batch_size, seq_len) + core
+def _find(block: nn.Module, branch: str, names: Sequence[str]) -> tuple[str, ...]:
+    found, missing = [], []
+    for name in names:
+        path = next((path for path in name.rstrip("?").split("|") if _has(block, path)), None)
+        if path is not None:
+            found.append(path)
+        elif not name.endswith("?"):
+            missing.append(name)
+    if missing and branch.endswith("?"):
+        return ()
+    if missing:
+        children = ", ".join(name for name, _ in block.named_children())
+        raise ValueError(
+            f"family: expected branch {branch!r} of {type(block).__name__} to have {', '.join(names)}, but there is no "
+            f"{', '.join(missing)}; the block's modules are {children}"
+        )
+    return tuple(found)
 
 
-FAMILIES = {
-    "llama": Family("LlamaDecoderLayer"),
-    "mistral": Family("MistralDecoderLayer"),
-    "qwen2": Family("Qwen2DecoderLayer"),
-    "qwen3": Family("Qwen3DecoderLayer"),
+def _has(block: nn.Module, path: str) -> bool:
+    try:
+        return isinstance(block.get_submodule(path), nn.Module)
+    except AttributeError:
+        return False
+
+
+def _layout(attention: str, mlp: str) -> dict[str, tuple[str, ...]]:
+    return {"attention": tuple(attention.split()), "mlp": tuple(mlp.split())}
+
+
+_LLAMA = _layout("input_layernorm self_attn", "post_attention_layernorm mlp")
+_SANDWICH = _layout(
+    "input_layernorm self_attn post_attention_layernorm",
+    "pre_feedforward_layernorm mlp post_feedforward_layernorm",
+)
+_PARALLEL = _layout("input_layernorm self_attn", "input_layernorm mlp")
+_BERT = {
+    "attention": ("attention.self", "attention.output.dense"),
+    "cross_attention?": ("crossattention.self", "crossattention.output.dense"),
+    "mlp": ("intermediate", "output.dense"),
 }
+_GPT2 = {
+    "attention": ("ln_1", "attn"),
+    "cross_attention?": ("ln_cross_attn", "crossattention"),
+    "mlp": ("ln_2", "mlp"),
+}
+_WHISPER = {
+    "attention": ("self_attn_layer_norm", "self_attn"),
+    "cross_attention?": ("encoder_attn_layer_norm", "encoder_attn"),
+    "mlp": ("final_layer_norm", "fc1", "fc2"),
+}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(("LlamaDecoderLayer",), _LLAMA, forward=_pre_norm_forward),
+    "mistral": Family(("MistralDecoderLayer",), _LLAMA, forward=_pre_norm_forward),
+    "qwen2": Family(("Qwen2DecoderLayer",), _LLAMA, forward=_pre_norm_forward),
+    "qwen3": Family(("Qwen3DecoderLayer",), _LLAMA, forward=_pre_norm_forward),
+    "mixtral": Family(("MixtralDecoderLayer",), _LLAMA),
+    "qwen2_moe": Family(("Qwen2MoeDecoderLayer",), _LLAMA),
+    "qwen3_moe": Family(("Qwen3MoeDecoderLayer",), _LLAMA),
+    "gemma": Family(("GemmaDecoderLayer",), _LLAMA),
+    "gemma2": Family(("Gemma2DecoderLayer",), _SANDWICH),
+    "gemma3": Family(("Gemma3DecoderLayer",), _SANDWICH),
+    "phi": Family(("PhiDecoderLayer",), _PARALLEL),
+    "phi3": Family(("Phi3DecoderLayer",), _LLAMA),
+    "gpt2": Family(("GPT2Block",), _GPT2),
+    "gpt_bigcode": Family(("GPTBigCodeBlock",), _GPT2),
+    "gpt_neox": Family(("GPTNeoXLayer",), _layout("input_layernorm attention", "post_attention_layernorm mlp")),
+    "gptj": Family(("GPTJBlock",), _layout("ln_1 attn", "ln_1 mlp")),
+    "falcon": Family(
+        ("FalconDecoderLayer",),
+        _layout("ln_attn|input_layernorm self_attention", "ln_mlp|post_attention_layernorm|input_layernorm mlp"),
+    ),
+    "opt": Family(
+        ("OPTDecoderLayer",),
+        _layout("self_attn_layer_norm self_attn", "final_layer_norm fc1 fc2"),
+        when=lambda block: block.do_layer_norm_before,
+    ),
+    "opt_post_norm": Family(
+        ("OPTDecoderLayer",), _layout("self_attn", "fc1 fc2"), when=lambda block: not block.do_layer_norm_before
+    ),
+    # Bloom adds inside its attention and its MLP; the scores between the linears are constants when those are.
+    "bloom": Family(
+        ("BloomBlock",),
+        _layout(
+            "input_layernorm self_attention.query_key_value self_attention.dense",
+            "post_attention_layernorm mlp.dense_h_to_4h mlp.dense_4h_to_h",
+        ),
+        when=lambda block: not block.apply_residual_connection_post_layernorm,
+    ),
+    "bloom_post_norm": Family(
+        ("BloomBlock",),
+        _layout("self_attention.query_key_value self_attention.dense", "mlp.dense_h_to_4h mlp.dense_4h_to_h"),
+        when=lambda block: block.apply_residual_connection_post_layernorm,
+    ),
+    "starcoder2": Family(("Starcoder2DecoderLayer",), _LLAMA),
+    "olmo2": Family(
+        ("Olmo2DecoderLayer",), _layout("self_attn post_attention_layernorm", "mlp post_feedforward_layernorm")
+    ),
+    "cohere": Family(("CohereDecoderLayer",), _PARALLEL),
+    "stablelm": Family(
+        ("StableLmDecoderLayer",), _layout("input_layernorm self_attn", "post_attention_layernorm|input_layernorm mlp")
+    ),
+    "granite": Family(("GraniteDecoderLayer",), _LLAMA),
+    "deepseek_v2": Family(("DeepseekV2DecoderLayer",), _LLAMA),
+    "deepseek_v3": Family(("DeepseekV3DecoderLayer",), _LLAMA),
+    "bert": Family(("BertLayer", "RobertaLayer"), _BERT),
+    "vit": Family(("ViTLayer",), _layout("layernorm_before attention", "layernorm_after mlp")),
+    "whisper": Family(("WhisperEncoderLayer", "WhisperDecoderLayer"), _WHISPER),
+    "t5": Family(
+        ("T5LayerSelfAttention", "T5LayerCrossAttention", "T5LayerFF"),
+        {
+            "attention?": ("layer_norm", "SelfAttention"),
+            "cross_attention?": ("layer_norm", "EncDecAttention"),
+            "mlp?": ("layer_norm", "DenseReluDense"),
+        },
+    ),
+}
+
+
+def register_family(name: str, block: str | Iterable[str], branches: Mapping[str, Sequence[str]]) -> Family:
+    """Make `apply_dropbp` know the blocks of your model; return the entry, which `families=[...]` takes too.
+
+    block: class name (or names) of the blocks. branches: by branch name, its modules in the order in which they run,
+    written as this module's docstring says. An entry of the same name is replaced.
+
+    Errors: TypeError for a string in place of a sequence of module names; ValueError for a branch without modules, a
+            branch name that is no identifier, or a block class that another entry has already.
+    """
+    blocks = (block,) if isinstance(block, str) else tuple(block)
+    if not branches:
+        raise ValueError("branches: expected at least one branch, got none")
+    for branch, names in branches.items():
+        if isinstance(names, str):
+            raise TypeError(f"branches: expected a sequence of module names for {branch!r}, got the string {names!r}")
+        if not branch.rstrip("?").isidentifier() or not names:
+            raise ValueError(f"branches: expected an identifier and its module names, got {branch!r}: {names!r}")
+    for other, entry in FAMILIES.items():
+        if other != name and (common := set(blocks) & set(entry.block)):
+            raise ValueError(f"block: expected one that no family has, but {other!r} has {', '.join(sorted(common))}")
+    FAMILIES[name] = Family(blocks, {branch: tuple(names) for branch, names in branches.items()})
+    return FAMILIES[name]

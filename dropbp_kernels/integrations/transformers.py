@@ -4,11 +4,17 @@
     ...
     remove_dropbp(model)
 
-A block is patched by giving the instance a subclass of its own class, whose forward reads the gates. Its class keeps
-its name and its ancestors, so wrappers that look for a block by class (FSDP, accelerate, output recording) still find
-it, and transformers' gradient checkpointing, which is attached when a layer class is created, stays in force.
+What is patched is an instance: it gets a subclass of its own class, of the same name and the same ancestors, so
+wrappers that look for a class (FSDP, accelerate, output recording) still find it, and transformers' gradient
+checkpointing, which is attached when a layer class is created, stays in force. Which instances, says the family: the
+modules of each branch (generic), or the block (fused); and the layers that transformers may checkpoint, so that they
+follow the plan. Gates live in the block, as `gate_<branch>`.
 """
 
+import functools
+import sys
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -16,34 +22,41 @@ from torch import nn
 from ..handler import DropBPHandler, check_drop_rate, find_gates
 from .checkpointing import CheckpointByPlan, without_cache
 from .families import FAMILIES, Family
+from .gating import ModuleGate
 
 
-def apply_dropbp(model: nn.Module, drop_rate: float, **options: Any) -> DropBPHandler:
-    """Gate every branch of a Llama-family model (with or without PEFT) and return the handler that draws its plans.
+def apply_dropbp(
+    model: nn.Module, drop_rate: float, *, families: Iterable[str | Family] | None = None, **options: Any
+) -> DropBPHandler:
+    """Gate every branch of a model (with or without PEFT) and return the handler that draws its plans.
 
-    Works on Llama, Mistral, Qwen2 and Qwen3 decoders, before or after `get_peft_model`; `state_dict` keys stay.
+    Works on the families of `integrations.families` (docs/models.md lists what was checked), before or after
+    `get_peft_model`; `state_dict` keys stay. `families` are the names or entries to look for, in place of all known.
     `options` are those of `DropBPHandler`: sampler, grad_scale, seed, keep_one, strict, dropped_runs, checkpoint.
     With transformers' own gradient checkpointing a block is checkpointed as far as it is kept (see `checkpointing`).
 
     Errors: ValueError when the model is patched already, has no branch of a known family (the message names the module
             types found) or an option is out of range; TypeError for a wrong type. The model is unchanged then.
-    Cost:   no parameter, no buffer; two gates a block.
+    Cost:   no parameter, no buffer; one gate a branch.
     Source: DropBP (arXiv 2402.17812).
     """
     check_drop_rate(drop_rate)
     if find_gates(model):
         raise ValueError("model: expected one without DropBP gates, got one that has them; call remove_dropbp first")
-    blocks = _find_blocks(model)
+    known = _known(families)
+    blocks = _find_blocks(model, known)
     if not blocks:
         found = ", ".join(sorted({type(module).__name__ for module in model.modules()}))
-        known = ", ".join(family.block for family in FAMILIES.values())
-        raise ValueError(f"model: expected blocks of a known family ({known}), got none; module types found: {found}")
-    for block, family in blocks:
-        _patch(block, family)
+        names = ", ".join(name for family in known for name in family.block)
+        raise ValueError(f"model: expected blocks of a known family ({names}), got none; module types found: {found}")
     try:
+        for block, family in blocks:
+            _patch(block, family)
+        _patch_checkpointed(model)
+        _check_flops(model)
         return DropBPHandler(model, drop_rate, **options)
     except (TypeError, ValueError):
-        remove_dropbp(model)
+        _unpatch(model)
         raise
 
 
@@ -52,31 +65,95 @@ def remove_dropbp(model: nn.Module) -> None:
 
     Errors: ValueError when the model was not patched.
     """
-    patched = [module for module in model.modules() if "_dropbp_original" in vars(type(module))]
-    if not patched:
+    if not _unpatch(model):
         raise ValueError("model: expected one patched by apply_dropbp, got one without patched blocks")
-    for block in patched:
-        del block.gate_attention, block.gate_mlp
-        block.__class__ = vars(type(block))["_dropbp_original"]
 
 
-def _find_blocks(model: nn.Module) -> list[tuple[nn.Module, Family]]:
-    by_name = {family.block: family for family in FAMILIES.values()}
-    return [(module, by_name[type(module).__name__]) for module in model.modules() if type(module).__name__ in by_name]
+def _known(families: Iterable[str | Family] | None) -> list[Family]:
+    if families is None:
+        return list(FAMILIES.values())
+    entries = [FAMILIES.get(family) if isinstance(family, str) else family for family in families]
+    for name, entry in zip(families, entries, strict=True):
+        if not isinstance(entry, Family):
+            raise ValueError(f"families: expected names among {', '.join(FAMILIES)} or Family entries, got {name!r}")
+    return [entry for entry in entries if isinstance(entry, Family)]
+
+
+def _find_blocks(model: nn.Module, families: list[Family]) -> list[tuple[nn.Module, Family]]:
+    return [
+        (module, family)
+        for module in model.modules()
+        if (family := next((family for family in families if family.fits(module)), None)) is not None
+    ]
 
 
 def _patch(block: nn.Module, family: Family) -> None:
-    original = type(block)
-    for name, gate in family.gates(block).items():
+    gates = {f"gate_{branch}": gate for branch, gate in family.gates(block).items()}
+    vars(block)["_dropbp_gate_names"] = tuple(gates)
+    for name, gate in gates.items():
         block.add_module(name, gate)
-    block.__class__ = type(
-        original.__name__,
-        (original,),
-        {
-            "forward": without_cache(family.forward),
-            "_gradient_checkpointing_func": CheckpointByPlan(),
-            "__module__": original.__module__,
-            "__doc__": original.__doc__,
-            "_dropbp_original": original,
-        },
-    )
+    if family.forward is not None:
+        _swap_class(block, family.forward)
+
+
+def _patch_checkpointed(model: nn.Module) -> None:
+    """Let the layers that transformers may checkpoint, and that hold gates, ask the plan first."""
+    if "transformers" not in sys.modules:
+        return
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer) and find_gates(module) and not _is_swapped(module):
+            _swap_class(module, type(module).forward)
+
+
+def _swap_class(module: nn.Module, forward: Callable[..., Any]) -> None:
+    original: Any = type(module)
+    module.__class__ = _class_with(original, forward)
+
+
+def _is_swapped(module: nn.Module) -> bool:
+    return "_dropbp_original" in vars(type(module))
+
+
+@functools.cache
+def _class_with(original: Any, forward: Callable[..., Any]) -> Any:
+    namespace = {
+        "forward": without_cache(forward),
+        "_gradient_checkpointing_func": CheckpointByPlan(),
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "_dropbp_original": original,
+    }
+    return type(original.__name__, (original,), namespace)
+
+
+def _unpatch(model: nn.Module) -> bool:
+    """Undo `_patch` wherever it was done; whether there was anything to undo."""
+    blocks = [module for module in model.modules() if "_dropbp_gate_names" in vars(module)]
+    for block in blocks:
+        for name in vars(block).pop("_dropbp_gate_names"):
+            gate = getattr(block, name)
+            if isinstance(gate, ModuleGate):
+                gate.release()
+            delattr(block, name)
+    for module in filter(_is_swapped, model.modules()):
+        module.__class__ = vars(type(module))["_dropbp_original"]
+    return bool(blocks)
+
+
+def _check_flops(model: nn.Module) -> None:
+    """Let all branches count alike when the FLOPs of one cannot be told from its modules, and say so."""
+    gates = find_gates(model)
+    for name, gate in gates.items():
+        try:
+            if gate.flops is not None:
+                gate.flops(1, 1)
+        except TypeError as error:
+            warnings.warn(f"{name}: FLOPs unknown ({error}); all branches count as equally expensive", stacklevel=3)
+            break
+    else:
+        return
+    for gate in gates.values():
+        gate.flops = None

@@ -1,0 +1,93 @@
+"""Is a patched model right? Its gradients against detach-after, done by hooks that share nothing with the gates.
+
+problems = check_gradients(model, inputs)      # patches, checks and unpatches; empty when all is right
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from dropbp_kernels import apply_dropbp, remove_dropbp
+
+
+@contextmanager
+def detached(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, everything these modules return is detached: the published way to drop a branch."""
+    handles = [
+        module.register_forward_hook(lambda module, args, output: tree_map_only(Tensor, Tensor.detach, output))
+        for module in modules
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_backward(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """(logits, gradient by parameter) of one step that always starts from the same random state."""
+    torch.manual_seed(2)
+    model.zero_grad(set_to_none=True)
+    output = model(**inputs)
+    loss = output.loss if output.get("loss") is not None else output[0].float().square().mean()
+    if loss.requires_grad:
+        loss.backward()
+    logits = output["logits"] if "logits" in output else output[0]
+    return logits.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def plans(num_branches: int) -> list[tuple[bool, ...]]:
+    """All kept, all dropped, each parity, and three at random."""
+    generator = random.Random(0)
+    drawn = [tuple(generator.random() < 0.5 for _ in range(num_branches)) for _ in range(3)]
+    parities = [tuple(index % 2 == parity for index in range(num_branches)) for parity in (0, 1)]
+    return [(True,) * num_branches, (False,) * num_branches, *parities, *drawn]
+
+
+def check_gradients(model: nn.Module, inputs: dict[str, Any], **options: Any) -> tuple[list[str], list[Any]]:
+    """(what is wrong with `apply_dropbp(model)`, the gates it made); the model is as before afterwards.
+
+    Checked, bit for bit: logits at any plan; the gradient of every parameter against detach-after; nothing dropped
+    against the unpatched model. And: with everything dropped, no branch parameter has a gradient.
+    """
+    keys, classes = list(model.state_dict()), [type(module) for module in model.modules()]
+    handler = apply_dropbp(model, 0.5, **options)
+    gates = list(handler.gates.values())
+    last_modules = [gate.modules_of_branch[-1] for gate in gates]
+    parameters = {p for gate in gates for module in gate.modules_of_branch for p in module.parameters()}
+    names = {name for name, p in model.named_parameters() if p in parameters}
+    problems = [] if list(model.state_dict()) == keys else ["state_dict keys changed"]
+    ours = {}
+    for kept in plans(len(gates)):
+        handler.set_plan(kept)
+        ours[kept] = run_backward(model, inputs)
+    missed = [name for name, gate in handler.gates.items() if not gate.was_called]
+    remove_dropbp(model)
+    if [type(module) for module in model.modules()] != classes or list(model.state_dict()) != keys:
+        problems.append("not restored by remove_dropbp")
+    for kept, (logits, grads) in ours.items():
+        with detached([module for module, is_kept in zip(last_modules, kept, strict=True) if not is_kept]):
+            expected_logits, expected = run_backward(model, inputs)
+        if not torch.equal(logits, expected_logits):
+            problems.append(f"logits differ at {_show(kept)}")
+        wrong = [name for name in grads if not _same(grads[name], expected[name])]
+        if wrong:
+            problems.append(f"gradients differ at {_show(kept)}: {', '.join(wrong[:3])} and {len(wrong) - 3} more")
+        if not any(kept) and (left := [name for name in names if grads[name] is not None]):
+            problems.append(f"gradients left with all dropped: {', '.join(left[:3])}")
+    return problems, [missed, gates]
+
+
+def _same(ours: Tensor | None, expected: Tensor | None) -> bool:
+    if ours is None or expected is None:
+        return ours is expected
+    return torch.equal(ours, expected)
+
+
+def _show(kept: tuple[bool, ...]) -> str:
+    return "".join("kd"[not is_kept] for is_kept in kept)

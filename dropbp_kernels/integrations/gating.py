@@ -1,0 +1,143 @@
+"""Gate a branch by its modules: the block's own forward and its residual add stay untouched.
+
+A branch is a chain of child modules (pre-norms, sublayer, post-norms) between the residual stream and the add. When its
+gate says dropped, those modules run like inference. What they return is then a constant, and so is everything the
+block computes from it (dropout, a constant scale) until the add: the stream alone carries a gradient. So any layout
+works: parallel branches, a norm that two branches read (it runs like inference when both are dropped), norms inside the
+branch, scaled residuals, cross-attention, experts.
+
+A module is gated by giving the instance a subclass of its own class whose `__call__` asks the gates. Its class keeps
+its name and its ancestors, `state_dict` keys stay, and an instance whose `forward` somebody else replaces (accelerate,
+liger-kernel) stays gated.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from ..layer import DropBP, as_inference
+
+
+class ModuleGate(DropBP):
+    """The gate of a branch that consists of modules of `block`, in the order in which they run.
+
+    Args:
+        block: the module below which the branch's modules live. paths: their names, dotted, first to last; the last
+            one's output enters the residual stream (a constant factor or dropout may stand between).
+        flops: as in `DropBP`.
+
+    A module may be replaced after the gate was made (PEFT puts an adapter around a linear): `refresh` finds and gates
+    the one that bears the name now. It is called with every plan.
+    """
+
+    def __init__(self, block: nn.Module, paths: Sequence[str], flops: Callable[[int, int], float] | None = None):
+        super().__init__(flops)
+        self.paths = tuple(paths)
+        self._block = (block,)  # in a tuple, so that nn.Module does not register its own parent
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Gate the modules that bear the branch's names now, and release those that bore them before."""
+        (block,) = self._block
+        modules = tuple(block.get_submodule(path) for path in self.paths)
+        if len(modules) == len(self.modules_of_branch) and all(map(_is, modules, self.modules_of_branch)):
+            return
+        self.release()
+        for module in modules:
+            _bind(module, self, is_last=module is modules[-1])
+        self.modules_of_branch = modules
+
+    def release(self) -> None:
+        """Give the branch's modules their own class back, unless another gate still holds them."""
+        for module in self.modules_of_branch:
+            _unbind(module, self)
+        self.modules_of_branch = ()
+
+    @property
+    def is_checkpointable(self) -> bool:
+        """Whether one module does the work, so that checkpointing each module keeps hardly more than the input."""
+        return sum(any(p.dim() > 1 for p in module.parameters()) for module in self.modules_of_branch) < 2
+
+    def pass_output(self, output: Any) -> Any:
+        """What the branch's last module returned, as the stream shall see it: scaled when kept, constant when not."""
+        if self.kept and self.grad_scale == 1.0:
+            return output
+        return tree_map_only(Tensor, self._scale if self.kept else Tensor.detach, output)
+
+    def _scale(self, output: Tensor) -> Tensor:
+        if output.requires_grad:
+            # A hook and not an autograd.Function, whose result no block could add to in place (Falcon does).
+            output.register_hook(functools.partial(_times, self.grad_scale))
+        return output
+
+
+def _is(a: object, b: object) -> bool:
+    return a is b
+
+
+def _times(factor: float, grad: Tensor) -> Tensor:
+    return grad * factor
+
+
+def _bind(module: nn.Module, gate: ModuleGate, *, is_last: bool) -> None:
+    state = vars(module)
+    state["_dropbp_gates"] = (*state.get("_dropbp_gates", ()), gate)
+    if is_last:
+        state["_dropbp_last_of"] = gate
+    if "_dropbp_original" not in vars(type(module)):
+        original: Any = type(module)
+        module.__class__ = _gated_class(original)
+
+
+def _unbind(module: nn.Module, gate: ModuleGate) -> None:
+    state = vars(module)
+    state["_dropbp_gates"] = tuple(other for other in state["_dropbp_gates"] if other is not gate)
+    if state.get("_dropbp_last_of") is gate:
+        del state["_dropbp_last_of"]
+    if not state["_dropbp_gates"]:
+        del state["_dropbp_gates"]
+        module.__class__ = vars(type(module))["_dropbp_original"]
+
+
+@functools.cache
+def _gated_class(original: Any) -> Any:
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return original.__call__(self, *args, **kwargs)
+        stream = first_tensor(*args, *kwargs.values())
+        gates = self._dropbp_gates
+        if stream is not None:
+            for gate in gates:
+                gate.note_call(stream)
+        if not any(gate.records_graph for gate in gates):
+            with as_inference("cpu" if stream is None else stream.device.type):
+                return original.__call__(self, *args, **kwargs)
+        checkpoint = next((gate.checkpoint for gate in gates if gate.kept), None)
+        if checkpoint is not None and self.training:
+            # What is computed again is the module alone, never the gate: a plan drawn since then changes nothing.
+            output = checkpoint(functools.partial(original.__call__, self), *args, **kwargs)
+        else:
+            output = original.__call__(self, *args, **kwargs)
+        last_of = vars(self).get("_dropbp_last_of")
+        return output if last_of is None else last_of.pass_output(output)
+
+    namespace = {
+        "__call__": __call__,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "_dropbp_original": original,
+    }
+    return type(original.__name__, (original,), namespace)
+
+
+def first_tensor(*candidates: Any) -> Tensor | None:
+    """The first floating tensor of at least two dimensions among arguments or results, or None."""
+    for candidate in candidates:
+        if isinstance(candidate, Tensor) and candidate.is_floating_point() and candidate.dim() > 1:
+            return candidate
+    return None

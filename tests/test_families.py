@@ -1,0 +1,217 @@
+"""The families table: each family's branches against detach-after, bit for bit, on tiny models of transformers."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.models_check import check_gradients, run_backward
+from benchmarks.tiny_models import tiny_causal_lm, tiny_inputs
+from dropbp_kernels import apply_dropbp, register_family, remove_dropbp
+from dropbp_kernels.integrations import families
+from dropbp_kernels.integrations.families import FAMILIES, Family
+from dropbp_kernels.measure import saved_bytes
+
+CAUSAL_LMS = [
+    "bert",
+    "bloom",
+    "cohere",
+    "deepseek_v3",
+    "falcon",
+    "gemma2",
+    "gpt2",
+    "gpt_neox",
+    "gptj",
+    "granite",
+    "llama",
+    "mixtral",
+    "olmo2",
+    "opt",
+    "phi",
+    "stablelm",
+]
+VARIANTS = {
+    "bloom": {"apply_residual_connection_post_layernorm": True},
+    "falcon": {"parallel_attn": False},
+    "falcon-40b": {"new_decoder_architecture": True},
+    "gpt_neox": {"use_parallel_residual": False},
+    "opt": {"do_layer_norm_before": False},
+    "stablelm": {"use_parallel_residual": True},
+}
+
+
+@pytest.mark.parametrize("model_type", CAUSAL_LMS)
+def test_gradients_equal_detach_after_bit_for_bit(model_type):
+    model = tiny_causal_lm(model_type)
+    problems, (missed, gates) = check_gradients(model, tiny_inputs(model))
+    assert not problems
+    assert not missed
+    assert len(gates) == 4
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_layouts_that_a_configuration_chooses(name):
+    model = tiny_causal_lm(name.split("-")[0], **VARIANTS[name])
+    problems, (missed, gates) = check_gradients(model, tiny_inputs(model))
+    assert not problems
+    assert not missed
+    assert len(gates) == 4
+
+
+def encoder_decoder(name):
+    import transformers
+
+    torch.manual_seed(0)
+    tokens = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(1))
+    if name == "t5":
+        config = transformers.T5Config(
+            vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0,
+            use_cache=False,
+        )  # fmt: skip
+        return transformers.T5ForConditionalGeneration(config).train(), {"input_ids": tokens, "labels": tokens}, 10
+    if name == "whisper":
+        config = transformers.WhisperConfig(
+            vocab_size=96, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+            decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=8, max_source_positions=12,
+            max_target_positions=32, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+        )  # fmt: skip
+        features = torch.randn(2, 8, 24, generator=torch.Generator().manual_seed(1))
+        model = transformers.WhisperForConditionalGeneration(config).train()
+        return model, {"input_features": features, "labels": tokens}, 10
+    if name == "vit":
+        config = transformers.ViTConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16,
+            patch_size=4, num_labels=3,
+        )  # fmt: skip
+        pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+        model = transformers.ViTForImageClassification(config).train()
+        return model, {"pixel_values": pixels, "labels": torch.tensor([0, 2])}, 4
+    config = transformers.RobertaConfig(
+        vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, pad_token_id=0
+    )
+    return transformers.RobertaForMaskedLM(config).train(), {"input_ids": tokens, "labels": tokens}, 4
+
+
+@pytest.mark.parametrize("name", ["t5", "whisper", "vit", "roberta"])
+def test_encoders_and_cross_attention(name):
+    model, inputs, num_branches = encoder_decoder(name)
+    problems, (missed, gates) = check_gradients(model, inputs)
+    assert not problems
+    assert not missed
+    assert len(gates) == num_branches
+
+
+class MyBlock(nn.Module):
+    """Somebody's block: a parallel residual, a norm that both branches read, one sublayer made of two modules."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.attn = nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 16), nn.Linear(16, width)
+
+    def forward(self, x):
+        normed = self.norm(x)
+        return x + self.attn(normed) + 0.5 * self.down(torch.relu(self.up(normed)))
+
+
+@pytest.fixture
+def mine():
+    branches = {"attention": ("norm", "attn"), "mlp": ("norm", "up", "down")}
+    yield register_family("mine", block="MyBlock", branches=branches)
+    del FAMILIES["mine"]
+
+
+def test_a_registered_family_is_found(mine):
+    model = nn.Sequential(MyBlock(), MyBlock())
+    with pytest.warns(UserWarning, match="FLOPs unknown.*equally expensive"):
+        handler = apply_dropbp(model, 0.5)
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    handler.set_plan([False, True, True, False])
+    model(x).square().sum().backward()
+    grads = [parameter.grad is not None for parameter in model[0].parameters()]
+    assert grads == [True, True, False, False, True, True, True, True]  # the norm still serves the MLP
+    handler.set_plan([False] * 4)
+    model.zero_grad()
+    y = model(x)
+    y.sum().backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_grad_scale_scales_each_kept_branch_once(mine):
+    """One block has one branch between its parameters and the loss, so all gradients scale by the factor."""
+    grads = {}
+    for grad_scale in (1.0, 3.0):
+        torch.manual_seed(0)
+        model = nn.Sequential(MyBlock())
+        with pytest.warns(UserWarning, match="FLOPs unknown"):
+            apply_dropbp(model, 0.5, grad_scale=grad_scale)
+        model(torch.ones(2, 3, 8)).sum().backward()
+        grads[grad_scale] = [parameter.grad for parameter in model.parameters()]
+    for plain, scaled in zip(grads[1.0], grads[3.0], strict=True):
+        torch.testing.assert_close(scaled, 3 * plain)
+
+
+def test_families_argument_restricts(mine):
+    model, _, _ = encoder_decoder("whisper")
+    handler = apply_dropbp(model, 0.5, families=[Family(("WhisperDecoderLayer",), FAMILIES["whisper"].branches)])
+    assert len(handler.gates) == 6
+    remove_dropbp(model)
+    with pytest.raises(ValueError, match="expected names among llama"):
+        apply_dropbp(model, 0.5, families=["wisper"])
+    with pytest.raises(ValueError, match="expected blocks of a known family"):
+        apply_dropbp(model, 0.5, families=["mine"])
+
+
+def test_a_name_that_the_block_lacks_is_refused_and_nothing_is_patched(mine):
+    model = nn.Sequential(MyBlock(), MyBlock())
+    entry = Family(("MyBlock",), {"attention": ("norm", "attn"), "mlp": ("norm2", "up", "down")})
+    with pytest.raises(ValueError, match=r"'mlp' of MyBlock to have norm2, up, down, but there is no norm2"):
+        apply_dropbp(model, 0.5, families=[entry])
+    assert all("dropbp" not in name for module in model.modules() for name in vars(module))
+    assert type(model[0].norm) is nn.LayerNorm
+
+
+def test_bad_registrations(mine):
+    with pytest.raises(TypeError, match="got the string 'attn'"):
+        register_family("other", "OtherBlock", {"attention": "attn"})
+    with pytest.raises(ValueError, match="at least one branch"):
+        register_family("other", "OtherBlock", {})
+    with pytest.raises(ValueError, match="'mine' has MyBlock"):
+        register_family("other", "MyBlock", {"attention": ("attn",)})
+    with pytest.raises(ValueError, match="an identifier"):
+        register_family("other", "OtherBlock", {"the mlp": ("attn",)})
+    assert "other" not in families.FAMILIES
+
+
+@pytest.mark.parametrize("way", ["transformers", "reentrant", "kept"])
+@pytest.mark.parametrize("name", ["gemma2", "mixtral", "bloom", "bert", "t5"])
+def test_checkpointing_follows_the_plan_in_any_layout(name, way):
+    """Same gradients, dropout included, and less saved."""
+    if (name, way) == ("t5", "reentrant"):
+        pytest.skip("unpatched T5 has other gradients (by rounding) under reentrant checkpointing")
+    results = []
+    for checkpointing in (False, True):
+        if name == "t5":
+            model, inputs, _ = encoder_decoder(name)
+        else:
+            model = tiny_causal_lm(name)
+            inputs = tiny_inputs(model)
+        kept = checkpointing and way == "kept"
+        handler = apply_dropbp(model, 0.5, checkpoint="kept" if kept else None)
+        if checkpointing and not kept:
+            model.gradient_checkpointing_enable({"use_reentrant": way == "reentrant"})
+        handler.set_plan([index % 3 == 0 for index in range(len(handler.gates))])
+        with warnings.catch_warnings(), saved_bytes() as saved:
+            warnings.filterwarnings("ignore", "gradient checkpointing: it is reentrant")
+            results.append((*run_backward(model, inputs), saved.num_bytes))
+        remove_dropbp(model)
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1].keys() == results[1][1].keys()
+    for parameter, grad in results[0][1].items():
+        ours = results[1][1][parameter]
+        assert (ours is None) == (grad is None), parameter
+        assert grad is None or torch.equal(ours, grad), parameter
+    if way != "reentrant":  # there the graph of the recompute counts too
+        assert results[1][2] < results[0][2]
