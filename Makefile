@@ -9,7 +9,7 @@ SOURCES := setup.py $(wildcard csrc/*.h csrc/*/*)
 FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(wildcard tests/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build finetune test sanitize bench page lint format wheel clean
+.PHONY: help setup build finetune test sanitize bench bench-compare page lint format wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,6 +40,10 @@ sanitize: $(SETUP) ## run the kernels under sanitizers: address and undefined be
 
 bench: $(SETUP) ## run the benchmarks; rows go to benchmarks/results
 	$(BIN)/python -m benchmarks.run $(ARGS)
+
+bench-compare: $(SETUP) ## compare speed with BASE=<commit>; fails above 10 % loss (ARGS="--quick" for two minutes)
+	@test -n "$(BASE)" || { echo "bench-compare: name the commit to compare with: make bench-compare BASE=<commit>"; exit 2; }
+	$(BIN)/python -m benchmarks.compare $(BASE) $(ARGS)
 
 page: $(SETUP) ## write docs/kernels.md from the rows in benchmarks/results
 	$(BIN)/python -m benchmarks.page

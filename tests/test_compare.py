@@ -1,0 +1,117 @@
+"""make bench-compare: a slowdown between two commits is an error, and no slowdown is none."""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+if not (ROOT / "benchmarks").is_dir():
+    pytest.skip("the benchmarks are not part of an installed package", allow_module_level=True)
+sys.path.append(str(ROOT))
+
+from benchmarks import compare  # noqa: E402
+from benchmarks.compare import Change  # noqa: E402
+
+SLOWDOWN = """
+import functools, time
+_without_sleep = gated_residual_add
+@functools.wraps(_without_sleep)
+def gated_residual_add(*arguments, **options):
+    time.sleep(0.02)
+    return _without_sleep(*arguments, **options)
+"""
+POINT = ("an_op", "fwd", "plain", "float32", "8", "16")
+
+
+def sides(*pairs):
+    """Rounds of one point of cpp: (base, new) milliseconds each."""
+    return [{"base": {(*POINT, "cpp"): base}, "new": {(*POINT, "cpp"): new}} for base, new in pairs]
+
+
+def test_the_median_of_the_rounds_ratios_counts():
+    (change,) = compare.join(sides((1.0, 1.05), (2.0, 8.0), (3.0, 3.03)))  # the second round was disturbed
+    assert (change.base_ms, change.new_ms, change.ratio) == (2.0, 3.03, pytest.approx(1.05))
+
+
+def test_only_what_both_sides_have_is_compared():
+    rounds = sides((1.0, 1.0))
+    rounds[0]["new"]["another",] = 1.0
+    assert len(compare.join(rounds)) == 1
+    with pytest.raises(compare.CannotCompare, match="no benchmark in common"):
+        compare.join([{"base": {}, "new": {("a",): 1.0}}])
+
+
+@pytest.mark.parametrize(("ratio", "code"), [(0.5, 0), (1.0, 0), (1.099, 0), (1.101, 1)])
+def test_a_tenth_is_the_limit(ratio, code, capsys):
+    assert compare.report([Change((*POINT, "cpp"), 1.0, ratio, ratio)], compare.THRESHOLD) == code
+    text = capsys.readouterr().out
+    assert ("SLOWER" in text) == (code == 1)
+    assert "1 points: " in text
+
+
+def test_eager_is_a_control_and_no_loss(capsys):
+    changes = [Change((*POINT, "eager"), 1.0, 2.0, 2.0), Change((*POINT, "cpp"), 1.0, 1.0, 1.0)]
+    assert compare.report(changes, compare.THRESHOLD) == 0
+    text = capsys.readouterr().out
+    assert "+0.0%  +100.0%" in text
+    assert "something else ran on this machine" in text
+
+
+def test_what_is_no_commit_is_one_sentence(capsys):
+    assert compare.main(["no-such-commit"]) == 2
+    assert capsys.readouterr().err == (
+        "bench-compare: BASE: expected a commit of this repository, got 'no-such-commit'\n"
+    )
+
+
+def test_help_and_bad_options(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        compare.main(["--help"])
+    assert stopped.value.code == 0
+    assert "--quick" in capsys.readouterr().out
+    for options in (["HEAD", "--rounds", "0"], ["HEAD", "--threshold", "0"]):
+        with pytest.raises(SystemExit):
+            compare.main(options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_slower", [False, True])
+def test_two_commits(tmp_path, is_slower):
+    """A repository of Python alone; the tree at hand sleeps 20 ms in every call, or changes nothing."""
+    for name in ("benchmarks", "dropbp_kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "*.csv", "__pycache__"))
+    identity = ["-c", "user.name=t", "-c", "user.email=t@t", "-c", "commit.gpgsign=false"]
+    for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "base"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    if is_slower:
+        with (tmp_path / "dropbp_kernels" / "ops" / "gated_residual_add.py").open("a") as op:
+            op.write(SLOWDOWN)
+    # A call takes microseconds, and two of them are no measurement: only the sleep exceeds a hundredfold.
+    flags = ["--scale", "tiny", "--only", "host_overhead", "--rounds", "1", "--threshold", "100", "--no-build"]
+    command = [sys.executable, "-m", "benchmarks.compare", "HEAD", *flags, "--device", "cpu"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == int(is_slower), done.stdout + done.stderr
+    slower = [line for line in done.stdout.splitlines() if line.endswith("SLOWER")]
+    assert all("gated_residual_add" in line or "DropBP" in line for line in slower)
+    assert bool(slower) == is_slower
+    listed = subprocess.run(["git", "worktree", "list"], cwd=tmp_path, capture_output=True, text=True).stdout
+    assert listed.count("\n") == 1  # BASE's is gone
+
+
+def test_the_worktree_is_removed_after_a_failure(tmp_path, monkeypatch):
+    calls = []
+
+    def git(*arguments):
+        calls.append(arguments)
+        return subprocess.CompletedProcess(arguments, 0, "abc\n", "")
+
+    monkeypatch.setattr(compare, "_git", git)
+    monkeypatch.setattr(compare, "_run", lambda *arguments: (_ for _ in ()).throw(compare.CannotCompare("broke")))
+    options = argparse.Namespace(base="HEAD", no_build=False, device="cpu")
+    with pytest.raises(compare.CannotCompare, match="broke"):
+        compare.compare(options)
+    assert calls[-1][:2] == ("worktree", "remove")
