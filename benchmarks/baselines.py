@@ -4,9 +4,11 @@ eager      plain PyTorch as a model writes it
 aten       PyTorch's own fused norm after an add, where there is one
 compile    torch.compile of eager, static shapes (its best case)
 liger      the peer package liger-kernel, on a GPU, when it is installed
+quack      the peer package quack-kernels, on a Hopper GPU or newer, when it is installed
 others     the backends of this package that can serve on the device
 """
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -61,19 +63,65 @@ def add_then_aten_norm(residual: Tensor, branch: Tensor, weight: Tensor, eps: fl
     return F.rms_norm(new_residual, weight.shape, weight, eps), new_residual
 
 
-def liger_add_rms_norm() -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """liger-kernel's fused add and norm, or None when it is not installed (or older than that op)."""
-    if importlib.util.find_spec("liger_kernel") is None:
-        return None
-    if importlib.util.find_spec("liger_kernel.ops.fused_add_rms_norm") is None:
-        return None
-    function = importlib.import_module("liger_kernel.ops.fused_add_rms_norm").LigerFusedAddRMSNormFunction
+class PeerMissing(RuntimeError):
+    """Why a peer package cannot be measured here, in a few words."""
+
+
+def peer(distribution: str, module: str, attribute: str, device: torch.device) -> Any:
+    """attribute of a peer package's module. Raises PeerMissing with the reason where it cannot run on `device`."""
+    if device.type != "cuda":
+        raise PeerMissing("runs on a CUDA GPU only")
+    try:
+        if importlib.util.find_spec(module) is None:
+            raise PeerMissing(f"{distribution} is installed, but has no {module}")
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        raise PeerMissing(f"{error.name} is not installed (pip install {distribution})") from error
+    except ImportError as error:
+        raise PeerMissing(f"{module} does not import: {error}") from error
+    except AttributeError as error:
+        raise PeerMissing(f"{distribution} is installed, but {module} has no {attribute}") from error
+
+
+def liger_add_rms_norm(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
+    """liger-kernel's fused add and norm."""
+    function = peer("liger-kernel", "liger_kernel.ops.fused_add_rms_norm", "LigerFusedAddRMSNormFunction", device)
 
     def add_rms_norm(residual: Tensor, branch: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
         # Not in place: its backward would overwrite the gradient that the next sample still needs.
         return function.apply(branch, residual, weight, eps, 0.0, "llama", False)
 
     return add_rms_norm
+
+
+def quack_add_rms_norm(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
+    """quack's fused add and norm."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        raise PeerMissing("quack needs a Hopper GPU or a newer one")
+    function = peer("quack-kernels", "quack.rmsnorm", "rmsnorm", device)
+
+    def add_rms_norm(residual: Tensor, branch: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+        return function(branch, weight, residual=residual, eps=eps, prenorm=True)
+
+    return add_rms_norm
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    print(line, flush=True)
+
+
+def available(
+    peers: dict[str, Callable[[torch.device], Callable[..., Any]]], device: torch.device
+) -> dict[str, Callable[..., Any]]:
+    """The peers that can be measured on `device`, by name; prints a line for each that cannot."""
+    found = {}
+    for name, load in peers.items():
+        try:
+            found[name] = load(device)
+        except PeerMissing as reason:
+            say_once(f"{name} is left out: {reason}")
+    return found
 
 
 def check_results(what: str, actual: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Tensor]) -> None:

@@ -17,6 +17,7 @@ if not (ROOT / "benchmarks").is_dir():
 sys.path.append(str(ROOT))
 
 from benchmarks import (  # noqa: E402
+    baselines,
     bench_checkpointed_step,
     bench_gated_residual_add,
     bench_gated_residual_rms_norm,
@@ -175,6 +176,40 @@ def test_a_wrong_result_is_refused():
         check_results("unwritten", [eager * float("nan")], [eager], [exact])
     with pytest.raises(WrongResult, match=r"float64 \(100,\), eager's torch.float32"):
         check_results("dtype", [exact], [eager], [exact])
+
+
+def test_a_peer_that_cannot_run_is_left_out_with_a_reason(monkeypatch, capsys):
+    def reason(*arguments, device="cuda"):
+        with pytest.raises(baselines.PeerMissing) as missing:
+            baselines.peer(*arguments, torch.device(device))
+        return str(missing.value)
+
+    assert reason("numpy", "numpy", "array", device="cpu") == "runs on a CUDA GPU only"
+    assert reason("no-such", "no_such_package.ops", "f") == "no_such_package is not installed (pip install no-such)"
+    assert reason("numpy", "numpy.no_such", "f") == "numpy is installed, but has no numpy.no_such"
+    assert reason("numpy", "numpy", "no_such") == "numpy is installed, but numpy has no no_such"
+    assert baselines.peer("numpy", "math", "sqrt", torch.device("cuda"))(4) == 2
+
+    baselines.say_once.cache_clear()
+    peers = {"ours": lambda device: len, "liger": baselines.liger_add_rms_norm, "quack": baselines.quack_add_rms_norm}
+    for _ in range(2):
+        assert baselines.available(peers, CPU) == {"ours": len}
+    out = capsys.readouterr().out
+    assert out == "liger is left out: runs on a CUDA GPU only\nquack is left out: runs on a CUDA GPU only\n"
+
+
+def test_a_wrong_peer_is_left_out_and_ours_is_timed(monkeypatch, capsys, uncompiled):
+    def wrong(residual, branch, weight, eps):
+        normed, new_residual = baselines.add_then_norm(residual, branch, weight, eps)
+        return normed * 2, new_residual
+
+    monkeypatch.setattr(bench_gated_residual_rms_norm, "PEERS", {"liger": lambda device: wrong})
+    cases = bench_gated_residual_rms_norm.make_cases(8, 16, torch.float32, CPU, trains_weight=True)
+    assert "liger" not in cases["fwd"].variants
+    assert "eager" in cases["fwd"].variants
+    assert (
+        "liger is left out: gated_residual_rms_norm, liger, torch.float32, 8 x 16: result 0" in capsys.readouterr().out
+    )
 
 
 def test_moved_bytes_by_hand(uncompiled):
