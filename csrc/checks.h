@@ -105,4 +105,18 @@ inline void check_rows(const Tensor& rows, const Tensor& residual, const Tensor&
   check_numel("rows", rows, branch.size(0));
 }
 
+// The sizes of `count` rows of a permutation of num_rows: count, then the dimensions within a row.
+// A row is an index of the fewest leading dimensions that have num_rows elements.
+inline std::vector<int64_t> sizes_of_rows(const Tensor& residual, int64_t num_rows, int64_t count) {
+  int64_t product = 1;
+  for (int64_t d = 0; d + 1 < residual.dim(); ++d) {
+    product *= residual.size(d);
+    if (product != num_rows) continue;
+    std::vector<int64_t> sizes = {count};
+    for (int64_t rest = d + 1; rest < residual.dim(); ++rest) sizes.push_back(residual.size(rest));
+    return sizes;
+  }
+  fail("permutation: expected the size of leading dimensions of residual, got ", num_rows);
+}
+
 }  // namespace dropbp

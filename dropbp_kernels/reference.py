@@ -167,3 +167,79 @@ def gated_residual_layer_norm_backward_reference(
         weight.new_empty(0) if grad_weight is None else grad_weight,
         weight.new_empty(0) if grad_bias is None else grad_bias,
     )
+
+
+def _row_shape(shape: torch.Size, num_rows: int) -> tuple[int, ...]:
+    """shape (..., D) as (num_rows, ..., D): the fewest leading dimensions that have num_rows elements are one."""
+    place = next(place for place in range(1, len(shape)) if shape[:place].numel() == num_rows)
+    return num_rows, *shape[place:]
+
+
+def permuted_norm_reference(
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    permutation: Tensor,
+    num_kept: int,
+    eps: float,
+    centered: bool,
+    gemma: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(kept, dropped, rows, mean, rstd): the norm of the permuted rows, and what the kept ones need for backward."""
+    _check_is_permutation(permutation)
+    wide = _wide(residual.dtype)
+    rows = residual.reshape(_row_shape(residual.shape, len(permutation))).index_select(0, permutation)
+    x = rows.to(wide)
+    width = max(x.shape[-1], 1)
+    mean = x.sum(-1) / width if centered else x.new_zeros(x.shape[:-1])
+    x = x - mean.unsqueeze(-1)
+    rstd = torch.rsqrt(x.pow(2).sum(-1) / width + eps)
+    normalized = x * rstd.unsqueeze(-1)
+    if not (centered or gemma):
+        normalized = normalized.to(dtype).to(wide)
+    normed = normalized * (1 + weight.to(wide) if gemma else weight.to(wide))
+    if bias is not None:
+        normed = normed + bias.to(wide)
+    normed = normed.to(dtype)
+    kept_mean = mean[:num_kept].clone() if centered else mean.new_empty(0)
+    kept, dropped = normed[:num_kept].clone(), normed[num_kept:].clone()
+    return kept, dropped, rows[:num_kept].clone(), kept_mean, rstd[:num_kept].clone()
+
+
+def permuted_norm_backward__reference(
+    grad_residual: Tensor,
+    grad_kept: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    permutation: Tensor,
+    centered: bool,
+    gemma: bool,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """(grad_weight, grad_bias); the kept rows of grad_residual gain the gradient through the norm.
+
+    With n = (x - mean) * rstd and g = grad_kept * weight (Gemma: 1 + weight), it is
+    rstd * (g - n * mean(g * n) - mean(g)), without the last term if not centered.
+    """
+    wide = _wide(rows.dtype)
+    scale = rstd.to(wide).unsqueeze(-1)
+    x = rows.to(wide)
+    normalized = (x - mean.to(wide).unsqueeze(-1) if centered else x) * scale
+    grad = grad_kept.to(wide) * (1 + weight.to(wide) if gemma else weight.to(wide))
+    width = max(grad.shape[-1], 1)
+    inner = grad - normalized * ((grad * normalized).sum(-1, keepdim=True) / width)
+    if centered:
+        inner = inner - grad.sum(-1, keepdim=True) / width
+    chosen = permutation[: len(rows)]
+    target = grad_residual.reshape(len(permutation), *rows.shape[1:])
+    total = target.index_select(0, chosen).to(wide) + scale * inner
+    target = target.index_copy(0, chosen, total.to(grad_residual.dtype))
+    grad_residual.copy_(target.reshape(grad_residual.shape))
+    grads = grad_kept.to(wide).reshape(rstd.numel(), weight.shape[0])
+    grad_weight = (grads * normalized.reshape(grads.shape)).sum(0) if weight_grad else weight.new_empty(0)
+    grad_bias = grads.sum(0) if bias_grad else weight.new_empty(0)
+    return grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)

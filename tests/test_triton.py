@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from dropbp_kernels._triton import (
     gated_residual_add as add, gated_residual_layer_norm as layer_norm, gated_residual_rms_norm as norm,
-    permuted_residual_add as permuted_add,
+    permuted_norm, permuted_residual_add as permuted_add,
 )
 
 SCALARS = {"grad_scale": "fp32", "grad_scale_rest": "fp32", "eps": "fp32", "eps_rest": "fp32"}
@@ -68,7 +68,20 @@ for element, wide in (("bf16", "fp32"), ("fp64", "fp64")):
             f"layer norm backward {element} {is_one}", layer_norm._gated_residual_layer_norm_backward_kernel, element,
             wide, HAS_GRAD_NEW_RESIDUAL=True, WEIGHT_GRAD=is_one, BIAS_GRAD=is_one, **flags,
         )
+        flags |= dict(CENTERED=True, GEMMA=False)
+        compile(
+            f"permuted norm {element} {is_one}", permuted_norm._permuted_norm_kernel, element, wide, HAS_BIAS=True,
+            **flags,
+        )
+        compile(
+            f"permuted norm backward {element} {is_one}", permuted_norm._permuted_norm_backward_kernel, element, wide,
+            HAS_PARTIAL=is_one, **flags,
+        )
     flags = dict(D=60000, BLOCK=1024)
+    compile(
+        f"permuted norm parameters {element}", permuted_norm._permuted_norm_parameter_grad_kernel, element, wide,
+        CENTERED=True, **flags,
+    )
     compile(f"norm weight {element}", norm._gated_residual_rms_norm_weight_grad_kernel, element, wide, **flags)
     compile(
         f"layer norm weight {element}", layer_norm._gated_residual_layer_norm_weight_grad_kernel, element, wide,
@@ -92,7 +105,7 @@ def test_kernels_compile_without_a_gpu(architecture, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
-    assert len(results) == 26
+    assert len(results) == 36
     for name, (source, num_bytes) in results.items():
         assert num_bytes > 0, name
         # Rows times their length is what passes 2^31: the only products of 32 bits left are of columns.

@@ -55,4 +55,20 @@ SCHEMAS = {
         # residual's order and shape. Backward: gated_residual_add_backward at rows permutation[:K].
         "permuted_residual_add": "(Tensor residual, Tensor kept, Tensor dropped, Tensor permutation) -> Tensor",
     },
+    "permuted_norm": {
+        # residual (..., D), weight (D,), bias (D,) -> the norm of its rows in permuted order, kept (K, ..., D) and
+        # dropped (N - K, ..., D) in dtype; and of the kept rows alone: rows (K, ..., D) as they were, in residual's
+        # dtype, mean (K, ...), or of size (0,) if not centered, and rstd (K, ...), in float32 (float64).
+        # centered: a layer norm. gemma: times 1 + weight. Neither: weight * round(x * rstd).
+        "permuted_norm": (
+            "(Tensor residual, Tensor weight, Tensor? bias, Tensor permutation, SymInt num_kept, float eps, "
+            "bool centered, bool gemma, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        ),
+        # Adds the norm's gradient into the kept rows of grad_residual (..., D), in residual's order and dtype; touches
+        # no other row. -> grad_weight (D,) and grad_bias (D,) in weight's dtype, of size (0,) where not asked for.
+        "permuted_norm_backward_": (
+            "(Tensor(a!) grad_residual, Tensor grad_kept, Tensor rows, Tensor weight, Tensor mean, Tensor rstd, "
+            "Tensor permutation, bool centered, bool gemma, bool weight_grad, bool bias_grad) -> (Tensor, Tensor)"
+        ),
+    },
 }
