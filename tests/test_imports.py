@@ -17,6 +17,7 @@ LEVELS = {
     "reference": 0,
     "measure": 0,
     "flops": 0,
+    "losses": 0,
     "samplers": 0,
     "permutation": 0,
     "ownership": 0,

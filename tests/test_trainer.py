@@ -1,6 +1,7 @@
 """DropBPCallback in transformers' Trainer: plans, resumes bit for bit, calibration, logs, and what it refuses."""
 
 import copy
+import dataclasses
 import json
 import os
 import socket
@@ -18,6 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dropbp_kernels import DropBPCallback, apply_dropbp, remove_dropbp
 from dropbp_kernels.integrations import trainer as trainer_module
+from dropbp_kernels.integrations.families import FAMILIES
 from dropbp_kernels.integrations.meters import saved_bytes_by_branch
 from dropbp_kernels.layer import DropBP
 from dropbp_kernels.measure import saved_bytes
@@ -324,9 +326,11 @@ def two_rows():
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def test_saved_bytes_by_branch_are_what_dropping_it_takes_off():
+@pytest.mark.parametrize("by_modules", [False, True])
+def test_saved_bytes_by_branch_are_what_dropping_it_takes_off(by_modules):
     model, batch = tiny_causal_lm(), two_rows()
-    handler = apply_dropbp(model, 0.5)
+    family = dataclasses.replace(FAMILIES["llama"], forward=None) if by_modules else "llama"
+    handler = apply_dropbp(model, 0.5, families=[family])
     handler.set_plan([True, False, True, True, False, True])
     grads, plan = gradients(model), handler.plan
     sizes = saved_bytes_by_branch(handler, lambda: model(**batch))

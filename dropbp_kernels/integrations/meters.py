@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..handler import DropBPHandler
 from ..sensitivity import left_as_found
+from .gating import ModuleGate
 
 
 def saved_bytes_by_branch(handler: DropBPHandler, forward: Callable[[], Any]) -> list[int]:
@@ -46,17 +47,31 @@ def saved_bytes_by_branch(handler: DropBPHandler, forward: Callable[[], Any]) ->
 
         return run_counted
 
+    hooks: list[Any] = []
     with left_as_found(handler), torch.enable_grad():
         try:
             for index, gate in enumerate(handler.gates.values()):
                 gate.kept = True
-                vars(gate)["run"] = counted(index, gate.run)
+                if not isinstance(gate, ModuleGate):
+                    vars(gate)["run"] = counted(index, gate.run)
+                    continue
+                for module in gate.modules_of_branch:
+                    hooks += [
+                        module.register_forward_pre_hook(lambda *_, index=index: running.append(index)),
+                        module.register_forward_hook(lambda *_: _pop(running), always_call=True),
+                    ]
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
                 forward()
         finally:
+            for hook in hooks:
+                hook.remove()
             for gate in handler.gates.values():
                 vars(gate).pop("run", None)
     return num_bytes
+
+
+def _pop(stack: list[int]) -> None:
+    stack.pop()
 
 
 class PlanMeter:

@@ -22,11 +22,17 @@ from torch import nn
 from ..handler import DropBPHandler, check_drop_rate, find_gates
 from .checkpointing import CheckpointByPlan, without_cache
 from .families import FAMILIES, Family
+from .fused_loss import check_fused_loss, patch_head, unpatch_head
 from .gating import ModuleGate
 
 
 def apply_dropbp(
-    model: nn.Module, drop_rate: float, *, families: Iterable[str | Family] | None = None, **options: Any
+    model: nn.Module,
+    drop_rate: float,
+    *,
+    families: Iterable[str | Family] | None = None,
+    fused_loss: str = "auto",
+    **options: Any,
 ) -> DropBPHandler:
     """Gate every branch of a model (with or without PEFT) and return the handler that draws its plans.
 
@@ -34,13 +40,18 @@ def apply_dropbp(
     `get_peft_model`; `state_dict` keys stay. `families` are the names or entries to look for, in place of all known.
     `options` are those of `DropBPHandler`: sampler, grad_scale, seed, keep_one, strict, dropped_runs, checkpoint.
     With transformers' own gradient checkpointing a block is checkpointed as far as it is kept (see `checkpointing`).
+    fused_loss: how cross entropy is taken of the output head's logits in training: "chunked", a slice of the rows at a
+    time, so that they never exist as a whole; "torch" or "liger", by their operators; "off"; "auto", chunked where
+    that needs less memory, nothing where the head is no plain linear. Logits are then computed when they are read.
 
     Errors: ValueError when the model is patched already, has no branch of a known family (the message names the module
-            types found) or an option is out of range; TypeError for a wrong type. The model is unchanged then.
+            types found) or an option is out of range; TypeError for a wrong type; RuntimeError for a fused_loss that is
+            not installed. The model is unchanged then.
     Cost:   no parameter, no buffer; one gate a branch.
     Source: DropBP (arXiv 2402.17812).
     """
     check_drop_rate(drop_rate)
+    check_fused_loss(fused_loss)
     if find_gates(model):
         raise ValueError("model: expected one without DropBP gates, got one that has them; call remove_dropbp first")
     known = _known(families)
@@ -54,6 +65,7 @@ def apply_dropbp(
             _patch(block, family)
         _patch_checkpointed(model)
         _check_flops(model)
+        patch_head(model, fused_loss)
         return DropBPHandler(model, drop_rate, **options)
     except (TypeError, ValueError):
         _unpatch(model)
@@ -131,6 +143,7 @@ def _class_with(original: Any, forward: Callable[..., Any]) -> Any:
 
 def _unpatch(model: nn.Module) -> bool:
     """Undo `_patch` wherever it was done; whether there was anything to undo."""
+    unpatch_head(model)
     blocks = [module for module in model.modules() if "_dropbp_gate_names" in vars(module)]
     for block in blocks:
         for name in vars(block).pop("_dropbp_gate_names"):
