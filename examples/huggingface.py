@@ -1,8 +1,12 @@
-"""DropBP on a Hugging Face model with LoRA: three lines more than without. Runs in seconds on a CPU.
+"""DropBP on a Hugging Face model with LoRA: three lines more than without, in a plain loop. Runs in seconds on a CPU.
 
 Uses a tiny random Llama so that nothing is downloaded; for a real one, put AutoModelForCausalLM.from_pretrained(...) in
 its place. Needs the extra: pip install dropbp_kernels[finetune]
+
+python examples/huggingface.py --drop-rate 0.75
 """
+
+import argparse
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -11,7 +15,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dropbp_kernels import apply_dropbp
 
 
-def main(num_steps: int = 20) -> float:
+def main(argv: list[str] | None = None) -> float:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--drop-rate", type=float, default=0.75, help="share of branch backwards to drop")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
+    args = parser.parse_args(argv)
+
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256,
@@ -22,17 +31,17 @@ def main(num_steps: int = 20) -> float:
         use_cache=False,
     )
     model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=8, target_modules="all-linear")).train()
-    handler = apply_dropbp(model, drop_rate=0.75)  # 1: gates on every branch
+    handler = apply_dropbp(model, drop_rate=args.drop_rate)  # 1: gates on every branch
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     tokens = torch.arange(64).repeat(4, 1)
 
-    for step in range(num_steps):
+    for step in range(args.steps):
         handler.step()  # 2: the plan of this step
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if step % 5 == 0 or step == num_steps - 1:
+        if step % 5 == 0 or step == args.steps - 1:
             print(f"step {step:2d}  loss {loss.item():.3f}")
     print(f"kept {handler.report()['flops_kept']:.0%} of the branches' backward FLOPs")  # 3: what was saved
     return loss.item()

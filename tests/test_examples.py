@@ -1,4 +1,4 @@
-"""Every example runs and learns something."""
+"""Every example runs, learns something and explains itself."""
 
 import math
 import runpy
@@ -7,16 +7,46 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+# File: arguments, what it needs, the loss of guessing, what it prints.
+RUNS = {
+    "own_model": (["--drop-rate", "0.5", "--steps", "40"], [], 0.8 * math.log(256), "kept 50% of the branches'"),
+    "huggingface": (["--steps", "20"], ["peft"], math.log(256), "kept 25% of the branches' backward FLOPs"),
+    "hf_trainer": (["--steps", "20", "--measure"], ["peft", "accelerate"], math.log(256), "20 steps, 8 branches"),
+    "trl_sft": (["--steps", "12"], ["trl"], 0.95 * math.log(98), "12 steps, 8 branches"),
+    "fabric_loop": (["--steps", "20"], ["lightning"], 0.8 * math.log(256), "backward FLOPs kept 25.0%"),
+    "litgpt_block": (["--steps", "30"], [], 0.8 * math.log(256), "backward FLOPs kept 50.0%"),
+    "litgpt_block parallel": (["--steps", "30", "--parallel-residual"], [], 0.8 * math.log(256), "30 steps, 8"),
+}
+# Other packages' own warnings on the way.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*:DeprecationWarning"),
+]
 
 
-def test_own_model_learns(capsys):
-    loss = runpy.run_path(str(EXAMPLES / "own_model.py"))["main"](["--drop-rate", "0.5", "--steps", "40"])
-    assert loss < 0.8 * math.log(256)
-    assert "kept 50% of the branches' backward FLOPs" in capsys.readouterr().out
+def main_of(name):
+    return runpy.run_path(str(EXAMPLES / f"{name.split()[0]}.py"))["main"]
 
 
-def test_huggingface_learns(capsys):
-    pytest.importorskip("peft")
-    loss = runpy.run_path(str(EXAMPLES / "huggingface.py"))["main"]()
-    assert loss < math.log(256)
-    assert "kept 25% of the branches' backward FLOPs" in capsys.readouterr().out
+@pytest.mark.parametrize("name", RUNS)
+def test_it_learns(name, capsys):
+    arguments, needed, loss_of_guessing, printed = RUNS[name]
+    for package in needed:
+        pytest.importorskip(package)
+    assert main_of(name)(arguments) < loss_of_guessing
+    assert printed in capsys.readouterr().out
+
+
+def test_all_examples_are_run():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {name.split()[0] for name in RUNS}
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if " " not in name])
+def test_help(name, capsys):
+    for package in RUNS[name][1]:
+        pytest.importorskip(package)
+    with pytest.raises(SystemExit, match="0"):
+        main_of(name)(["--help"])
+    out = capsys.readouterr().out
+    assert f"python examples/{name}.py" in out
+    assert "--drop-rate" in out
