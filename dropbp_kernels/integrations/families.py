@@ -210,7 +210,32 @@ FAMILIES: dict[str, Family] = {
     "granite": Family(("GraniteDecoderLayer",), _LLAMA),
     "deepseek_v2": Family(("DeepseekV2DecoderLayer",), _LLAMA),
     "deepseek_v3": Family(("DeepseekV3DecoderLayer",), _LLAMA),
-    "bert": Family(("BertLayer", "RobertaLayer"), _BERT),
+    "bert": Family(
+        (
+            *(
+                "BertLayer",
+                "BertGenerationLayer",
+                "BigBirdLayer",
+                "CamembertLayer",
+                "Data2VecTextLayer",
+                "ElectraLayer",
+            ),
+            *("ErnieLayer", "RemBertLayer", "RoCBertLayer", "RobertaLayer", "RoFormerLayer", "XLMRobertaLayer"),
+        ),
+        _BERT,
+    ),
+    "bart": Family(
+        (
+            *("BartDecoderLayer", "BlenderbotSmallDecoderLayer", "MarianDecoderLayer", "MvpDecoderLayer"),
+            *("PLBartDecoderLayer", "TrOCRDecoderLayer"),
+            *("BartEncoderLayer", "BlenderbotSmallEncoderLayer", "MarianEncoderLayer", "MvpEncoderLayer"),
+            *("PLBartEncoderLayer",),
+        ),
+        {"attention": ("self_attn",), "cross_attention?": ("encoder_attn",), "mlp": ("fc1", "fc2")},
+    ),
+    "doge": Family(("DogeDecoderLayer",), _LLAMA),  # scales the stream by parameters, which stay with the stream
+    "minimax": Family(("MiniMaxDecoderLayer",), _layout("self_attn", "mlp")),  # its norms are in the stream
+    "rwkv": Family(("RwkvBlock",), _layout("ln1 attention", "ln2 feed_forward")),
     "vit": Family(("ViTLayer",), _layout("layernorm_before attention", "layernorm_after mlp")),
     "whisper": Family(("WhisperEncoderLayer", "WhisperDecoderLayer"), _WHISPER),
     "t5": Family(

@@ -21,6 +21,7 @@ from torch import nn
 
 from ..handler import DropBPHandler, check_drop_rate, find_gates
 from .checkpointing import CheckpointByPlan, without_cache
+from .discovery import discover, example_inputs, prove
 from .families import FAMILIES, Family
 from .fused_loss import check_fused_loss, patch_head, unpatch_head
 from .gating import ModuleGate
@@ -32,21 +33,24 @@ def apply_dropbp(
     *,
     families: Iterable[str | Family] | None = None,
     fused_loss: str = "auto",
+    inputs: dict[str, Any] | None = None,
     **options: Any,
 ) -> DropBPHandler:
     """Gate every branch of a model (with or without PEFT) and return the handler that draws its plans.
 
     Works on the families of `integrations.families` (docs/models.md lists what was checked), before or after
     `get_peft_model`; `state_dict` keys stay. `families` are the names or entries to look for, in place of all known.
+    A model without known blocks is traced by a forward on `inputs` (default: four tokens), and what is found is proved
+    (see `discovery`).
     `options` are those of `DropBPHandler`: sampler, grad_scale, seed, keep_one, strict, dropped_runs, checkpoint.
     With transformers' own gradient checkpointing a block is checkpointed as far as it is kept (see `checkpointing`).
     fused_loss: how cross entropy is taken of the output head's logits in training: "chunked", a slice of the rows at a
     time, so that they never exist as a whole; "torch" or "liger", by their operators; "off"; "auto", chunked where
     that needs less memory, nothing where the head is no plain linear. Logits are then computed when they are read.
 
-    Errors: ValueError when the model is patched already, has no branch of a known family (the message names the module
-            types found) or an option is out of range; TypeError for a wrong type; RuntimeError for a fused_loss that is
-            not installed. The model is unchanged then.
+    Errors: ValueError when the model is patched already, has no branch that is known or can be found and proved (the
+            message says why, and how to register a family) or an option is out of range; TypeError for a wrong type;
+            RuntimeError for a fused_loss that is not installed. The model is unchanged then.
     Cost:   no parameter, no buffer; one gate a branch.
     Source: DropBP (arXiv 2402.17812).
     """
@@ -56,13 +60,21 @@ def apply_dropbp(
         raise ValueError("model: expected one without DropBP gates, got one that has them; call remove_dropbp first")
     known = _known(families)
     blocks = _find_blocks(model, known)
+    traced = None
+    if not blocks and families is None and (traced := inputs or example_inputs(model)) is not None:
+        blocks = discover(model, traced)
     if not blocks:
         found = ", ".join(sorted({type(module).__name__ for module in model.modules()}))
         names = ", ".join(name for family in known for name in family.block)
-        raise ValueError(f"model: expected blocks of a known family ({names}), got none; module types found: {found}")
+        raise ValueError(
+            f"model: expected blocks of a known family ({names}), got none; module types found: {found}. "
+            "Name your blocks' branches with register_family, or pass inputs=... to have them looked for."
+        )
     try:
         for block, family in blocks:
             _patch(block, family)
+        if traced is not None:
+            prove(model, traced, {block: list(find_gates(block).values()) for block, _ in blocks})
         _patch_checkpointed(model)
         _check_flops(model)
         patch_head(model, fused_loss)
