@@ -1,0 +1,125 @@
+// Launches of norms over rows: how many threads share a row, how many blocks run, and the sums of
+// their partial column sums.
+#pragma once
+
+#include <limits>
+#include <optional>
+#include <type_traits>
+
+#include "launch.h"
+#include "rows.cuh"
+
+namespace dropbp {
+
+// Every tensor of `width` columns; the number of rows.
+inline int64_t check_width(const Tensor& rows_by_width, int64_t width) {
+  if (rows_by_width.dim() == 0 || rows_by_width.size(rows_by_width.dim() - 1) != width) {
+    fail("weight: expected as many elements as the last dimension of residual, got ", width);
+  }
+  // A pack beyond the row must not pass 2^31.
+  constexpr int64_t kWidest = std::numeric_limits<int>::max() / 2;
+  if (width > kWidest) fail("weight: expected at most ", kWidest, " elements, got ", width);
+  int64_t num_rows = 1;
+  for (int64_t d = 0; d + 1 < rows_by_width.dim(); ++d) num_rows *= rows_by_width.size(d);
+  return num_rows;
+}
+
+// A value for each row of `rows_by_width`: one dimension less.
+inline Tensor new_per_row(const Tensor& rows_by_width, ScalarType dtype) {
+  return new_tensor(rows_by_width.sizes().data(), rows_by_width.dim() - 1, shim_dtype(dtype),
+                    rows_by_width);
+}
+
+inline Tensor new_partial(int64_t num_blocks, int64_t width, ScalarType dtype, const Tensor& like) {
+  const int64_t sizes[] = {num_blocks, width};
+  return new_tensor(sizes, 2, shim_dtype(dtype), like);
+}
+
+// `tensor`, contiguous, must outlive the kernel's launch.
+inline Weight weight_of(const Tensor& tensor) {
+  Weight weight{tensor.const_data_ptr(), ElementType::kFloat};
+  visit_dtype("weight", tensor.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    weight.type = std::is_same_v<T, float>           ? ElementType::kFloat
+                  : std::is_same_v<T, __half>        ? ElementType::kHalf
+                  : std::is_same_v<T, __nv_bfloat16> ? ElementType::kBFloat16
+                                                     : ElementType::kDouble;
+  });
+  return weight;
+}
+
+// How a row is shared: by one warp, four rows a block, or by a whole block. Chosen by the count of
+// packs; not yet measured on a GPU.
+struct Team {
+  Team(int64_t width, int pack, int held, int max_threads) {
+    constexpr int64_t kWarp = 32;
+    const int64_t packs = (width + pack - 1) / pack;
+    const int64_t threads = held > 0 ? (packs + held - 1) / held : packs;
+    const int64_t wanted = std::max<int64_t>((threads + kWarp - 1) / kWarp, 1) * kWarp;
+    is_held = held > 0 && wanted <= max_threads;
+    block = dim3(static_cast<unsigned>(std::min<int64_t>(wanted, max_threads)));
+    if (is_held && wanted == kWarp) block.y = kTeamsOfWarps;
+  }
+  bool is_held;
+  dim3 block;
+};
+
+// Calls visitor(pack size, packs held, block), the first two as integral constants. Packs are of 16
+// bytes of the narrower type where alignment allows. Else, and for double, single elements, and no
+// row is held: rare, and half the kernels to compile.
+template <class R, class B, int kHeld, int kMaxThreads, class Visitor>
+void visit_team(int64_t width, std::initializer_list<const void*> pointers,
+                const Visitor& visitor) {
+  using None = std::integral_constant<int, 0>;
+  if constexpr (!std::is_same_v<R, double>) {
+    if (packs_fit(kPack<R, B>, true, width, pointers)) {
+      constexpr std::integral_constant<int, kPack<R, B>> pack;
+      const Team team(width, pack.value, kHeld, kMaxThreads);
+      if (team.is_held) return visitor(pack, std::integral_constant<int, kHeld>{}, team.block);
+      return visitor(pack, None{}, team.block);
+    }
+  }
+  visitor(std::integral_constant<int, 1>{}, None{}, Team(width, 1, 0, kMaxThreads).block);
+}
+
+// Blocks for all rows at once, as many as a grid can have.
+inline int64_t blocks_for_all(int64_t num_rows, dim3 block) {
+  return std::min<int64_t>((num_rows + block.y - 1) / block.y, std::numeric_limits<int>::max());
+}
+
+// Blocks that run at the same time and stride over the rows: each leaves a partial sum, so their
+// number depends on the GPU and not on the number of rows.
+template <class... Parameters>
+int64_t blocks_at_once(const char* name, void (*kernel)(Parameters...), int64_t num_rows,
+                       dim3 block, const Tensor& tensor) {
+  int per_multiprocessor = 0;
+  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel,
+                                                           static_cast<int>(block.x * block.y), 0),
+             name);
+  const int64_t at_once =
+      int64_t{num_multiprocessors(tensor, name)} * std::max(per_multiprocessor, 1);
+  return std::min(at_once, blocks_for_all(num_rows, block));
+}
+
+template <class... Parameters, class... Arguments>
+void launch_rows(const char* name, void (*kernel)(Parameters...), int64_t blocks, dim3 block,
+                 const Tensor& tensor, Arguments... arguments) {
+  if (blocks == 0) return;
+  kernel<<<static_cast<unsigned>(blocks), block, 0, current_stream(tensor)>>>(arguments...);
+  check_cuda(cudaGetLastError(), name);
+}
+
+// output (width) = partial (num_blocks, width) summed in order; zeros where there is no block.
+template <class W>
+void launch_sum_partials(const char* name, const Tensor& output, const Tensor& partial) {
+  const int64_t width = output.numel();
+  visit_dtype("weight", output.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    launch_rows(name, sum_partials_kernel<T, W>, (width + kColumns - 1) / kColumns,
+                dim3(kColumns, kParts), output, static_cast<T*>(output.mutable_data_ptr()),
+                static_cast<const W*>(partial.const_data_ptr()), static_cast<int>(partial.size(0)),
+                static_cast<int>(width));
+  });
+}
+
+}  // namespace dropbp

@@ -1,0 +1,247 @@
+// Runs the device code of the norms at the boundary on the CPU: one fibre for each thread of a
+// block, which waits at __syncthreads and shuffles as a GPU's thread does. Results are compared
+// with plain loops in double. What this cannot show: races, memory spaces, speed.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <ucontext.h>
+#include <vector_types.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <functional>
+#include <random>
+#include <vector>
+
+#undef __shared__
+#undef __launch_bounds__
+#define __shared__ static  // blocks run one after the other
+#define __launch_bounds__(threads)
+
+// ---- The parts of a GPU that the kernels use.
+
+static dim3 blockDim, gridDim;
+static uint3 threadIdx, blockIdx;
+
+struct Fibre {
+  ucontext_t context;
+  std::vector<char> stack = std::vector<char>(64 << 10);
+  uint3 thread;
+  bool is_done = false;
+};
+struct Meeting {
+  int num_here = 0, round = 0;
+};
+
+static std::vector<Fibre> fibres;
+static std::function<void()> body;
+static ucontext_t scheduler;
+static size_t current;
+static Meeting block_meeting, warp_meetings[32];
+static double exchanged[1024];
+
+static void wait_for_others() { swapcontext(&fibres[current].context, &scheduler); }
+
+static void meet(Meeting& meeting, int num_expected) {
+  const int round = meeting.round;
+  if (++meeting.num_here == num_expected) {
+    meeting.num_here = 0;
+    ++meeting.round;
+  }
+  while (meeting.round == round) wait_for_others();
+}
+
+static void __syncthreads() { meet(block_meeting, static_cast<int>(fibres.size())); }
+
+template <class W>
+W __shfl_xor_sync(unsigned, W value, int distance) {
+  Meeting& meeting = warp_meetings[current / 32];
+  exchanged[current] = static_cast<double>(value);
+  meet(meeting, 32);
+  const W other = static_cast<W>(exchanged[current ^ static_cast<size_t>(distance)]);
+  meet(meeting, 32);
+  return other;
+}
+
+static void fibre_main() {
+  body();
+  fibres[current].is_done = true;
+  wait_for_others();
+}
+
+static void launch(unsigned num_blocks, dim3 block, std::function<void()> kernel) {
+  gridDim = dim3(num_blocks);
+  blockDim = block;
+  body = std::move(kernel);
+  for (unsigned b = 0; b < num_blocks; ++b) {
+    blockIdx = uint3{b, 0, 0};
+    fibres.resize(block.x * block.y);  // stacks are used again
+    for (size_t i = 0; i < fibres.size(); ++i) {
+      fibres[i].is_done = false;
+      fibres[i].thread =
+          uint3{static_cast<unsigned>(i) % block.x, static_cast<unsigned>(i) / block.x, 0};
+      getcontext(&fibres[i].context);
+      fibres[i].context.uc_stack.ss_sp = fibres[i].stack.data();
+      fibres[i].context.uc_stack.ss_size = fibres[i].stack.size();
+      makecontext(&fibres[i].context, fibre_main, 0);
+    }
+    for (size_t num_done = 0; num_done < fibres.size();) {
+      num_done = 0;
+      for (current = 0; current < fibres.size(); ++current) {
+        if (!fibres[current].is_done) {
+          threadIdx = fibres[current].thread;
+          swapcontext(&scheduler, &fibres[current].context);
+        }
+        num_done += fibres[current].is_done;
+      }
+    }
+  }
+}
+
+#include "../csrc/cuda/gated_residual_layer_norm_kernel.cuh"
+#include "../csrc/cuda/gated_residual_rms_norm_kernel.cuh"
+
+// ---- The test.
+
+using dropbp::ElementType;
+using dropbp::narrow;
+using dropbp::Weight;
+using dropbp::widen;
+
+static int num_failed = 0;
+
+template <class T>
+std::vector<T> random_values(size_t count, double mean = 0) {
+  static std::mt19937 generator(0);
+  std::normal_distribution<double> normal(mean, 1);
+  std::vector<T> values(count);
+  for (T& value : values) value = narrow<T>(normal(generator));
+  return values;
+}
+
+template <class T>
+void expect(const char* what, int width, const std::vector<T>& actual,
+            const std::vector<double>& exact, double tolerance) {
+  for (size_t i = 0; i < actual.size(); ++i) {
+    const double value = widen<double>(actual[i]);
+    if (std::abs(value - exact[i]) <= tolerance * std::max(1.0, std::abs(exact[i]))) continue;
+    std::printf("%s, width %d: expected %g at %zu, got %g\n", what, width, exact[i], i, value);
+    ++num_failed;
+    return;
+  }
+}
+
+// Both norms, forward and backward, of one kernel shape. T: residual, branch, weight. Backward in
+// `num_blocks` blocks that stride over the rows.
+template <class T, class W, int N, int kHeld>
+void check(ElementType type, int width, dim3 block, double tolerance) {
+  constexpr int kRows = 11;
+  constexpr unsigned kBlocks = 2;
+  constexpr double kEps = 0.5;
+  const size_t count = static_cast<size_t>(kRows) * width;
+  const auto residual = random_values<T>(count, 2), branch = random_values<T>(count);
+  const auto weight = random_values<T>(width), bias = random_values<T>(width);
+  const auto grad_normed = random_values<T>(count), grad_new = random_values<T>(count);
+  const Weight factor{weight.data(), type}, shift{bias.data(), type}, none{nullptr, type};
+
+  for (const int kind : {0, 1, 2}) {  // RMS of Llama, of Gemma, LayerNorm
+    const bool is_layer = kind == 2, gemma = kind == 1;
+    const char* name = is_layer ? "layer_norm" : gemma ? "rms_norm, gemma" : "rms_norm";
+    std::vector<T> normed(count), sum(count), grad(count), frozen(count);
+    std::vector<W> mean(kRows), rstd(kRows), partial(kBlocks * width),
+        bias_partial(kBlocks * width);
+    std::vector<T> grad_weight(width), grad_bias(width);
+    const auto backward = [&](auto column_sums, T* out, W* weights, W* biases) {
+      constexpr bool kSums = decltype(column_sums)::value;
+      launch(kBlocks, block, [&, out, weights, biases] {
+        if (is_layer) {
+          dropbp::gated_residual_layer_norm_backward_kernel<T, T, W, N, kHeld, kSums>(
+              grad_normed.data(), grad_new.data(), sum.data(), factor, mean.data(), rstd.data(),
+              out, weights, biases, kRows, width);
+        } else {
+          dropbp::gated_residual_rms_norm_backward_kernel<T, T, W, N, kHeld, kSums>(
+              grad_normed.data(), grad_new.data(), sum.data(), factor, gemma, rstd.data(), out,
+              weights, kRows, width);
+        }
+      });
+    };
+    launch(kRows / 2, block, [&] {
+      if (is_layer) {
+        dropbp::gated_residual_layer_norm_kernel<T, T, W, N, kHeld>(
+            residual.data(), branch.data(), factor, width % 2 ? none : shift, W{kEps},
+            normed.data(), sum.data(), mean.data(), rstd.data(), kRows, width);
+      } else {
+        dropbp::gated_residual_rms_norm_kernel<T, T, W, N, kHeld>(
+            residual.data(), branch.data(), factor, W{kEps}, gemma, normed.data(), sum.data(),
+            rstd.data(), kRows, width);
+      }
+    });
+    backward(std::true_type{}, grad.data(), partial.data(), bias_partial.data());
+    backward(std::false_type{}, frozen.data(), nullptr, nullptr);
+    const dim3 sum_block(dropbp::kColumns, dropbp::kParts);
+    const unsigned sum_blocks = (width + dropbp::kColumns - 1) / dropbp::kColumns;
+    for (auto [to, from] :
+         {std::pair{&grad_weight, &partial}, std::pair{&grad_bias, &bias_partial}}) {
+      launch(sum_blocks, sum_block, [&, to = to, from = from] {
+        dropbp::sum_partials_kernel<T, W>(to->data(), from->data(), kBlocks, width);
+      });
+    }
+
+    std::vector<double> x(count), out(count), grad_x(count), scale(kRows), weights(width),
+        biases(width);
+    for (int row = 0; row < kRows; ++row) {
+      double centre = 0, squares = 0, dot = 0, mean_grad = 0;
+      const size_t start = static_cast<size_t>(row) * width;
+      for (int i = 0; i < width; ++i) {
+        const size_t at = start + i;
+        x[at] = widen<double>(narrow<T>(widen<W>(residual[at]) + widen<W>(branch[at])));
+        if (is_layer) centre += x[at] / width;
+      }
+      for (int i = 0; i < width; ++i) squares += std::pow(x[start + i] - centre, 2);
+      scale[row] = 1 / std::sqrt(squares / width + kEps);
+      const auto n = [&](int i) { return (x[start + i] - centre) * scale[row]; };
+      const auto w = [&](int i) { return widen<double>(weight[i]) + gemma; };
+      for (int i = 0; i < width; ++i) {
+        const double gradient = widen<double>(grad_normed[start + i]);
+        out[start + i] = n(i) * w(i);
+        if (is_layer && width % 2 == 0) out[start + i] += widen<double>(bias[i]);
+        dot += gradient * w(i) * n(i) / width;
+        if (is_layer) mean_grad += gradient * w(i) / width;
+        weights[i] += gradient * n(i);
+        biases[i] += gradient;
+      }
+      for (int i = 0; i < width; ++i) {
+        const size_t at = start + i;
+        const double gradient = widen<double>(grad_normed[at]) * w(i);
+        grad_x[at] = scale[row] * (gradient - mean_grad - n(i) * dot) + widen<double>(grad_new[at]);
+      }
+    }
+    expect(name, width, sum, x, 0);
+    expect(name, width, rstd, scale, 1e-5);
+    expect(name, width, normed, out, tolerance);
+    expect(name, width, grad, grad_x, tolerance);
+    expect(name, width, grad_weight, weights, tolerance);
+    if (is_layer) expect(name, width, grad_bias, biases, tolerance);
+    for (size_t i = 0; i < count; ++i) {
+      if (widen<double>(grad[i]) == widen<double>(frozen[i])) continue;
+      std::printf("%s, width %d: another gradient where weights are frozen\n", name, width);
+      ++num_failed;
+      break;
+    }
+  }
+}
+
+int main() {
+  constexpr auto kBFloat16 = ElementType::kBFloat16;
+  check<__nv_bfloat16, float, 8, 2>(kBFloat16, 64, dim3(32, 4), 0.02);   // a warp a row, not full
+  check<__nv_bfloat16, float, 8, 2>(kBFloat16, 512, dim3(32, 4), 0.02);  // a warp a row, full
+  check<__nv_bfloat16, float, 8, 4>(kBFloat16, 1096, dim3(64), 0.02);    // a block a row
+  check<__nv_bfloat16, float, 8, 0>(kBFloat16, 3000, dim3(96), 0.02);    // rows that are not held
+  check<__half, float, 8, 2>(ElementType::kHalf, 776, dim3(64), 0.003);
+  check<float, float, 4, 4>(ElementType::kFloat, 36, dim3(32, 4), 1e-5);
+  check<float, float, 4, 2>(ElementType::kFloat, 1000, dim3(128), 1e-5);
+  check<float, float, 1, 0>(ElementType::kFloat, 33, dim3(64), 1e-5);  // single elements
+  check<double, double, 1, 0>(ElementType::kDouble, 71, dim3(32), 1e-6);
+  std::printf(num_failed ? "%d failed\n" : "checked\n", num_failed);
+  return num_failed > 0;
+}
