@@ -9,7 +9,8 @@ All three count tensors, not allocator blocks, so they are the same on every dev
 """
 
 import weakref
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -57,37 +58,57 @@ def saved_bytes() -> Iterator[SavedBytes]:
 class PeakLiveBytes(TorchDispatchMode):
     """Context manager: the peak number of bytes, over time, of live tensors that were allocated inside it.
 
-    Attributes: live_bytes (now), peak_bytes. Gradients of parameters count like any other tensor allocated inside.
+    Args: tag names what a new tensor is for, so that the bytes can be told apart; default: one tag, "tensors".
+    Attributes: live_bytes and live_by_tag (now), peak_bytes, peak_by_tag (at the peak). Gradients of parameters count
+    like any other tensor allocated inside.
     Cost: a Python call for every operator; measure time without it. Scratch memory inside an operator is not seen.
+    Inside a FakeTensorMode it counts what the fake tensors would take.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tag: Callable[[Tensor], str] = lambda tensor: "tensors") -> None:
         super().__init__()
         self.live_bytes = 0
         self.peak_bytes = 0
-        self._known: set[int] = set()
+        self.live_by_tag: Counter[str] = Counter()
+        self.peak_by_tag: Counter[str] = Counter()
+        self._tag = tag
+        self._known: dict[int, tuple[str, int]] = {}  # storage: its tag and bytes
+
+    def retag(self, tensor: Tensor, tag: str) -> None:
+        """Say what a tensor turned out to be for, as when a result becomes a gradient. Unknown tensors are ignored."""
+        key = tensor.untyped_storage()._cdata
+        if key in self._known:
+            old, num_bytes = self._known[key]
+            self._known[key] = tag, num_bytes
+            self.live_by_tag[old] -= num_bytes
+            self.live_by_tag[tag] += num_bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._add(leaf.untyped_storage(), inputs)
+                self._add(leaf, inputs)
         return result
 
-    def _add(self, storage: Any, inputs: set[int]) -> None:
+    def _add(self, tensor: Tensor, inputs: set[int]) -> None:
+        storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._known or key in inputs:  # a view: nothing was allocated
             return
-        self._known.add(key)
-        num_bytes = storage.nbytes()
+        tag, num_bytes = self._tag(tensor), storage.nbytes()
+        self._known[key] = tag, num_bytes
         self.live_bytes += num_bytes
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        weakref.finalize(storage, self._remove, key, num_bytes)
+        self.live_by_tag[tag] += num_bytes
+        if self.live_bytes > self.peak_bytes:
+            self.peak_bytes = self.live_bytes
+            self.peak_by_tag = self.live_by_tag.copy()
+        weakref.finalize(storage, self._remove, key)
 
-    def _remove(self, key: int, num_bytes: int) -> None:
-        self._known.discard(key)
+    def _remove(self, key: int) -> None:
+        tag, num_bytes = self._known.pop(key)
         self.live_bytes -= num_bytes
+        self.live_by_tag[tag] -= num_bytes
 
 
 def num_autograd_nodes(*tensors: Tensor) -> int:

@@ -31,6 +31,7 @@ LEVELS = {
     "by_rows": 3,
     "plan": 4,
     "blocks": 4,
+    "simulation": 4,
     "sensitivity": 5,
     "handler": 6,
     "integrations": 7,

@@ -54,6 +54,26 @@ class Recipe:
     seed: int = 0
 
 
+def config(recipe: Recipe) -> Any:
+    """The model's config, of transformers."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=ByteTokenizer.vocab_size,
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.num_hidden_layers,
+        num_attention_heads=recipe.num_attention_heads,
+        num_key_value_heads=recipe.num_key_value_heads,
+        max_position_embeddings=MAX_SEQ_LEN,
+        tie_word_embeddings=True,
+        use_cache=False,
+        bos_token_id=ByteTokenizer.bos_token_id,
+        eos_token_id=ByteTokenizer.eos_token_id,
+        pad_token_id=ByteTokenizer.pad_token_id,
+    )
+
+
 def cached_folder(recipe: Recipe) -> Path:
     """Where the pretrained model of this recipe lies, or would lie."""
     key = json.dumps([asdict(recipe), sys.version_info[:3], corpus.fingerprint(corpus.PRETRAINING)])
@@ -86,26 +106,12 @@ def ensure_pretrained(recipe: Recipe, device: torch.device) -> Path:
 
 def _pretrain(recipe: Recipe, device: torch.device) -> tuple[Any, float]:
     """Train from scratch; return the model and the mean loss of the last twenty steps."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     text = "".join(f"# {name}\n{source}\n" for name, source in corpus.modules(corpus.PRETRAINING)).encode()
     tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     torch.manual_seed(recipe.seed)
-    config = LlamaConfig(
-        vocab_size=ByteTokenizer.vocab_size,
-        hidden_size=recipe.hidden_size,
-        intermediate_size=recipe.intermediate_size,
-        num_hidden_layers=recipe.num_hidden_layers,
-        num_attention_heads=recipe.num_attention_heads,
-        num_key_value_heads=recipe.num_key_value_heads,
-        max_position_embeddings=MAX_SEQ_LEN,
-        tie_word_embeddings=True,
-        use_cache=False,
-        bos_token_id=ByteTokenizer.bos_token_id,
-        eos_token_id=ByteTokenizer.eos_token_id,
-        pad_token_id=ByteTokenizer.pad_token_id,
-    )
-    model: Any = LlamaForCausalLM(config)
+    model: Any = LlamaForCausalLM(config(recipe))
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), fused=True)
     starts = torch.Generator().manual_seed(recipe.seed)

@@ -1,6 +1,7 @@
 """What a user did wrong, in one sentence, and what is missing on this machine."""
 
 import importlib.util
+from collections.abc import Sequence
 
 # Everything that `finetune` needs beyond the package itself; `pip install dropbp_kernels[finetune]` brings all of it.
 FINETUNE_PACKAGES = ("transformers", "peft", "safetensors", "rich", "tqdm", "matplotlib")
@@ -12,8 +13,13 @@ class UserError(Exception):
 
 def require_finetune_packages() -> None:
     """Raise a UserError that names what is missing and how to get it."""
-    missing = [name for name in FINETUNE_PACKAGES if importlib.util.find_spec(name) is None]
+    require_packages("finetune", FINETUNE_PACKAGES)
+
+
+def require_packages(command: str, packages: Sequence[str]) -> None:
+    """Raise a UserError that names which of `packages` the command lacks here, and how to get them."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            f"finetune needs {', '.join(missing)}, not installed here; run: pip install 'dropbp_kernels[finetune]'"
+            f"{command} needs {', '.join(missing)}, not installed here; run: pip install 'dropbp_kernels[finetune]'"
         )

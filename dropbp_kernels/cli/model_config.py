@@ -1,0 +1,70 @@
+"""The config of a model by name: one that ships with this package, a file, a folder, or a Hugging Face hub id."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from . import builtin
+from .errors import UserError
+
+CONFIGS = Path(__file__).resolve().parent / "configs"
+
+
+def shipped() -> list[str]:
+    """Names of the configs that ship with this package."""
+    return sorted(path.stem for path in CONFIGS.glob("*.json"))
+
+
+def load_config(name: str) -> Any:
+    """The transformers config called `name`; of weights nothing is read.
+
+    Errors: UserError when there is none, or it is no config of a model that transformers knows.
+    """
+    if name == builtin.NAME:
+        return builtin.config(builtin.Recipe())
+    if name in shipped():
+        return _from_file(CONFIGS / f"{name}.json", name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        path /= "config.json"
+        if not path.is_file():
+            raise UserError(f"--model {name}: expected a config.json in the folder, found none")
+    if path.is_file():
+        return _from_file(path, name)
+    if path.suffix == ".json" or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"--model {name}: no such file or folder")
+    return _from_hub(name)
+
+
+def _from_file(path: Path, name: str) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"--model {name}: not a JSON file: {error}") from error
+    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
+        raise UserError(f"--model {name}: expected a JSON object with a model_type, as transformers writes it")
+    try:
+        return AutoConfig.for_model(**values)
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise UserError(f"--model {name}: not a config that transformers accepts: {_one_line(error)}") from error
+
+
+def _from_hub(name: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        known = ", ".join([builtin.NAME, *shipped()])
+        raise UserError(
+            f"--model {name}: not one of {known}, no file or folder, and not to be had from the Hugging Face hub: "
+            f"{_one_line(error)}"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    """The error's text on one line: strict configs of transformers explain themselves over several."""
+    return " ".join(str(error).split())

@@ -1,0 +1,167 @@
+"""dropbp-kernels plan as a user meets it: the tables, JSON, what fits, and every error."""
+
+import json
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from dropbp_kernels.cli import main, model_config
+from dropbp_kernels.cli.plan import _largest, recommend
+
+SMALL = {
+    "model_type": "llama",
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+MiB = 2**20
+
+
+@pytest.fixture
+def small(tmp_path):
+    """The path of a config of a small model."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(SMALL))
+    return path
+
+
+def plan(capsys, *argv):
+    assert main(["plan", *map(str, argv)]) == 0
+    return capsys.readouterr().out
+
+
+def fails(capsys, *argv):
+    """Run plan, expect one line on stderr and exit code 2; return the line."""
+    assert main(["plan", *map(str, argv)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("dropbp-kernels: error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_table_shows_parts_settings_and_assumptions(capsys, small):
+    text = plan(capsys, "--model", small, "--seq-len", 64)
+    for part in ("weights", "optimizer", "activations", "logits", "peak", "drop rate 0.75, no checkpointing"):
+        assert part in text
+    assert "Assumed: " in text
+    assert "longest" not in text
+
+
+def test_json_adds_up_and_finds_what_fits(capsys, small):
+    memory = ["--gpu-memory", 0.015, "--reserve", 0]
+    report = json.loads(plan(capsys, "--model", small, "--seq-len", 256, "--drop-rate", 0.5, *memory, "--json"))
+    budget = report["budget_bytes"]
+    assert budget == round(0.015 * 2**30)
+    assert len(report["settings"]) == 2 * 3  # drop rates 0 and 0.5
+    undropped = report["settings"][0]
+    assert undropped["relative_step_time"] == 1.0
+    for row in report["settings"]:
+        assert sum(row["bytes"].values()) == row["peak_bytes"]
+        assert row["fits"] == (row["peak_bytes"] <= budget) == (row["longest_seq_len"] >= 256)
+        assert row["fits"] == (row["largest_batch_size"] >= 1)
+        assert row["longest_seq_len"] % 64 == 0
+    assert report["asked"]["setting"]["drop_rate"] == 0.5
+    assert report["asked"]["longest_seq_len"] > undropped["longest_seq_len"]
+    assert report["asked"]["relative_step_time"] < 0.9
+    assert report["recommended"]["fastest"]["setting"] == report["asked"]["setting"]
+    assert report["recommended"]["gentlest"]["setting"]["drop_rate"] == 0.0
+
+    # the longest sequence fits, and the next one does not
+    longest = report["asked"]["longest_seq_len"]
+    for seq_len, fits in ((longest, True), (longest + 64, False)):
+        again = json.loads(plan(capsys, "--model", small, "--seq-len", seq_len, "--drop-rate", 0.5, "--json"))
+        assert (again["asked"]["peak_bytes"] <= budget) is fits
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "gib"),
+    [("llama-2-7b", 6.74, 12.55), ("llama-3-8b", 8.03, 14.96), ("llama-2-70b", 68.98, 128.5)],
+)
+def test_shipped_configs_have_the_published_sizes(capsys, name, billions, gib):
+    report = json.loads(plan(capsys, "--model", name, "--adapter", "full", "--drop-rate", 0, "--json"))
+    assert report["num_parameters"] / 1e9 == pytest.approx(billions, abs=0.006)
+    assert report["asked"]["bytes"]["weights"] / 2**30 == pytest.approx(gib, rel=0.002)
+    assert set(model_config.shipped()) >= {name}
+
+
+def test_builtin_model_and_a_folder_are_found(capsys, small):
+    assert "builtin" in plan(capsys, "--model", "builtin", "--seq-len", 64, "--drop-rate", 0)
+    assert "0.00 billion" in plan(capsys, "--model", small.parent, "--seq-len", 64, "--drop-rate", 0)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--seq-len", "0"], "--seq-len: expected at least 1, got 0"),
+        (["--batch-size", "0"], "--batch-size: expected at least 1, got 0"),
+        (["--lora-rank", "-1"], "--lora-rank: expected at least 1, got -1"),
+        (["--drop-rate", "1"], "--drop-rate: expected 0 <= drop_rate < 1, got 1.0"),
+        (["--drop-rate", "nan"], "--drop-rate: expected 0 <= drop_rate < 1, got nan"),
+        (["--adapter", "dora"], "--adapter: expected one of lora, qlora, full, got 'dora'"),
+        (["--checkpoint", "all"], "--checkpoint: expected one of none, block, kept, got 'all'"),
+        (["--dtype", "int8"], "--dtype: expected one of bfloat16"),
+        (["--optimizer", "lion"], "--optimizer: expected one of adamw"),
+        (["--gpu-memory", "much"], "--gpu-memory: expected GiB, as in 24 or 80"),
+        (["--gpu-memory", "0.5"], "and more than the reserve of 1, got '0.5'"),
+        (["--reserve", "-1"], "--reserve: expected GiB >= 0, got -1.0"),
+        (["--gpu-memory", "1.0002"], "weights and optimizer state alone take 0.0 GiB"),
+        (["--model", "none.json"], "--model none.json: no such file or folder"),
+        (["--model", "./none"], "--model ./none: no such file or folder"),
+        (["--model", "."], "expected a config.json in the folder"),
+    ],
+)
+def test_bad_option_is_one_line(capsys, small, argv, message, monkeypatch, tmp_path):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    model = [] if "--model" in argv else ["--model", small]
+    assert message in fails(capsys, *model, *argv)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not a JSON file"),
+        ("[]", "expected a JSON object with a model_type"),
+        ('{"hidden_size": 4}', "expected a JSON object with a model_type"),
+        ('{"model_type": "abacus"}', "not a config that transformers accepts"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', "Field 'hidden_size' expected int, got str"),
+        ('{"model_type": "llama", "hidden_size": -8}', "not a config that transformers accepts"),
+        ('{"model_type": "t5"}', "transformers cannot build a causal LM"),
+    ],
+)
+def test_bad_config_is_one_line(capsys, small, content, message):
+    small.write_text(content)
+    assert message in fails(capsys, "--model", small)
+
+
+def test_model_is_required(capsys):
+    assert "--model" in fails(capsys)
+
+
+@pytest.mark.parametrize("budget", [0, 99, 100, 1234, 5000, 10**9])
+@pytest.mark.parametrize("start", [1, 7, 400])
+def test_largest_that_fits_by_search(budget, start):
+    def peak(n):  # bent: another part is the largest from 20 on
+        return max(100 + 3 * n, 40 + 6 * n)
+
+    expected = max((n for n in range(1, 501) if peak(n) <= budget), default=0)
+    assert _largest(peak, budget, (start, 2 * start), 500) == expected
+    assert _largest(peak, budget, (start, start), 500) == expected
+
+
+def test_search_needs_few_evaluations():
+    asked = []
+    assert _largest(lambda n: asked.append(n) or 1000 + 7 * n, 100_000, (32, 64), 1 << 20) == 99_000 // 7
+    assert len(asked) <= 5
+
+
+def test_recommendation_when_nothing_fits():
+    row = {"fits": False, "relative_step_time": 1.0}
+    rows = [{**row, "longest_seq_len": 64}, {**row, "longest_seq_len": 128}]
+    assert recommend(rows) == {"longest": rows[1]}
