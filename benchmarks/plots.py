@@ -21,6 +21,7 @@ COLOURS = {
     "aten": "#56B4E9",
     "compile": "#E69F00",
     "liger": "#CC79A7",
+    "quack": "#F0E442",
     "undropped": "#999999",
     "published": "#E69F00",
     "ours": "#0072B2",
