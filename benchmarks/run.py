@@ -19,6 +19,7 @@ from . import (
     bench_gated_residual_add,
     bench_gated_residual_rms_norm,
     bench_host_overhead,
+    bench_loss_step,
     bench_step,
 )
 from .baselines import WrongResult
@@ -29,6 +30,7 @@ SUITES: dict[str, Callable[[Settings], Iterator[list[Any]]]] = {
     "host_overhead": bench_host_overhead.run,
     "step": bench_step.run,
     "checkpointed_step": bench_checkpointed_step.run,
+    "loss_step": bench_loss_step.run,
     "gated_residual_rms_norm": bench_gated_residual_rms_norm.run,
     "gated_residual_add": bench_gated_residual_add.run,
 }

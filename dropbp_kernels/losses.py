@@ -15,7 +15,7 @@ REDUCTIONS = ("mean", "sum")
 # Float32 logits of one slice: matrix products of hundreds of rows, large enough for a CPU (benchmarks/LOG.md) and, by
 # the count of their FLOPs, for a GPU, where nobody has measured them.
 SLICE_BYTES = 2**27
-LEAST_ROWS = 64
+LEAST_ROWS = 256
 
 
 def rows_of_slice(num_classes: int) -> int:
@@ -45,8 +45,8 @@ def linear_cross_entropy(
             loss in float32 (float64 for float64), gradients of weight and bias summed in that too. Result: the latter.
     Errors: ValueError when shapes do not fit, dtypes differ or reduction is unknown; TypeError for a target that is not
             int64; RuntimeError on a second derivative. A target out of range fails as in torch.gather.
-    Cost:   the products of the unfused loss, for the rows that count; memory: one slice of logits (at most 128 MiB in
-            float32 from 64 rows on), hidden's gradient, and where the weight is trained twice its float32 gradient.
+    Cost:   the products of the unfused loss, for the rows that count; memory: one slice of logits (in float32 at most
+            128 MiB or 256 rows), hidden's gradient, and where the weight is trained twice its float32 gradient.
             Waits for the GPU once, to count the rows.
     Source: oracle torch.nn.functional.cross_entropy; the idea of taking gradients in the forward: Liger Kernel
             (arXiv 2410.10989). torch.nn.functional.linear_cross_entropy rounds the loss to the dtype of hidden.

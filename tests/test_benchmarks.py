@@ -22,6 +22,7 @@ from benchmarks import (  # noqa: E402
     bench_gated_residual_add,
     bench_gated_residual_rms_norm,
     bench_host_overhead,
+    bench_loss_step,
     bench_step,
     boundary,
     gpu_check,
@@ -155,7 +156,11 @@ def test_committed_rows_have_the_columns_of_today():
     from benchmarks.rows import RESULTS, Row
 
     for path in filter(Path.exists, (RESULTS / f"{suite}.csv" for suite in run.SUITES)):
-        own = {"step": bench_step.StepRow, "checkpointed_step": bench_checkpointed_step.CheckpointedStepRow}
+        own = {
+            "step": bench_step.StepRow,
+            "checkpointed_step": bench_checkpointed_step.CheckpointedStepRow,
+            "loss_step": bench_loss_step.LossStepRow,
+        }
         row_type = own.get(path.stem, Row)
         with path.open(newline="") as file:
             lines = list(csv.reader(file))
@@ -273,6 +278,17 @@ def test_step_rows(tmp_path, one_thread):
     append_rows(tmp_path / "step.csv", rows)
     assert plots.main(["--rows", str(tmp_path), "--out", str(tmp_path)]) == 0
     assert (tmp_path / "step.png").stat().st_size > 10_000
+
+
+def test_loss_step_rows(one_thread):
+    suites = list(bench_loss_step.run(Settings(CPU, "tiny")))
+    assert [row.trained_weight for rows in suites for row in rows[:1]] == [False, True]
+    for rows in suites:
+        assert [row.way for row in rows] == list(bench_loss_step.ways())
+        by_way = {row.way: row for row in rows}
+        assert by_way["chunked"].loss_error <= 2 * by_way["unfused"].loss_error + 1e-6
+        assert by_way["chunked"].gradient_error < 1e-2
+        assert by_way["unfused"].speedup_vs_unfused == 1
 
 
 def test_checkpointed_step_rows(one_thread):
