@@ -43,6 +43,7 @@ class Setting:
     drop_rate: float
     checkpoint: str = "none"
     dropped_runs: str = "inference"
+    fused_loss: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,9 @@ class StepModel:
     @contextlib.contextmanager
     def _as_set(self, setting: Setting, kept: Sequence[bool]) -> Iterator[None]:
         model: Any = self.model
-        handler = apply_dropbp(model, setting.drop_rate, dropped_runs=setting.dropped_runs)
+        handler = apply_dropbp(
+            model, setting.drop_rate, dropped_runs=setting.dropped_runs, fused_loss=setting.fused_loss
+        )
         try:
             handler.set_plan(kept)
             # There is no noise to repeat, and a fake generator has no state.

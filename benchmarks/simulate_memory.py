@@ -1,0 +1,100 @@
+"""Peak activation memory per token of LLaMA-2-7B fine-tuned with LoRA, simulated: no GPU, no weights, nothing timed.
+
+python -m benchmarks.simulate_memory         a minute; appends rows to benchmarks/results/simulated_memory.csv
+
+Rank 8 on all seven linears, bfloat16, batch 1. The slope is what one more token costs: the peak of live bytes at 8,192
+tokens less that at 4,096 (without weights and optimizer state; gradients cost nothing per token), over 4,096.
+"""
+
+import argparse
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from dropbp_kernels.cli.model_config import load_config
+from dropbp_kernels.cli.planning import Setting, StepModel
+
+from .rows import RESULTS, Machine, append_rows, machine
+
+MODEL, DROP_RATE, SHORT, LONG = "llama-2-7b", 0.875, 4096, 8192
+
+
+@dataclass(frozen=True)
+class MemoryRow(Machine):
+    """One way to run a step. results/README.md says what each column means."""
+
+    kind: str
+    model: str
+    method: str
+    drop_rate: float
+    checkpoint: str
+    fused_loss: str
+    use_cache: bool
+    adapter_dtype: str
+    peak_bytes_4096: int
+    peak_bytes_8192: int
+    kib_per_token: float
+    at_the_peak: str
+
+
+# (method, drop rate, checkpoint, fused loss, key/value cache left on, dtype of the adapters)
+WAYS = [
+    ("undropped", 0.0, "none", "off", False, "float32"),
+    ("detach", DROP_RATE, "none", "off", True, "float32"),
+    ("detach", DROP_RATE, "none", "off", False, "float32"),
+    ("ours", DROP_RATE, "none", "off", True, "float32"),
+    ("ours", DROP_RATE, "none", "off", False, "float32"),
+    ("ours", DROP_RATE, "none", "chunked", False, "float32"),
+    ("undropped", 0.0, "block", "chunked", False, "float32"),
+    ("ours", DROP_RATE, "block", "chunked", False, "float32"),
+    ("ours", DROP_RATE, "kept", "chunked", False, "float32"),
+    ("ours", DROP_RATE, "kept", "chunked", False, "bfloat16"),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.simulate_memory", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV file; default: benchmarks/results")
+    parser.add_argument("--model", default=MODEL, help=f"as for dropbp-kernels plan; default: {MODEL}")
+    options = parser.parse_args()
+    where = asdict(machine(torch.device("cpu")))
+    for way in WAYS:
+        row = MemoryRow(**where, **simulated(options.model, *way))
+        append_rows(options.out / "simulated_memory.csv", [row])
+        print(
+            f"{row.method:<10} {row.drop_rate:<6g} checkpoint {row.checkpoint:<6} fused loss {row.fused_loss:<8} "
+            f"cache {row.use_cache!s:<6} adapters {row.adapter_dtype:<9} {row.kib_per_token:8.0f} KiB/token "
+            f"({row.at_the_peak})",
+            flush=True,
+        )
+
+
+def simulated(
+    name: str, method: str, drop_rate: float, checkpoint: str, fused_loss: str, use_cache: bool, adapter_dtype: str
+) -> dict[str, object]:
+    """The columns of one row."""
+    model = StepModel(load_config(name), adapter_dtype=getattr(torch, adapter_dtype), use_cache=use_cache)
+    runs = "detach" if method == "detach" else "inference"
+    short, long = (
+        model.predict(Setting(1, tokens, drop_rate, checkpoint, runs, fused_loss)).by_tag for tokens in (SHORT, LONG)
+    )
+    peaks = [sum(n for tag, n in by_tag.items() if tag not in ("weights", "optimizer")) for by_tag in (short, long)]
+    return {
+        "kind": "simulated",
+        "model": name,
+        "method": method,
+        "drop_rate": drop_rate,
+        "checkpoint": checkpoint,
+        "fused_loss": fused_loss,
+        "use_cache": use_cache,
+        "adapter_dtype": adapter_dtype,
+        "peak_bytes_4096": peaks[0],
+        "peak_bytes_8192": peaks[1],
+        "kib_per_token": (peaks[1] - peaks[0]) / (LONG - SHORT) / 1024,
+        "at_the_peak": " ".join(f"{tag} {n >> 20} MiB" for tag, n in long.items() if tag in ("activations", "logits")),
+    }
+
+
+if __name__ == "__main__":
+    main()
