@@ -63,6 +63,14 @@ def add_then_aten_norm(residual: Tensor, branch: Tensor, weight: Tensor, eps: fl
     return F.rms_norm(new_residual, weight.shape, weight, eps), new_residual
 
 
+def add_then_aten_layer_norm(
+    residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """The boundary of two branches as GPT models write it: (normed, new_residual)."""
+    new_residual = residual + branch
+    return F.layer_norm(new_residual, weight.shape, weight, bias, eps), new_residual
+
+
 class PeerMissing(RuntimeError):
     """Why a peer package cannot be measured here, in a few words."""
 

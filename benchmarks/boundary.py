@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dropbp_kernels.measure import PeakLiveBytes, saved_bytes
-from dropbp_kernels.ops import gated_residual_add, gated_residual_rms_norm
+from dropbp_kernels.ops import gated_residual_add, gated_residual_layer_norm, gated_residual_rms_norm
 
 ROWS, WIDTH = 4096, 4096
 
@@ -69,10 +69,10 @@ def boundary_counts(device: torch.device, rows: int = ROWS, width: int = WIDTH) 
     weight = torch.ones(width, device=device, dtype=torch.bfloat16)
     residual.requires_grad_()
 
-    def norm(is_kept: bool, next_kept: bool) -> Callable[[], list[Tensor]]:
+    def norm(op: Callable[..., Any], is_kept: bool, next_kept: bool) -> Callable[[], list[Tensor]]:
         def forward() -> list[Tensor]:
             pending = branch.detach().requires_grad_(is_kept)
-            outputs = gated_residual_rms_norm(residual, pending, weight, next_kept=next_kept)
+            outputs = op(residual, pending, weight, next_kept=next_kept)
             return [tensor for tensor in outputs if tensor.requires_grad]
 
         return forward
@@ -82,7 +82,8 @@ def boundary_counts(device: torch.device, rows: int = ROWS, width: int = WIDTH) 
 
     words = {True: "kept", False: "dropped"}
     cases = {
-        ("gated_residual_rms_norm", f"{words[is_kept]}, then {words[next_kept]}"): (norm(is_kept, next_kept), next_kept)
+        (op.__name__, f"{words[is_kept]}, then {words[next_kept]}"): (norm(op, is_kept, next_kept), next_kept)
+        for op in (gated_residual_rms_norm, gated_residual_layer_norm)
         for is_kept in (True, False)
         for next_kept in (True, False)
     }
@@ -125,11 +126,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     counts = boundary_counts(device, *((ROWS, WIDTH) if device.type == "cuda" else (64, 64)))
-    print(f"{'op':<24} {'state':<22} {'forward':>8} {'saved bytes':>12} {'backward':>9} {'allocated':>11}")
+    print(f"{'op':<26} {'state':<22} {'forward':>8} {'saved bytes':>12} {'backward':>9} {'allocated':>11}")
     for entry in counts:
         verdict = "" if not entry["must_be_free"] else "  free" if is_free(entry) else "  NOT FREE"
         print(
-            f"{entry['op']:<24} {entry['state']:<22} {entry['forward_kernels']:>8} {entry['saved_bytes']:>12} "
+            f"{entry['op']:<26} {entry['state']:<22} {entry['forward_kernels']:>8} {entry['saved_bytes']:>12} "
             f"{entry['backward_kernels']:>9} {entry['backward_allocated_bytes']:>11}{verdict}"
         )
     if options.json:

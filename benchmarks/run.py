@@ -17,6 +17,7 @@ import torch
 from . import (
     bench_checkpointed_step,
     bench_gated_residual_add,
+    bench_gated_residual_layer_norm,
     bench_gated_residual_rms_norm,
     bench_host_overhead,
     bench_loss_step,
@@ -32,6 +33,7 @@ SUITES: dict[str, Callable[[Settings], Iterator[list[Any]]]] = {
     "checkpointed_step": bench_checkpointed_step.run,
     "loss_step": bench_loss_step.run,
     "gated_residual_rms_norm": bench_gated_residual_rms_norm.run,
+    "gated_residual_layer_norm": bench_gated_residual_layer_norm.run,
     "gated_residual_add": bench_gated_residual_add.run,
 }
 # Two threads that share a core with another program wait for each other for milliseconds at every kernel.

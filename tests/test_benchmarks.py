@@ -5,7 +5,8 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+import zipfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,13 @@ from benchmarks import (  # noqa: E402
     baselines,
     bench_checkpointed_step,
     bench_gated_residual_add,
+    bench_gated_residual_layer_norm,
     bench_gated_residual_rms_norm,
     bench_host_overhead,
     bench_loss_step,
     bench_step,
     boundary,
+    boundary_norms,
     gpu_check,
     plots,
     run,
@@ -41,7 +44,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def uncompiled(monkeypatch):
     """torch.compile's place is taken by the function itself: compiling is not what these tests are about."""
-    for bench in (bench_gated_residual_add, bench_gated_residual_rms_norm):
+    for bench in (bench_gated_residual_add, boundary_norms):
         monkeypatch.setattr(bench, "compiled", lambda function: function)
 
 
@@ -208,8 +211,8 @@ def test_a_wrong_peer_is_left_out_and_ours_is_timed(monkeypatch, capsys, uncompi
         normed, new_residual = baselines.add_then_norm(residual, branch, weight, eps)
         return normed * 2, new_residual
 
-    monkeypatch.setattr(bench_gated_residual_rms_norm, "PEERS", {"liger": lambda device: wrong})
-    cases = bench_gated_residual_rms_norm.make_cases(8, 16, torch.float32, CPU, trains_weight=True)
+    norm = replace(bench_gated_residual_rms_norm.NORM, peers={"liger": lambda device: wrong})
+    cases = boundary_norms.make_cases(norm, 8, 16, torch.float32, CPU, trains_weight=True)
     assert "liger" not in cases["fwd"].variants
     assert "eager" in cases["fwd"].variants
     assert (
@@ -231,22 +234,24 @@ def test_moved_bytes_by_hand(uncompiled):
         "scaled": 2 * whole,
         "half the rows, each scaled": 2 * half,
     }
-    norms = bench_gated_residual_rms_norm.make_cases(8, 16, torch.bfloat16, CPU, trains_weight=True)
-    assert {name: case.moved_bytes for name, case in norms.items()} == {
-        "fwd": 2 * whole,
-        "bwd": 2 * whole,
-        "fwd+bwd": 4 * whole,
-    }
+    for bench in (bench_gated_residual_rms_norm, bench_gated_residual_layer_norm):
+        cases = boundary_norms.make_cases(bench.NORM, 8, 16, torch.bfloat16, CPU, trains_weight=True)
+        assert {name: case.moved_bytes for name, case in cases.items()} == {
+            "fwd": 2 * whole,
+            "bwd": 2 * whole,
+            "fwd+bwd": 4 * whole,
+        }
 
 
-@pytest.mark.parametrize("name", ["gated_residual_add", "gated_residual_rms_norm"])
+@pytest.mark.parametrize("name", ["gated_residual_add", "gated_residual_layer_norm", "gated_residual_rms_norm"])
 def test_benchmarks_of_a_wrong_op_are_refused(name, tmp_path, monkeypatch, capsys, uncompiled, one_thread):
     if name == "gated_residual_add":
         monkeypatch.setattr(bench_gated_residual_add, "raw_op", lambda *args: lambda a, *rest: a + 1)
     else:
-        op = bench_gated_residual_rms_norm.gated_residual_rms_norm
-        wrong = lambda residual, branch, weight, eps: op(residual, 2 * branch, weight, eps=eps)  # noqa: E731
-        monkeypatch.setattr(bench_gated_residual_rms_norm, "gated_residual_rms_norm", wrong)
+        bench = {bench.OP: bench for bench in (bench_gated_residual_layer_norm, bench_gated_residual_rms_norm)}[name]
+        op = getattr(bench, name)
+        wrong = lambda residual, branch, *parameters, eps: op(residual, 2 * branch, *parameters, eps=eps)  # noqa: E731
+        monkeypatch.setattr(bench, name, wrong)
     code = run.main(["--scale", "tiny", "--device", "cpu", "--only", name, "--out", str(tmp_path)])
     assert code == 1
     assert "REFUSED" in capsys.readouterr().err
@@ -304,14 +309,14 @@ def test_checkpointed_step_rows(one_thread):
 
 def test_the_boundary_is_free_where_the_next_branch_is_dropped():
     counts = {(entry["op"], entry["state"]): entry for entry in boundary.boundary_counts(CPU, 4, 8)}
-    norm = "gated_residual_rms_norm"
-    assert boundary.is_free(counts[norm, "kept, then dropped"])
-    assert boundary.is_free(counts[norm, "dropped, then dropped"])
     assert boundary.is_free(counts["gated_residual_add", "dropped"])
-    kept = counts[norm, "kept, then kept"]
-    assert (kept["forward_kernels"], kept["backward_kernels"]) == (1, 1)
-    assert kept["backward_allocated_bytes"] == 4 * 8 * 2  # one gradient, in bfloat16
-    assert not boundary.is_free(kept)
+    for norm in ("gated_residual_rms_norm", "gated_residual_layer_norm"):
+        assert boundary.is_free(counts[norm, "kept, then dropped"])
+        assert boundary.is_free(counts[norm, "dropped, then dropped"])
+        kept = counts[norm, "kept, then kept"]
+        assert (kept["forward_kernels"], kept["backward_kernels"]) == (1, 1)
+        assert kept["backward_allocated_bytes"] == 4 * 8 * 2  # one gradient, in bfloat16
+        assert not boundary.is_free(kept)
 
 
 def test_host_overhead_puts_the_raw_op_beside_what_calls_it():
@@ -343,8 +348,9 @@ def test_gpu_check_dry_run(tmp_path):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     files = sorted(path.name for path in tmp_path.iterdir())
-    assert len(files) <= 8
-    assert {"summary.json", "log.txt", "step.csv", "step.png", "bandwidth.png", "host_overhead.csv"} <= set(files)
+    assert files == ["bandwidth.png", "log.txt", "rows.zip", "step.png", "summary.json"]
+    packed = set(zipfile.ZipFile(tmp_path / "rows.zip").namelist())
+    assert {"step.csv", "host_overhead.csv", *(f"gated_residual_{op}_norm.csv" for op in ("rms", "layer"))} <= packed
     assert all(path.stat().st_size < 1 << 20 for path in tmp_path.iterdir())
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["ok"]
