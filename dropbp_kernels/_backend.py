@@ -34,7 +34,13 @@ BACKENDS = ("reference", "cpp", "triton", "cuda")
 LADDER = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 # Stems that csrc/cuda implements; the others are served by Triton on a GPU (docs/architecture.md says why).
 CUDA_STEMS = frozenset(
-    {"gated_residual_add", "gated_residual_layer_norm", "gated_residual_rms_norm", "permuted_residual_add"}
+    {
+        "gated_residual_add",
+        "gated_residual_layer_norm",
+        "gated_residual_rms_norm",
+        "permuted_norm",
+        "permuted_residual_add",
+    }
 )
 
 _library = torch.library.Library("dropbp_kernels", "DEF")

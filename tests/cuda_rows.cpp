@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <functional>
 #include <random>
 #include <vector>
@@ -98,8 +99,12 @@ static void launch(unsigned num_blocks, dim3 block, std::function<void()> kernel
   }
 }
 
+static void __trap() { std::abort(); }
+
 #include "../csrc/cuda/gated_residual_layer_norm_kernel.cuh"
 #include "../csrc/cuda/gated_residual_rms_norm_kernel.cuh"
+#include "../csrc/cuda/permuted_norm_kernel.cuh"
+#include "../csrc/cuda/permuted_residual_add_kernel.cuh"
 
 // ---- The test.
 
@@ -231,6 +236,106 @@ void check(ElementType type, int width, dim3 block, double tolerance) {
   }
 }
 
+// The permuted norms and the permuted add on four entries of three rows each, two of them kept,
+// against the kernels above on the rows that were gathered beforehand: the same values, but for the
+// order of two products in a gradient.
+template <class T, class W, int N, int kHeld>
+void check_permuted(ElementType type, int width, dim3 block) {
+  constexpr int kRowsPerEntry = 3, kRows = 4 * kRowsPerEntry, kKept = 2 * kRowsPerEntry;
+  constexpr unsigned kBlocks = 2;
+  constexpr double kEps = 0.5;
+  const std::vector<int64_t> entries = {2, 0, 3, 1};
+  const dropbp::Permutation permutation{entries.data(), 4, kRowsPerEntry};
+  const size_t count = static_cast<size_t>(kRows) * width, kept_count = count / 2;
+  const auto residual = random_values<T>(count, 2), grad_residual = random_values<T>(count);
+  const auto grad_kept = random_values<T>(kept_count);
+  const auto weight = random_values<T>(width), bias = random_values<T>(width);
+  const Weight factor{weight.data(), type}, shift{bias.data(), type};
+  const auto gathered = [&](const std::vector<T>& from) {
+    std::vector<T> rows(count);
+    for (size_t i = 0; i < count; ++i) {
+      const size_t row = i / width, entry = entries[row / kRowsPerEntry];
+      rows[i] = from[(entry * kRowsPerEntry + row % kRowsPerEntry) * width + i % width];
+    }
+    return rows;
+  };
+  const auto same = [&](const char* what, const auto& actual, const auto& wanted, size_t size,
+                        double tolerance = 0) {
+    for (size_t i = 0; i < size; ++i) {
+      const double value = widen<double>(actual[i]), other = widen<double>(wanted[i]);
+      if (std::abs(value - other) <= tolerance * std::max(1.0, std::abs(other))) continue;
+      std::printf("%s, width %d: another value at %zu\n", what, width, i);
+      ++num_failed;
+      return;
+    }
+  };
+  const std::vector<T> x = gathered(residual), zeros(count), grad_x = gathered(grad_residual);
+  for (const int kind : {0, 1, 2}) {  // RMS of Llama, of Gemma, LayerNorm
+    const bool is_layer = kind == 2, gemma = kind == 1;
+    std::vector<T> normed(count), sum(count), kept(kept_count), dropped(kept_count), kept_x(count);
+    std::vector<T> wanted_grad(kept_count), grad = grad_residual;
+    std::vector<W> mean(kRows), rstd(kRows), kept_mean(kKept), kept_rstd(kKept);
+    const size_t size = kBlocks * width;
+    std::vector<W> weights(size), biases(size), wanted_weights(size), wanted_biases(size);
+    launch(kRows / 2, block, [&] {
+      if (is_layer) {
+        dropbp::gated_residual_layer_norm_kernel<T, T, W, N, kHeld>(
+            x.data(), zeros.data(), factor, shift, W{kEps}, normed.data(), sum.data(), mean.data(),
+            rstd.data(), kRows, width);
+      } else {
+        dropbp::gated_residual_rms_norm_kernel<T, T, W, N, kHeld>(
+            x.data(), zeros.data(), factor, W{kEps}, gemma, normed.data(), sum.data(), rstd.data(),
+            kRows, width);
+      }
+    });
+    launch(kRows / 2, block, [&] {
+      dropbp::permuted_norm_kernel<T, T, W, N, kHeld>(
+          residual.data(), factor, is_layer ? shift : Weight{nullptr, type}, permutation, W{kEps},
+          is_layer, gemma, kept.data(), dropped.data(), kept_x.data(), kept_mean.data(),
+          kept_rstd.data(), kKept, width);
+    });
+    same("kept", kept, normed, kept_count);
+    same("dropped", dropped, std::vector<T>(normed.begin() + kept_count, normed.end()), kept_count);
+    same("kept rows", kept_x, x, kept_count);
+    same("rstd", kept_rstd, rstd, kKept);
+    launch(kBlocks, block, [&] {
+      if (is_layer) {
+        dropbp::gated_residual_layer_norm_backward_kernel<T, T, W, N, kHeld, true>(
+            grad_kept.data(), grad_x.data(), x.data(), factor, mean.data(), rstd.data(),
+            wanted_grad.data(), wanted_weights.data(), wanted_biases.data(), kKept, width);
+      } else {
+        dropbp::gated_residual_rms_norm_backward_kernel<T, T, W, N, kHeld, true>(
+            grad_kept.data(), grad_x.data(), x.data(), factor, gemma, rstd.data(),
+            wanted_grad.data(), wanted_weights.data(), kKept, width);
+      }
+    });
+    launch(kBlocks, block, [&] {
+      dropbp::permuted_norm_backward_kernel<T, T, W, N, kHeld, true>(
+          grad_kept.data(), kept_x.data(), factor, kept_mean.data(), kept_rstd.data(), permutation,
+          is_layer, gemma, grad.data(), weights.data(), is_layer ? biases.data() : nullptr, kKept,
+          width);
+    });
+    const std::vector<T> moved = gathered(grad);
+    same("grad of kept rows", moved, wanted_grad, kept_count, 1e-5);
+    same("grad of dropped rows", std::vector<T>(moved.begin() + kept_count, moved.end()),
+         std::vector<T>(grad_x.begin() + kept_count, grad_x.end()), kept_count);
+    same("grad_weight", weights, wanted_weights, size);
+    if (is_layer) same("grad_bias", biases, wanted_biases, size);
+  }
+  std::vector<T> sum(count);
+  const auto branch = random_values<T>(count);
+  launch(2, dim3(64), [&] {
+    dropbp::permuted_residual_add_kernel<T, T, N>(sum.data(), residual.data(), branch.data(),
+                                                  branch.data() + kept_count, entries.data(), 4, 2,
+                                                  int64_t{kRowsPerEntry} * width, count);
+  });
+  std::vector<T> wanted(count);
+  for (size_t i = 0; i < count; ++i) {
+    wanted[i] = narrow<T>(widen<W>(x[i]) + widen<W>(branch[i]));
+  }
+  same("permuted add", gathered(sum), wanted, count);
+}
+
 int main() {
   constexpr auto kBFloat16 = ElementType::kBFloat16;
   check<__nv_bfloat16, float, 8, 2>(kBFloat16, 64, dim3(32, 4), 0.02);   // a warp a row, not full
@@ -242,6 +347,11 @@ int main() {
   check<float, float, 4, 2>(ElementType::kFloat, 1000, dim3(128), 1e-5);
   check<float, float, 1, 0>(ElementType::kFloat, 33, dim3(64), 1e-5);  // single elements
   check<double, double, 1, 0>(ElementType::kDouble, 71, dim3(32), 1e-6);
+  check_permuted<__nv_bfloat16, float, 8, 2>(kBFloat16, 64, dim3(32, 4));
+  check_permuted<__nv_bfloat16, float, 8, 4>(kBFloat16, 1096, dim3(64));
+  check_permuted<__half, float, 8, 0>(ElementType::kHalf, 776, dim3(64));
+  check_permuted<float, float, 1, 0>(ElementType::kFloat, 33, dim3(64));
+  check_permuted<double, double, 1, 0>(ElementType::kDouble, 71, dim3(32));
   std::printf(num_failed ? "%d failed\n" : "checked\n", num_failed);
   return num_failed > 0;
 }
