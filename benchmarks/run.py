@@ -21,6 +21,7 @@ from . import (
     bench_gated_residual_rms_norm,
     bench_host_overhead,
     bench_loss_step,
+    bench_permuted_norm,
     bench_step,
 )
 from .baselines import WrongResult
@@ -35,6 +36,7 @@ SUITES: dict[str, Callable[[Settings], Iterator[list[Any]]]] = {
     "gated_residual_rms_norm": bench_gated_residual_rms_norm.run,
     "gated_residual_layer_norm": bench_gated_residual_layer_norm.run,
     "gated_residual_add": bench_gated_residual_add.run,
+    "permuted_norm": bench_permuted_norm.run,
 }
 # Two threads that share a core with another program wait for each other for milliseconds at every kernel.
 BUSY_LOAD = 0.7

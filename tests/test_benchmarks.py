@@ -25,6 +25,7 @@ from benchmarks import (  # noqa: E402
     bench_gated_residual_rms_norm,
     bench_host_overhead,
     bench_loss_step,
+    bench_permuted_norm,
     bench_step,
     boundary,
     boundary_norms,
@@ -44,7 +45,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def uncompiled(monkeypatch):
     """torch.compile's place is taken by the function itself: compiling is not what these tests are about."""
-    for bench in (bench_gated_residual_add, boundary_norms):
+    for bench in (bench_gated_residual_add, boundary_norms, bench_permuted_norm):
         monkeypatch.setattr(bench, "compiled", lambda function: function)
 
 
@@ -241,6 +242,18 @@ def test_moved_bytes_by_hand(uncompiled):
             "bwd": 2 * whole,
             "fwd+bwd": 4 * whole,
         }
+
+
+def test_permuted_benchmark_runs_checked_variants_beside_the_unpermuted(uncompiled, one_thread):
+    cases = list(bench_permuted_norm.run(Settings(CPU, "tiny")))
+    assert [(rows[0].op, rows[0].direction) for rows in cases] == [
+        ("permuted_norm", "fwd"),
+        ("permuted_norm", "bwd"),
+        ("permuted_residual_add", "fwd"),
+    ]
+    whole = 16 * 64 * 2
+    assert [rows[0].moved_bytes for rows in cases] == [2.25 * whole, whole, 3 * whole]
+    assert all(rows[-1].backend == "unpermuted" for rows in cases)
 
 
 @pytest.mark.parametrize("name", ["gated_residual_add", "gated_residual_layer_norm", "gated_residual_rms_norm"])
