@@ -35,7 +35,9 @@ def as_inference(device_type: str) -> Iterator[None]:
     same autocast region, it would silently take that weight's gradient away.
     """
     with torch.no_grad():
-        if not (torch.is_autocast_enabled(device_type) and torch.is_autocast_cache_enabled()):
+        # Asking whether autocast is on is an error on devices that have none, such as meta.
+        is_on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+        if not (is_on and torch.is_autocast_cache_enabled()):
             yield
             return
         torch.set_autocast_cache_enabled(False)

@@ -25,7 +25,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from dropbp_kernels import apply_dropbp, losses, remove_dropbp
+from dropbp_kernels import DropBP, apply_dropbp, losses, remove_dropbp
 from dropbp_kernels.integrations import fused_loss
 from dropbp_kernels.integrations.fused_loss import DeferredLogits, patch_head, unpatch_head
 from dropbp_kernels.measure import PeakLiveBytes
@@ -450,3 +450,36 @@ def test_what_is_not_installed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="'liger' needs liger-kernel, which is not installed"):
         patch_head(tiny_causal_lm(), "liger")
+
+
+def test_on_the_meta_device():
+    """Which has no autocast to ask about."""
+    with torch.device("meta"):
+        model, hidden = model_of("llama"), torch.zeros(1, 4, 32)
+    patch_head(model, "chunked")
+    assert isinstance(model.lm_head(hidden), DeferredLogits)
+    gate = DropBP()
+    gate.kept = False
+    assert gate.run(hidden, torch.neg).is_meta
+
+
+def test_under_ddp(tmp_path):
+    """DDP clones outputs inside a function of its own; accelerate casts them: they stay deferred."""
+    from accelerate.utils import convert_outputs_to_fp32
+
+    model, inputs = model_of("llama"), batch_of()
+    expected, grads = backward(model, **inputs)
+    patch_head(model, "chunked")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        model.zero_grad()
+        output = convert_outputs_to_fp32(wrapped)(**inputs)
+        assert isinstance(output.logits, DeferredLogits)
+        assert output.logits.value is None
+        output.loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(output.loss, expected.loss)
+    assert_close(gradients(model), grads)
+    assert torch.equal(output.logits + 0, expected.logits)

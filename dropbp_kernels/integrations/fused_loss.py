@@ -101,8 +101,9 @@ def _forward(self: Any, hidden: Tensor) -> Tensor:
     ):
         return F.linear(hidden, weight, self.bias)
     tensors = [hidden, weight, self.bias]
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
+    device_type = hidden.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
         tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
     elif hidden.dtype != weight.dtype:
         return F.linear(hidden, weight, self.bias)  # an error, in PyTorch's words

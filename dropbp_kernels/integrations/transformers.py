@@ -61,7 +61,8 @@ def apply_dropbp(
     known = _known(families)
     blocks = _find_blocks(model, known)
     traced = None
-    if not blocks and families is None and (traced := inputs or example_inputs(model)) is not None:
+    can_look = families is None and not any(parameter.is_meta for parameter in model.parameters())  # proofs need values
+    if not blocks and can_look and (traced := inputs or example_inputs(model)) is not None:
         blocks = discover(model, traced)
     if not blocks:
         found = ", ".join(sorted({type(module).__name__ for module in model.modules()}))
