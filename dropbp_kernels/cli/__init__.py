@@ -3,17 +3,19 @@
 dropbp-kernels finetune   fine-tune a Llama-family model with DropBP; compares four ways on the built-in model
 dropbp-kernels info       versions, devices, and which backend serves each op here
 dropbp-kernels plan       predict memory and step time of a fine-tuning, without a GPU and without weights
+dropbp-kernels profile    what each branch does in one step, and whether dropped ones do nothing
 dropbp-kernels tune       measure launch parameters of the Triton kernels on this GPU
 
 Order of a fine-tuning: `finetune` reads the settings, `corpus` and `data` make batches, `builtin` and `models` make
 the model, `training` runs the steps, `checkpoint` keeps them, `compare` measures, `plots` draws. Of a plan:
 `model_config` finds the config, `planning` simulates steps of its model (`four_bit`: where its base is held in 4 bits).
+Of a profile: `tracing` reads a profiler trace.
 """
 
 import sys
 from collections.abc import Sequence
 
-from . import finetune, info, plan, tune
+from . import finetune, info, plan, profile, tune
 from .errors import UserError
 from .parser import Parser
 
@@ -21,8 +23,8 @@ from .parser import Parser
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0, 2 for a user's error (one line on stderr), 130 when interrupted."""
     parser = Parser(prog="dropbp-kernels", description="Fine-tuning with dropped backward propagation.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="finetune | info | plan | tune")
-    for command in (finetune, info, plan, tune):
+    commands = parser.add_subparsers(dest="command", required=True, metavar="finetune | info | plan | profile | tune")
+    for command in (finetune, info, plan, profile, tune):
         command.add_parser(commands)
     try:
         args = parser.parse_args(argv)

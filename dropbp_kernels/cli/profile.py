@@ -1,0 +1,160 @@
+"""dropbp-kernels profile: what each branch of a model does in one step, and whether dropped ones really do nothing.
+
+branches.csv   one row per branch: kept, saved bytes, forward and backward time, backward functions, FLOPs
+branches.png   the same as a picture
+"""
+
+import argparse
+import csv
+import datetime
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import UserError, require_packages
+from .model_config import load_config
+from .tracing import BranchTrace, trace_branches
+
+FAULTS = 1  # exit code
+MiB = 2**20
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "profile",
+        help="what each branch does in one step, and whether dropped ones do nothing",
+        description="Run one step of a model with random weights; show time, saved bytes and FLOPs of each branch, and "
+        "check with a profiler trace that dropped branches have no backward and save nothing (exit code 1 if they do).",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", required=True, help="as for plan: a name, a config.json, its folder, or a hub id")
+    for name, default, text, kind in (
+        ("--drop-rate", 0.75, "share of the branches' backward to drop, 0 <= drop rate < 1", float),
+        ("--lora-rank", 8, "rank of LoRA on all linear layers; 0: train everything", int),
+        ("--batch-size", 2, "rows of the batch", int),
+        ("--seq-len", 128, "tokens of a row", int),
+        ("--dropped-runs", "inference", "inference, or detach: how dropped branches run", str),
+        ("--seed", 0, "seed of weights, tokens and plan", int),
+    ):
+        parser.add_argument(name, default=default, type=kind, help=f"{text} (default: {default})")
+    parser.add_argument("--output", metavar="DIR", help="output folder (default: a new one under runs/)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    _check(args)
+    require_packages("profile", ("transformers", "peft", "rich", "matplotlib"))
+    folder = Path(args.output or f"runs/profile-{datetime.datetime.now():%Y%m%d-%H%M%S}").expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--output {folder}: expected a new or empty folder")
+    branches = _trace(args)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "branches.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(BranchTrace)])
+        writer.writeheader()
+        writer.writerows(asdict(branch) for branch in branches)
+    draw(branches, folder / "branches.png")
+    _show(branches)
+    print(f"written to {folder}: branches.csv, branches.png")
+    faults = [fault for branch in branches if (fault := branch.fault())]
+    for fault in faults:
+        print(f"NOT AS PLANNED: {fault}")
+    if not faults:
+        num_dropped = sum(not branch.kept for branch in branches)
+        print(f"as planned: {num_dropped} dropped branches ran no backward and saved nothing")
+    return FAULTS if faults else 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name, least in (("lora_rank", 0), ("batch_size", 1), ("seq_len", 2)):
+        if (value := getattr(args, name)) < least:
+            raise UserError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
+    if not 0.0 <= args.drop_rate < 1.0:
+        raise UserError(f"--drop-rate: expected 0 <= drop_rate < 1, got {args.drop_rate}")
+    if args.dropped_runs not in ("inference", "detach"):
+        raise UserError(f"--dropped-runs: expected inference or detach, got {args.dropped_runs!r}")
+
+
+def _trace(args: argparse.Namespace) -> list[BranchTrace]:
+    from transformers import AutoModelForCausalLM
+
+    from ..integrations.transformers import apply_dropbp
+
+    config = load_config(args.model)
+    config.use_cache = False
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(args.seed)
+    try:
+        model: Any = AutoModelForCausalLM.from_config(config)
+        if args.lora_rank:
+            from peft import LoraConfig, get_peft_model
+
+            with warnings.catch_warnings():  # of names on their way out, and of transposed weights
+                warnings.filterwarnings("ignore", message=".*(gradient_checkpointing|fan_in_fan_out)")
+                model = get_peft_model(model, LoraConfig(r=args.lora_rank, target_modules="all-linear"))
+        model = model.to(device).train()
+        handler = apply_dropbp(model, args.drop_rate, seed=args.seed, dropped_runs=args.dropped_runs)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"--model {args.model}: {' '.join(str(error).split())}") from error
+    handler.step()
+    tokens = torch.randint(config.get_text_config().vocab_size, (args.batch_size, args.seq_len), device=device)
+
+    def step() -> None:
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        model.zero_grad()
+
+    return trace_branches(handler, step)
+
+
+def draw(branches: Sequence[BranchTrace], path: Path) -> None:
+    """A picture: time, saved bytes and FLOPs of each branch, in model order; dropped ones pale."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 1.5 + 0.18 * len(branches)), layout="constrained")
+    FigureCanvasAgg(figure)
+    places = range(len(branches))
+    colors = ["#D55E00" if branch.kept else "#E8C4AE" for branch in branches]
+    times, saved, flops = figure.subplots(1, 3, sharey=True)
+    forward = [branch.forward_ms for branch in branches]
+    times.barh(places, forward, color="#56B4E9", label="forward")
+    times.barh(places, [branch.backward_ms for branch in branches], left=forward, color="#D55E00", label="backward")
+    times.set_xlabel("ms")
+    times.legend(frameon=False, fontsize=8)
+    saved.barh(places, [branch.saved_bytes / MiB for branch in branches], color=colors)
+    saved.set_xlabel("MiB saved for backward")
+    flops.barh(places, [branch.flops / 1e9 for branch in branches], color=colors)
+    flops.set_xlabel("GFLOPs, forward (pale: dropped)")
+    times.set_yticks(places, [branch.name for branch in branches], fontsize=6)
+    times.set_ylim(len(branches) - 0.4, -0.6)
+    figure.savefig(path, dpi=150)
+
+
+def _show(branches: Sequence[BranchTrace]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:  # a log has room, and rich would take it for 80 columns
+        console = Console(width=140)
+    table = Table()
+    for place, name in enumerate(
+        ("branch", "plan", "saved, MiB", "forward, ms", "backward, ms", "backward functions", "GFLOPs")
+    ):
+        table.add_column(name, justify="left" if place < 2 else "right")
+    for branch in branches:
+        table.add_row(
+            branch.name,
+            "kept" if branch.kept else "dropped",
+            f"{branch.saved_bytes / MiB:.2f}",
+            f"{branch.forward_ms:.2f}",
+            f"{branch.backward_ms:.2f}",
+            str(branch.num_backward),
+            f"{branch.flops / 1e9:.3g}",
+            style=None if branch.kept else "dim",
+        )
+    console.print(table)
