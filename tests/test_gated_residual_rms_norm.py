@@ -205,7 +205,7 @@ def test_repeats_bit_for_bit(backend, device):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize("backend", ["triton", "cuda"], indirect=True)
 def test_indices_beyond_2_31(backend):
     if torch.cuda.mem_get_info()[0] < 40e9:
         pytest.skip("needs 40 GB of GPU memory")
