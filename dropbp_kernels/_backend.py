@@ -38,6 +38,7 @@ CUDA_STEMS = frozenset(
         "gated_residual_add",
         "gated_residual_layer_norm",
         "gated_residual_rms_norm",
+        "glu",
         "permuted_norm",
         "permuted_residual_add",
     }

@@ -7,6 +7,8 @@ Arithmetic: sums and norms are computed in float32, in float64 where the residua
 they are written. Below, "wide" names that dtype.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -243,3 +245,48 @@ def permuted_norm_backward__reference(
     grad_weight = (grads * normalized.reshape(grads.shape)).sum(0) if weight_grad else weight.new_empty(0)
     grad_bias = grads.sum(0) if bias_grad else weight.new_empty(0)
     return grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+
+
+def _activate(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """(activation(x), its derivative at x)."""
+    if activation == "silu":
+        sigmoid = torch.sigmoid(x)
+        return x * sigmoid, sigmoid + x * sigmoid * (1 - sigmoid)
+    if activation == "gelu":
+        below = 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
+        return x * below, below + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    if activation == "gelu_tanh":
+        scale = 2 * math.sqrt(2 / math.pi)
+        sigmoid = torch.sigmoid(scale * (x + 0.044715 * x**3))  # 1 + tanh(u) = 2 sigmoid(2 u)
+        bent = x.clamp(-20, 20)  # the curve is straight beyond, where x * x may overflow
+        slope = sigmoid + bent * sigmoid * (1 - sigmoid) * scale * (1 + 3 * 0.044715 * bent * bent)
+        return x * sigmoid, slope
+    raise ValueError(f"activation: expected silu, gelu or gelu_tanh, got {activation}")
+
+
+def glu_reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """activation(gate) * up, rounded once."""
+    wide = _wide(gate.dtype)
+    value, _ = _activate(gate.to(wide), activation)
+    return (value * up.to(wide)).to(gate.dtype).contiguous()
+
+
+def glu__reference(gate: Tensor, up: Tensor, activation: str) -> None:
+    """The same, written into gate."""
+    gate.copy_(glu_reference(gate, up, activation))
+
+
+def glu_backward_reference(grad_output: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """(gradient of gate, gradient of up)."""
+    wide = _wide(gate.dtype)
+    value, slope = _activate(gate.to(wide), activation)
+    grad = grad_output.to(wide)
+    grad_gate, grad_up = grad * up.to(wide) * slope, grad * value
+    return grad_gate.to(gate.dtype).contiguous(), grad_up.to(up.dtype).contiguous()
+
+
+def glu_backward__reference(grad_output: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
+    """The same, written into gate and up."""
+    grad_gate, grad_up = glu_backward_reference(grad_output, gate, up, activation)
+    gate.copy_(grad_gate)
+    up.copy_(grad_up)

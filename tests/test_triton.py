@@ -25,7 +25,7 @@ import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from dropbp_kernels._triton import (
-    gated_residual_add as add, gated_residual_layer_norm as layer_norm, gated_residual_rms_norm as norm,
+    gated_residual_add as add, gated_residual_layer_norm as layer_norm, gated_residual_rms_norm as norm, glu,
     permuted_norm, permuted_residual_add as permuted_add,
 )
 
@@ -51,6 +51,10 @@ for element, wide in (("bf16", "fp32"), ("fp64", "fp64")):
     compile(f"add {element}", add._gated_residual_add_kernel, element, wide, **flags)
     flags["HAS_ROW_SCALE"] = True
     compile(f"add backward {element}", add._gated_residual_add_backward_kernel, element, wide, **flags)
+    for activation in ("silu", "gelu", "gelu_tanh") if element == "bf16" else ("gelu",):
+        flags = dict(ACTIVATION=activation, BLOCK=1024)
+        compile(f"glu backward {activation} {element}", glu._glu_backward_kernel, element, wide, **flags)
+    compile(f"glu {element}", glu._glu_kernel, element, wide, **flags)
     compile(f"permuted add {element}", permuted_add._permuted_residual_add_kernel, element, wide, BLOCK=1024)
     for is_one in (True, False):
         flags = dict(D=1000 if is_one else 60000, GEMMA=False, IS_ONE_BLOCK=is_one, BLOCK=1024)
@@ -105,7 +109,7 @@ def test_kernels_compile_without_a_gpu(architecture, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
-    assert len(results) == 36
+    assert len(results) == 42
     for name, (source, num_bytes) in results.items():
         assert num_bytes > 0, name
         # Rows times their length is what passes 2^31: the only products of 32 bits left are of columns.

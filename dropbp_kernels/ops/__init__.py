@@ -8,6 +8,7 @@ _backend.install(SCHEMAS)
 from .gated_residual_add import gated_residual_add  # noqa: E402
 from .gated_residual_layer_norm import gated_residual_layer_norm  # noqa: E402
 from .gated_residual_rms_norm import gated_residual_rms_norm  # noqa: E402
+from .glu import geglu, swiglu  # noqa: E402
 from .permuted_norm import permuted_layer_norm, permuted_rms_norm  # noqa: E402
 from .permuted_residual_add import permuted_residual_add  # noqa: E402
 
@@ -15,7 +16,9 @@ __all__ = [
     "gated_residual_add",
     "gated_residual_layer_norm",
     "gated_residual_rms_norm",
+    "geglu",
     "permuted_layer_norm",
     "permuted_residual_add",
     "permuted_rms_norm",
+    "swiglu",
 ]

@@ -71,4 +71,12 @@ SCHEMAS = {
             "Tensor permutation, bool centered, bool gemma, bool weight_grad, bool bias_grad) -> (Tensor, Tensor)"
         ),
     },
+    "glu": {
+        # activation(gate) * up, all (..., D) alike; activation: silu, gelu (by erf) or gelu_tanh; glu_ into gate.
+        "glu": "(Tensor gate, Tensor up, str activation) -> Tensor",
+        "glu_": "(Tensor(a!) gate, Tensor up, str activation) -> ()",
+        # -> grad_gate, grad_up; glu_backward_ writes them into gate and up.
+        "glu_backward": "(Tensor grad_output, Tensor gate, Tensor up, str activation) -> (Tensor, Tensor)",
+        "glu_backward_": "(Tensor grad_output, Tensor(a!) gate, Tensor(b!) up, str activation) -> ()",
+    },
 }

@@ -1,0 +1,144 @@
+"""Gated linear units: activation(gate) * up in one kernel, saving its two inputs and nothing else.
+
+==========  ============  ======================  ==========================================================
+the branch  argument      forward                 backward
+==========  ============  ======================  ==========================================================
+kept                      saves gate and up       one kernel; the gradients are two new tensors
+kept        donate=True   saves gate and up       one kernel; the gradients lie where gate and up lay, if
+                                                  nobody else holds these (`donation`), else two new tensors
+dropped                   saves nothing           none
+dropped     inplace=True  saves nothing and       none
+                          writes into gate
+==========  ============  ======================  ==========================================================
+
+Plain PyTorch saves activation(gate) as well. The linear layer that reads the product may save that too, for the
+gradient of its weight: it belongs to that layer.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..donation import is_sole_owner
+from .derivative import first_derivative
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+APPROXIMATIONS = {"none": "gelu", "tanh": "gelu_tanh"}
+
+_raw = torch.ops.dropbp_kernels
+
+
+def swiglu(gate: Tensor, up: Tensor, *, inplace: bool = False, donate: bool = False) -> Tensor:
+    """Return silu(gate) * up, with silu(x) = x * sigmoid(x).
+
+    inplace writes the result into gate and returns it: for a dropped branch, which nothing is saved for.
+    donate promises that the caller has no more use for gate and up: backward may then write their gradients into them.
+    It does so only where their reference counts show that nobody else holds them, the graph is not retained and no
+    saved-tensor hook is at work; what counts do not show, and the promise has to cover, is a kernel on another stream
+    that still reads them. Under torch.compile donate is ignored: Inductor plans memory itself.
+
+    Shapes: gate, up (..., D) alike; result (..., D). Halves of a packed (..., 2D) tensor are read where they are.
+            Empty tensors are allowed.
+    Dtypes: float32, float16, bfloat16, float64; both alike. Computed in float32 (float64 for float64), rounded once.
+            A gate of minus infinity gives NaN, as in PyTorch.
+    Errors: ValueError when shape or device differ, or with inplace when a gradient is required, TypeError when a dtype
+            is unsupported or differs. A second derivative raises RuntimeError.
+    Cost:   reads 2N, writes N elements; saves gate and up, without autograd nothing. Backward reads 3N, writes 2N.
+            A layout other than rows of contiguous elements at one distance: a copy more.
+    Source: GLU Variants (arXiv 2002.05202), eq. 6; oracle reference.glu_reference.
+    """
+    return _glu(gate, up, "silu", inplace, donate)
+
+
+def geglu(
+    gate: Tensor, up: Tensor, *, approximate: str = "none", inplace: bool = False, donate: bool = False
+) -> Tensor:
+    """Return gelu(gate) * up; approximate: "none" (by erf) or "tanh", as in torch.nn.functional.gelu.
+
+    inplace, donate: as for `swiglu`.
+
+    Shapes: as for `swiglu`.
+    Dtypes: as for `swiglu`.
+    Errors: as for `swiglu`; ValueError when approximate is something else.
+    Cost:   as for `swiglu`.
+    Source: GLU Variants (arXiv 2002.05202), eq. 6; GELU (arXiv 1606.08415); oracle reference.glu_reference.
+    """
+    if approximate not in APPROXIMATIONS:
+        raise ValueError(f"approximate: expected one of {', '.join(APPROXIMATIONS)}, got {approximate!r}")
+    return _glu(gate, up, APPROXIMATIONS[approximate], inplace, donate)
+
+
+def _glu(gate: Tensor, up: Tensor, activation: str, inplace: bool, donate: bool) -> Tensor:
+    if gate.dtype not in DTYPES:
+        raise TypeError(f"gate: expected dtype float32, float16, bfloat16 or float64, got {gate.dtype}")
+    if up.dtype is not gate.dtype:
+        raise TypeError(f"up: expected gate's dtype {gate.dtype}, got {up.dtype}")
+    if up.shape != gate.shape:
+        raise ValueError(f"up: expected gate's shape {tuple(gate.shape)}, got {tuple(up.shape)}")
+    if up.device != gate.device:
+        raise ValueError(f"up: expected on gate's device {gate.device}, got {up.device}")
+    is_recorded = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
+    if inplace:
+        return _overwrite(gate, up, activation, is_recorded)
+    if is_recorded:
+        return _Glu.apply(gate, up, activation, donate and not torch.compiler.is_compiling())
+    return _raw.glu(gate, up, activation)
+
+
+def _overwrite(gate: Tensor, up: Tensor, activation: str, is_recorded: bool) -> Tensor:
+    if is_recorded or gate.requires_grad:
+        raise ValueError(
+            "gate, up: expected tensors that require no gradient for inplace=True, got gate.requires_grad="
+            f"{gate.requires_grad}, up.requires_grad={up.requires_grad}"
+        )
+    _raw.glu_(gate, up, activation)
+    torch.autograd.graph.increment_version(gate)  # a raw op knows nothing of autograd
+    return gate
+
+
+class _Glu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str, donate: bool) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        ctx.donate = donate
+        return _raw.glu(gate, up, activation)
+
+    @staticmethod
+    @first_derivative
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return None, None, None, None
+        is_free = ctx.donate and is_sole_owner(ctx)
+        gate, up = ctx.saved_tensors
+        if is_free:
+            _raw.glu_backward_(grad_output, gate, up, ctx.activation)
+            torch.autograd.graph.increment_version((gate, up))  # whoever still meant to read them gets an error
+            grads = gate.detach(), up.detach()
+        else:
+            grads = _raw.glu_backward(grad_output, gate, up, ctx.activation)
+        needed = zip(grads, ctx.needs_input_grad, strict=False)
+        return *(grad if is_needed else None for grad, is_needed in needed), None, None
+
+
+@torch.library.register_fake("dropbp_kernels::glu")
+def _(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    return torch.empty_like(gate, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("dropbp_kernels::glu_")
+def _(gate: Tensor, up: Tensor, activation: str) -> None:
+    pass
+
+
+@torch.library.register_fake("dropbp_kernels::glu_backward")
+def _(grad_output: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    grad_gate = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    return grad_gate, torch.empty_like(grad_gate)
+
+
+@torch.library.register_fake("dropbp_kernels::glu_backward_")
+def _(grad_output: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
+    pass
