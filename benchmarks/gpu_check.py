@@ -207,7 +207,7 @@ def _run_stages(check: Check, no_build: bool) -> list[dict[str, Any]]:
     check.stage("boundary", [python, "-m", "benchmarks.boundary", *device, "--json", "boundary.json"], 60)
     if check.is_dry:
         bench += ["--scale", "tiny"]
-    ops = ["host_overhead", "gated_residual_rms_norm", "gated_residual_layer_norm", "gated_residual_add"]
+    ops = ["host_overhead", "gated_residual_rms_norm", "gated_residual_layer_norm", "gated_residual_add", "glu"]
     out = ["--out", str(check.out)]
     check.stage("microbenchmarks", [*bench, *out, "--only", *ops, "--budget-s", "120"], 145)
 

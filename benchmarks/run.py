@@ -19,6 +19,7 @@ from . import (
     bench_gated_residual_add,
     bench_gated_residual_layer_norm,
     bench_gated_residual_rms_norm,
+    bench_glu,
     bench_host_overhead,
     bench_loss_step,
     bench_permuted_norm,
@@ -36,6 +37,7 @@ SUITES: dict[str, Callable[[Settings], Iterator[list[Any]]]] = {
     "gated_residual_rms_norm": bench_gated_residual_rms_norm.run,
     "gated_residual_layer_norm": bench_gated_residual_layer_norm.run,
     "gated_residual_add": bench_gated_residual_add.run,
+    "glu": bench_glu.run,
     "permuted_norm": bench_permuted_norm.run,
 }
 # Two threads that share a core with another program wait for each other for milliseconds at every kernel.

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .flops import attention_core_flops, linear_flops
 from .layer import DropBP
 from .ops.gated_residual_rms_norm import gated_residual_rms_norm
+from .ops.glu import swiglu
 
 
 class Stream(NamedTuple):
@@ -75,7 +76,12 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(silu(gate(x)) * up(x)).
+
+    Kept, the product is made from gate and up, which are saved, and its backward writes their gradients into them where
+    nobody else holds them. Without autograd it is written over gate(x): a forward hook of gate_proj that keeps its
+    output finds the product in it.
+    """
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -84,7 +90,10 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if gate.requires_grad or up.requires_grad:
+            return self.down_proj(swiglu(gate, up, donate=True))
+        return self.down_proj(swiglu(gate, up, inplace=True))
 
     def flops(self, batch_size: int, seq_len: int) -> float:
         """Forward FLOPs (two per multiply-add) for a batch of this shape."""

@@ -7,7 +7,7 @@ import torch
 from models import gradients, tiny_causal_lm
 
 from dropbp_kernels import DropBPHandler, apply_dropbp, blocks
-from dropbp_kernels.measure import num_autograd_nodes, saved_bytes
+from dropbp_kernels.measure import PeakLiveBytes, num_autograd_nodes, saved_bytes
 
 
 class FusedStack(torch.nn.Module):
@@ -122,3 +122,35 @@ def test_bad_sizes():
         blocks.LlamaBlock(32, 48, 4, 3)
     with pytest.raises(ValueError, match="width: expected a multiple of num_heads=5, got 32"):
         blocks.LlamaBlock(32, 48, 5)
+
+
+def test_kept_mlp_saves_the_two_inputs_of_its_product():
+    """With frozen weights, as under LoRA, nothing else: neither silu(gate) nor the product."""
+    mlp = blocks.SwiGLU(32, 48).requires_grad_(False)
+    x = torch.randn(2, 9, 32, requires_grad=True)
+    with saved_bytes() as saved:
+        mlp(x)
+    assert saved.num_bytes == 2 * (2 * 9 * 48) * x.element_size()
+    mlp.requires_grad_(True)  # then x and the product too, for the gradients of the weights
+    with saved_bytes() as saved:
+        mlp(x)
+    assert saved.num_bytes == (3 * 48 + 32) * 2 * 9 * x.element_size()
+
+
+def test_dropped_mlp_runs_in_place_and_saves_nothing():
+    mlp = blocks.SwiGLU(32, 48)
+    x = torch.randn(2, 9, 32)
+    expected = mlp.down_proj(torch.nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
+    peaks = {}
+    for name, function in (
+        ("ours", mlp),
+        ("plain", lambda x: mlp.down_proj(torch.nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x))),
+    ):
+        with torch.no_grad(), saved_bytes() as saved, PeakLiveBytes() as live:
+            output = function(x)
+        torch.testing.assert_close(output, expected)
+        assert saved.num_tensors == 0
+        peaks[name] = live.peak_bytes
+    hidden = 2 * 9 * 48 * x.element_size()
+    assert peaks["ours"] == 2 * hidden + x.nbytes  # gate and up, then the branch's output
+    assert peaks["plain"] >= 3 * hidden
