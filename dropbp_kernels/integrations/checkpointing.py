@@ -120,13 +120,15 @@ def _warn_of_reentrant() -> None:
 def without_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
     """`forward` of a block that passes no key/value cache on while its gates checkpoint.
 
-    A branch that is computed again would append its keys twice. transformers takes the cache away from the blocks that
-    it checkpoints; this is for apply_dropbp(..., checkpoint="kept").
+    A branch that is computed again would append its keys twice, unless the cache `is_recomputable`. transformers takes
+    the cache away from the blocks that it checkpoints; this is for apply_dropbp(..., checkpoint="kept").
     """
 
     @functools.wraps(forward)
     def forward_without_cache(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if self.training and any(kwargs.get(name) is not None for name in _CACHES) and _checkpoints(self):
+        caches = [kwargs[name] for name in _CACHES if kwargs.get(name) is not None]
+        is_safe = all(getattr(cache, "is_recomputable", False) for cache in caches)
+        if self.training and not is_safe and _checkpoints(self):
             kwargs.update(dict.fromkeys(_CACHES & kwargs.keys()))
             if "use_cache" in kwargs:
                 kwargs["use_cache"] = False

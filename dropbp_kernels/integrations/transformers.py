@@ -25,6 +25,7 @@ from .discovery import discover, example_inputs, prove
 from .families import FAMILIES, Family
 from .fused_loss import check_fused_loss, patch_head, unpatch_head
 from .gating import ModuleGate
+from .target_plans import check_context, patch_targets, unpatch_targets
 
 
 def apply_dropbp(
@@ -34,6 +35,8 @@ def apply_dropbp(
     families: Iterable[str | Family] | None = None,
     fused_loss: str = "auto",
     inputs: dict[str, Any] | None = None,
+    context: str | None = None,
+    context_gradient: str = "none",
     **options: Any,
 ) -> DropBPHandler:
     """Gate every branch of a model (with or without PEFT) and return the handler that draws its plans.
@@ -42,6 +45,9 @@ def apply_dropbp(
     `get_peft_model`; `state_dict` keys stay. `families` are the names or entries to look for, in place of all known.
     A model without known blocks is traced by a forward on `inputs` (default: four tokens), and what is found is proved
     (see `discovery`).
+    `context="inference"` runs tokens without a loss like inference, by the labels that the model is called with;
+    `context_gradient` says what their keys and values contribute to the gradient: "none", "one_hop" or "full" (see
+    `target_plans`). The logits that come back are then those of the target rows.
     `options` are those of `DropBPHandler`: sampler, grad_scale, seed, keep_one, strict, dropped_runs, checkpoint.
     With transformers' own gradient checkpointing a block is checkpointed as far as it is kept (see `checkpointing`).
     fused_loss: how cross entropy is taken of the output head's logits in training: "chunked", a slice of the rows at a
@@ -56,6 +62,7 @@ def apply_dropbp(
     """
     check_drop_rate(drop_rate)
     check_fused_loss(fused_loss)
+    check_context(model, context, context_gradient)
     if find_gates(model):
         raise ValueError("model: expected one without DropBP gates, got one that has them; call remove_dropbp first")
     known = _known(families)
@@ -79,10 +86,13 @@ def apply_dropbp(
         _patch_checkpointed(model)
         _check_flops(model)
         patch_head(model, fused_loss)
-        return DropBPHandler(model, drop_rate, **options)
+        handler = DropBPHandler(model, drop_rate, **options)
     except (TypeError, ValueError):
         _unpatch(model)
         raise
+    if context is not None:
+        patch_targets(model, context_gradient)
+    return handler
 
 
 def remove_dropbp(model: nn.Module) -> None:
@@ -156,6 +166,7 @@ def _class_with(original: Any, forward: Callable[..., Any]) -> Any:
 
 def _unpatch(model: nn.Module) -> bool:
     """Undo `_patch` wherever it was done; whether there was anything to undo."""
+    unpatch_targets(model)  # first: it was put on last
     unpatch_head(model)
     blocks = [module for module in model.modules() if "_dropbp_gate_names" in vars(module)]
     for block in blocks:

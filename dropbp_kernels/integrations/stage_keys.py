@@ -1,0 +1,108 @@
+"""The keys and values that the stages of a target plan leave to later stages, as a cache of transformers.
+
+It differs from a generation cache in three ways. Rows lie in the order of the stages, so who may attend to whom is said
+by a mask of our own. Every stage writes into a place of its own, so a checkpointed layer that runs again writes the
+same again. And keys of target rows keep their graph.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from ..targets import Stage
+
+_KeysAndValues = tuple[Tensor, Tensor]
+
+
+class StageKeys(Cache):
+    """What one stage sees: the keys of the stages before it, and its own once a layer has written them.
+
+    Source: `Cache.update` of transformers >= 5.0.
+    """
+
+    is_recomputable = True  # a layer that runs again in the backward finds what it found and writes what it wrote
+
+    def __init__(self, before: dict[int, list[_KeysAndValues]] | None = None, num_before: int = 0):
+        super().__init__(layer_class_to_replicate=DynamicLayer)
+        self.before = before or {}
+        self.num_before = num_before
+        self._own: dict[int, _KeysAndValues] | None = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Keys and values (B, H, rows, D) of this stage's rows behind those of the stages before."""
+        if self._own is not None:
+            self._own[layer_idx] = key_states, value_states
+        if layer_idx not in self.before:
+            return key_states, value_states
+        keys, values = zip(*self.before[layer_idx], strict=True)
+        return torch.cat([*keys, key_states], dim=-2), torch.cat([*values, value_states], dim=-2)
+
+    def close(self, num_rows: int) -> "StageKeys":
+        """What the next stage sees, after this one of num_rows; a recompute of this one keeps nothing more."""
+        own, self._own = self._own or {}, None
+        # Stage by stage and not joined: what a context stage joins has no graph, and keys of targets need theirs.
+        before = {layer: [*self.before.get(layer, []), pair] for layer, pair in own.items()}
+        return StageKeys(before, self.num_before + num_rows)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Rows of the stages before, padding included."""
+        return self.num_before
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Length and offset of the keys that a stage of query_length rows sees."""
+        return self.num_before + query_length, 0
+
+
+class StageMasks:
+    """Who may attend to whom, stage by stage.
+
+    Args:
+        config: the decoder's; its sliding window, if any, counts.
+        documents: int64 (B, S), as in `TargetPlan`.
+    """
+
+    def __init__(self, config: Any, documents: Tensor):
+        self.documents = documents
+        self.is_additive = config._attn_implementation == "eager"
+        layer_types = set(getattr(config, "layer_types", None) or ())
+        self.is_mixed = "sliding_attention" in layer_types
+        self.window = getattr(config, "sliding_window", None) if self.is_mixed or not layer_types else None
+        self._places: list[Tensor] = []  # of the keys so far, (B, L) a stage
+        self._documents: list[Tensor] = []
+
+    def add(self, stage: Stage, dtype: torch.dtype) -> Any:
+        """The mask (B, 1, L, keys so far) of a stage's rows, or one for each type of layer; None: plainly causal."""
+        is_first = not self._places
+        rows = torch.where(stage.is_row, stage.rows, -1)  # no row may attend to a padded key
+        documents = self.documents.gather(1, stage.rows)
+        self._places.append(rows)
+        self._documents.append(documents)
+        if is_first and self._is_plain(stage):
+            return None
+        places = torch.cat(self._places, dim=1).unsqueeze(1)
+        distance = stage.rows.unsqueeze(2) - places
+        sees = (places >= 0) & (distance >= 0) & (documents.unsqueeze(2) == torch.cat(self._documents, 1).unsqueeze(1))
+        # A padded row attends to itself, or softmax would divide by zero; nobody reads what it computes.
+        own = torch.arange(places.shape[2] - rows.shape[1], places.shape[2], device=rows.device)
+        padding = torch.zeros_like(sees)
+        padding[:, torch.arange(rows.shape[1], device=rows.device), own] = ~stage.is_row
+        full = self._mask(sees | padding, dtype)
+        if self.window is None:
+            return full
+        near = self._mask((sees & (distance < self.window)) | padding, dtype)
+        return {"full_attention": full, "sliding_attention": near} if self.is_mixed else near
+
+    def _is_plain(self, stage: Stage) -> bool:
+        """Whether the first stage's rows are the first of one document in every sample, so that a causal mask does."""
+        num_rows = stage.rows.shape[1]
+        is_start = bool((stage.rows == torch.arange(num_rows, device=stage.rows.device)).all())
+        is_one = not bool((self.documents[:, :num_rows] != self.documents[:, :1]).any())
+        return is_start and is_one and bool(stage.is_row.all())
+
+    def _mask(self, sees: Tensor, dtype: torch.dtype) -> Tensor:
+        sees = sees.unsqueeze(1)
+        if not self.is_additive:
+            return sees
+        return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, torch.finfo(dtype).min)

@@ -1,0 +1,117 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dropbp_kernels.targets import IGNORED as X
+from dropbp_kernels.targets import plan_targets
+
+
+def rows_of(stage):
+    return [rows[real].tolist() for rows, real in zip(stage.rows, stage.is_row, strict=True)]
+
+
+def test_a_prompt_and_its_completion_by_hand():
+    plan = plan_targets(torch.tensor([[X, X, X, 7, 8], [X, X, 6, 7, X]]))
+    assert [(stage.is_target, rows_of(stage)) for stage in plan.stages] == [
+        (False, [[0, 1], [0]]),  # the last prompt token predicts the first target
+        (True, [[2, 3], [1, 2]]),
+    ]
+    assert plan.shift_labels.tolist() == [[X, X, 7, 8, X], [X, 6, 7, X, X]]
+    assert (plan.num_context, plan.num_target, plan.num_skipped) == (3, 4, 3)
+    assert not plan.is_dense
+
+
+def test_turns_run_in_their_order():
+    plan = plan_targets(torch.tensor([[X, X, 5, 6, X, X, 7, X]]))
+    assert [rows_of(stage) for stage in plan.stages] == [[[0]], [[1, 2]], [[3, 4]], [[5]]]
+    assert [stage.is_target for stage in plan.stages] == [False, True, False, True]
+
+
+def test_documents_of_a_packed_sequence_run_side_by_side():
+    labels = torch.tensor([[X, X, 5, X, X, 6]])
+    plan = plan_targets(labels, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]))
+    assert [rows_of(stage) for stage in plan.stages] == [[[0, 3]], [[1, 4]]]
+    assert plan.documents.tolist() == [[0, 0, 0, 1, 1, 1]]
+    assert len(plan_targets(labels).stages) == 4  # one document: the second context sees the first target
+
+
+def test_samples_without_a_target_and_padding_do_not_run():
+    labels = torch.tensor([[X, X, X, X], [X, X, X, 3]])
+    plan = plan_targets(labels, attention_mask=torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]]))
+    assert [rows_of(stage) for stage in plan.stages] == [[[], [1]], [[], [2]]]
+    assert (plan.num_context, plan.num_target, plan.num_skipped) == (1, 1, 5)
+
+
+def test_loss_on_all_tokens_is_dense():
+    assert plan_targets(torch.tensor([[4, 5, 6], [7, 8, 9]])).is_dense
+    assert not plan_targets(torch.tensor([[4, 5, 6], [X, X, X]])).is_dense
+    assert not plan_targets(torch.tensor([[X, 5, X], [X, X, 9]])).is_dense
+
+
+def test_gather_takes_the_rows_of_a_stage():
+    stage = plan_targets(torch.tensor([[X, X, X, 7, 8], [X, X, 6, 7, X]])).stages[1]
+    values = torch.arange(20).reshape(2, 5, 2)
+    assert stage.gather(values).tolist() == [[[4, 5], [6, 7]], [[12, 13], [14, 15]]]
+
+
+@st.composite
+def batches(draw):
+    batch_size, seq_len = draw(st.integers(1, 3)), draw(st.integers(1, 12))
+    bits = st.lists(st.booleans(), min_size=seq_len, max_size=seq_len)
+    rows = [draw(bits) for _ in range(batch_size)]
+    labels = torch.where(torch.tensor(rows), 5, X)
+    if draw(st.booleans()):
+        starts = torch.tensor([draw(bits) for _ in range(batch_size)])
+        starts[:, 0] = True
+        places = torch.arange(seq_len).expand(batch_size, seq_len)
+        return labels, None, places - torch.where(starts, places, 0).cummax(1).values
+    mask = torch.tensor([draw(bits) for _ in range(batch_size)])  # holes too
+    labels[:, 1:][~mask[:, :-1]] = X
+    return labels, mask.long(), None
+
+
+@settings(max_examples=300, deadline=None)
+@given(batches())
+def test_every_row_runs_after_all_that_it_sees(batch):
+    labels, mask, position_ids = batch
+    plan = plan_targets(labels, mask, position_ids)
+    stage_of = torch.full_like(labels, -1)
+    for number, stage in enumerate(plan.stages):
+        for sample, rows in enumerate(rows_of(stage)):
+            assert rows == sorted(rows)
+            for row in rows:
+                assert stage_of[sample, row] == -1
+                stage_of[sample, row] = number
+                assert stage.is_target == (plan.shift_labels[sample, row] != X)
+    for sample in range(labels.shape[0]):
+        for row in range(labels.shape[1]):
+            is_real = mask is None or bool(mask[sample, row])
+            same = plan.documents[sample] == plan.documents[sample, row]
+            has_target = bool(((plan.shift_labels[sample] != X) & same)[row:].any())
+            assert (stage_of[sample, row] >= 0) == (is_real and has_target)
+            if stage_of[sample, row] >= 0:
+                seen = [k for k in range(row + 1) if same[k] and (mask is None or mask[sample, k])]
+                assert all(0 <= stage_of[sample, k] <= stage_of[sample, row] for k in seen)
+    assert plan.num_target == int((plan.shift_labels != X).sum())
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        (torch.zeros(4, dtype=torch.long), {}, r"labels: expected shape \(batch, seq_len\), got \(4,\)"),
+        (
+            torch.zeros(2, 4, dtype=torch.long),
+            {"attention_mask": torch.ones(2, 5)},
+            r"attention_mask: expected labels' shape \(2, 4\), got \(2, 5\)",
+        ),
+        (
+            torch.tensor([[1, 2, 3]]),
+            {"attention_mask": torch.tensor([[0, 1, 1]])},
+            "in sample 0 the padding at place 0 predicts label 2",
+        ),
+    ],
+)
+def test_bad_input(labels, options, message):
+    with pytest.raises(ValueError, match=message):
+        plan_targets(labels, **options)
