@@ -24,6 +24,7 @@ from . import (
     bench_loss_step,
     bench_permuted_norm,
     bench_step,
+    bench_target_step,
 )
 from .baselines import WrongResult
 from .rows import RESULTS, append_rows
@@ -34,6 +35,7 @@ SUITES: dict[str, Callable[[Settings], Iterator[list[Any]]]] = {
     "step": bench_step.run,
     "checkpointed_step": bench_checkpointed_step.run,
     "loss_step": bench_loss_step.run,
+    "target_step": bench_target_step.run,
     "gated_residual_rms_norm": bench_gated_residual_rms_norm.run,
     "gated_residual_layer_norm": bench_gated_residual_layer_norm.run,
     "gated_residual_add": bench_gated_residual_add.run,

@@ -18,6 +18,7 @@ LEVELS = {
     "measure": 0,
     "flops": 0,
     "losses": 0,
+    "targets": 0,
     "samplers": 0,
     "permutation": 0,
     "ownership": 0,

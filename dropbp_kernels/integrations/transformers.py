@@ -42,17 +42,18 @@ def apply_dropbp(
     """Gate every branch of a model (with or without PEFT) and return the handler that draws its plans.
 
     Works on the families of `integrations.families` (docs/models.md lists what was checked), before or after
-    `get_peft_model`; `state_dict` keys stay. `families` are the names or entries to look for, in place of all known.
-    A model without known blocks is traced by a forward on `inputs` (default: four tokens), and what is found is proved
-    (see `discovery`).
-    `context="inference"` runs tokens without a loss like inference, by the labels that the model is called with;
-    `context_gradient` says what their keys and values contribute to the gradient: "none", "one_hop" or "full" (see
-    `target_plans`). The logits that come back are then those of the target rows.
-    `options` are those of `DropBPHandler`: sampler, grad_scale, seed, keep_one, strict, dropped_runs, checkpoint.
-    With transformers' own gradient checkpointing a block is checkpointed as far as it is kept (see `checkpointing`).
+    `get_peft_model`; `state_dict` keys stay. With transformers' own gradient checkpointing a block is checkpointed as
+    far as it is kept (see `checkpointing`).
+
+    families: the names or entries to look for, in place of all known. A model without known blocks is traced by a
+        forward on `inputs` (default: four tokens), and what is found is proved (see `discovery`).
     fused_loss: how cross entropy is taken of the output head's logits in training: "chunked", a slice of the rows at a
-    time, so that they never exist as a whole; "torch" or "liger", by their operators; "off"; "auto", chunked where
-    that needs less memory, nothing where the head is no plain linear. Logits are then computed when they are read.
+        time, so that they never exist as a whole; "torch" or "liger", by their operators; "off"; "auto", chunked where
+        that needs less memory, nothing where the head is no plain linear. Logits are then computed when they are read.
+    context: "inference" runs tokens without a loss like inference, by the labels that the model is called with; the
+        logits that come back are those of the target rows (see docs/target_plans.md).
+    context_gradient: what the keys and values of such tokens contribute to the gradient: "none", "one_hop" or "full".
+    options: those of `DropBPHandler`: sampler, grad_scale, seed, keep_one, strict, dropped_runs, checkpoint.
 
     Errors: ValueError when the model is patched already, has no branch that is known or can be found and proved (the
             message says why, and how to register a family) or an option is out of range; TypeError for a wrong type;
