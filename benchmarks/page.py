@@ -254,6 +254,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.page", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; 1 when the page is not what the rows say")
     parser.add_argument("--rows", type=Path, default=RESULTS, help="folder of the CSV files")
+    parser.add_argument("--out", type=Path, help="write the text alone, to this file")
     options = parser.parse_args(arguments)
     points = read_points(options.rows)
     page = make_page(points)
@@ -263,6 +264,9 @@ def main(arguments: list[str] | None = None) -> int:
         difference = list(lines)
         print("\n".join(difference[:40]) or f"{PAGE} is what the rows say")
         return 1 if difference else 0
+    if options.out:
+        options.out.write_text(page)
+        return 0
     PAGE.write_text(page)
     print(PAGE, *draw_all(points), sep="\n")
     return 0
