@@ -43,7 +43,17 @@ COPIED = (
 )
 NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.csv", "*.png", ".*")
 BUDGET_S = 465.0  # of the 8 minutes; the rest is for starting and writing
-OP_TESTS = tuple(f"tests/test_gated_residual_{name}.py" for name in ("add", "rms_norm", "layer_norm"))
+OP_TESTS = tuple(
+    f"tests/test_{path.stem}.py"
+    for path in sorted((ROOT / "dropbp_kernels" / "ops").glob("*.py"))
+    if (ROOT / "tests" / f"test_{path.stem}.py").exists()
+)
+# A suite for each op and host overhead; those whose names end in step are whole training steps.
+OP_SUITES = tuple(
+    path.stem.removeprefix("bench_")
+    for path in sorted((ROOT / "benchmarks").glob("bench_*.py"))
+    if not path.stem.endswith("step")
+)
 # Share of the copy bandwidth measured in the same run, bfloat16, width of at least 4096.
 TARGET_FORWARD, TARGET_BACKWARD = 0.85, 0.65
 MACHINE_CODE = """
@@ -207,9 +217,8 @@ def _run_stages(check: Check, no_build: bool) -> list[dict[str, Any]]:
     check.stage("boundary", [python, "-m", "benchmarks.boundary", *device, "--json", "boundary.json"], 60)
     if check.is_dry:
         bench += ["--scale", "tiny"]
-    ops = ["host_overhead", "gated_residual_rms_norm", "gated_residual_layer_norm", "gated_residual_add", "glu"]
     out = ["--out", str(check.out)]
-    check.stage("microbenchmarks", [*bench, *out, "--only", *ops, "--budget-s", "120"], 145)
+    check.stage("microbenchmarks", [*bench, *out, "--only", *OP_SUITES, "--budget-s", "120"], 145)
 
     pytest = [python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-o", "addopts=", "-W", "default"]
     if importlib.util.find_spec("xdist"):
@@ -220,6 +229,9 @@ def _run_stages(check: Check, no_build: bool) -> list[dict[str, Any]]:
     check.stage("training step", [*bench, *out, "--only", "step"], 120)
     few = ["-k", "cpp and empty"] if check.is_dry else ["-k", "cpp"]
     check.stage("CPU tests of the ops", [*pytest, "-m", "not gpu", *OP_TESTS, *few], 60)
+    # Exit code 1 on a CPU, with a sentence: there is no GPU.
+    quick = [python, "tests/sanitize.py", "--only", "gpu", "--quick"]
+    check.stage("compute-sanitizer memcheck", quick, 60, codes=(1,) if check.is_dry else (0,))
     check.stage("pictures", [python, "-m", "benchmarks.plots", "--rows", str(check.out), *out], 30)
     counts = check.tree / "boundary.json"
     return json.loads(counts.read_text()) if counts.exists() else []

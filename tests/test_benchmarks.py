@@ -373,6 +373,13 @@ def test_gpu_check_dry_run(tmp_path):
     assert summary["machine"]["serving"]["gated_residual_add"].keys() == {"cpu"}
 
 
+def test_gpu_check_measures_and_tests_every_op():
+    from dropbp_kernels.ops.schema import SCHEMAS
+
+    assert set(gpu_check.OP_SUITES) == {name for name in run.SUITES if not name.endswith("step")}
+    assert {f"tests/test_{stem}.py" for stem in SCHEMAS} <= set(gpu_check.OP_TESTS)
+
+
 @pytest.fixture
 def check(tmp_path):
     out = tmp_path / "out"
