@@ -57,7 +57,8 @@ def check_gradients(model: nn.Module, batch: dict[str, Any], **options: Any) -> 
     rounding is told by a line that begins with "rounding": some kernels are chosen by whether a gradient is needed.
     """
     keys, classes = list(model.state_dict()), [type(module) for module in model.modules()]
-    handler = apply_dropbp(model, 0.5, fused_loss="off", **options)  # which changes the order of the sums
+    # Fused norms and a fused loss take their sums in another order.
+    handler = apply_dropbp(model, 0.5, fused_loss="off", **{"fused": False, **options})
     gates = list(handler.gates.values())
     last_modules = [gate.modules_of_branch[-1] for gate in gates]
     parameters = {p for gate in gates for module in gate.modules_of_branch for p in module.parameters()}

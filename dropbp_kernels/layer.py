@@ -47,6 +47,13 @@ def as_inference(device_type: str) -> Iterator[None]:
             torch.set_autocast_cache_enabled(True)
 
 
+def add_branch(residual: Tensor, output: Tensor, grad_scale: float = 1.0) -> Tensor:
+    """residual + the output of a branch; a branch wider than the residual promotes it, as x + y does."""
+    if output.dtype is not residual.dtype:  # float32 norms give wider branches
+        residual = residual.to(torch.promote_types(residual.dtype, output.dtype))
+    return gated_residual_add(residual, output, grad_scale=grad_scale)
+
+
 class DropBP(nn.Module):
     """The gate of one droppable residual branch. It has no parameters and no buffers, so state_dict keys do not change.
 
@@ -104,10 +111,7 @@ class DropBP(nn.Module):
                 nodes of its own (the residual's add is one node that saves nothing and runs no backward kernel).
         Source: DropBP (arXiv 2402.17812), x + D(f(norm(x))).
         """
-        output = self.run(residual, branch)
-        if output.dtype is not residual.dtype:  # promoted as plain x + y would: float32 norms give wider branches
-            residual = residual.to(torch.promote_types(residual.dtype, output.dtype))
-        return gated_residual_add(residual, output, grad_scale=self.grad_scale)
+        return add_branch(residual, self.run(residual, branch), self.grad_scale)
 
     def run(self, residual: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
         """Return branch(residual) without the add, for blocks that fuse the add into the next norm.

@@ -25,6 +25,7 @@ from benchmarks import (  # noqa: E402
     bench_gated_residual_rms_norm,
     bench_host_overhead,
     bench_loss_step,
+    bench_patched_step,
     bench_permuted_norm,
     bench_step,
     boundary,
@@ -164,6 +165,7 @@ def test_committed_rows_have_the_columns_of_today():
             "step": bench_step.StepRow,
             "checkpointed_step": bench_checkpointed_step.CheckpointedStepRow,
             "loss_step": bench_loss_step.LossStepRow,
+            "patched_step": bench_patched_step.PatchedStepRow,
         }
         row_type = own.get(path.stem, Row)
         with path.open(newline="") as file:
@@ -318,6 +320,13 @@ def test_checkpointed_step_rows(one_thread):
         assert by_name[way, 0.875].saved_bytes < undropped.saved_bytes
         assert by_name[way, 0.75].flops_kept == pytest.approx(0.25, abs=0.15)
     assert len(bench_checkpointed_step.verdicts(rows)) == 2
+
+
+def test_patched_step_rows(one_thread):
+    (rows,) = bench_patched_step.run(Settings(CPU, "tiny"))
+    assert [row.method for row in rows] == ["unpatched", "patched", "fused"]
+    assert rows[0].step_over_unpatched == 1.0
+    assert len(bench_patched_step.verdicts(rows)) == 2
 
 
 def test_the_boundary_is_free_where_the_next_branch_is_dropped():

@@ -199,7 +199,7 @@ def test_checkpointing_follows_the_plan_in_any_layout(name, way):
             model = tiny_causal_lm(name)
             inputs = tiny_inputs(model)
         kept = checkpointing and way == "kept"
-        handler = apply_dropbp(model, 0.5, checkpoint="kept" if kept else None, fused_loss="off")
+        handler = apply_dropbp(model, 0.5, fused=False, checkpoint="kept" if kept else None, fused_loss="off")
         if checkpointing and not kept:
             model.gradient_checkpointing_enable({"use_reentrant": way == "reentrant"})
         handler.set_plan([index % 3 == 0 for index in range(len(handler.gates))])

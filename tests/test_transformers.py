@@ -40,7 +40,7 @@ def test_rate_zero_equals_the_unpatched_model_bit_for_bit(family):
     batch = tiny_batch()
     logits, grads = backward(tiny_causal_lm(family), batch)
     model = tiny_causal_lm(family)
-    handler = apply_dropbp(model, 0.0)
+    handler = apply_dropbp(model, 0.0, fused=False)
     assert handler.step().kept == (True,) * 6
     patched_logits, patched_grads = backward(model, batch)
     assert torch.equal(logits, patched_logits)
@@ -56,7 +56,7 @@ def test_gradients_equal_detach_after_bit_for_bit(family, lora):
     for kept in [(True, False, False, True, False, True), (False,) * 5 + (True,), (True,) + (False,) * 5]:
         logits, expected = backward(detached_reference(wrap(tiny_causal_lm(family)), kept), batch)
         model = wrap(tiny_causal_lm(family))
-        apply_dropbp(model, 0.5).set_plan(kept)
+        apply_dropbp(model, 0.5, fused=False).set_plan(kept)
         patched_logits, grads = backward(model, batch)
         assert torch.equal(patched_logits, dense_logits)
         assert torch.equal(patched_logits, logits)
@@ -207,6 +207,6 @@ def test_generation_and_evaluation_ignore_the_plan():
     batch = tiny_batch()
     expected = tiny_causal_lm().eval()(**batch).logits
     model = tiny_causal_lm().eval()
-    apply_dropbp(model, 0.5).set_plan([False] * 6)
+    apply_dropbp(model, 0.5, fused=False).set_plan([False] * 6)
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, expected)

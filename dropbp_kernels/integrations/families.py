@@ -22,20 +22,8 @@ from torch import Tensor, nn
 
 from ..flops import attention_core_flops, attention_shape, linear_flops
 from ..layer import DropBP
+from .fusing import pre_norm_forward
 from .gating import ModuleGate
-
-
-def _pre_norm_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """x + attention(norm(x)), then x + mlp(norm(x)), as in Llama and the models that inherit its decoder layer."""
-
-    def attention(x: Tensor) -> Tensor:
-        return self.self_attn(self.input_layernorm(x), *args, **kwargs)[0]
-
-    def mlp(x: Tensor) -> Tensor:
-        return self.mlp(self.post_attention_layernorm(x))
-
-    hidden_states = self.gate_attention.residual_add(hidden_states, attention)
-    return self.gate_mlp.residual_add(hidden_states, mlp)
 
 
 @dataclass(frozen=True)
@@ -44,8 +32,8 @@ class Family:
 
     block: class names of its blocks. branches: by branch name, the names of its modules, first to last.
     when: tells blocks of one class apart that their configuration lays out differently; None: all are alike.
-    forward: a forward of the block that does the adds itself, through `gate_<branch>.residual_add` or `.run`, for
-        families in which that pays ("fused"). None: the branches are gated by their modules (`gating`, "generic").
+    forward: a forward of the block that does the adds itself, through `gate_<branch>.run`, so that they can wait for
+        the next norm (`fusing`, "fused"). None: the branches are gated by their modules (`gating`, "generic").
     """
 
     block: tuple[str, ...]
@@ -156,19 +144,28 @@ _WHISPER = {
     "mlp": ("final_layer_norm", "fc1", "fc2"),
 }
 
+_PRE_NORM = pre_norm_forward()
+_PRE_NORM_SANDWICH = pre_norm_forward(" ".join(_SANDWICH["attention"]), " ".join(_SANDWICH["mlp"]))
+
 FAMILIES: dict[str, Family] = {
-    "llama": Family(("LlamaDecoderLayer",), _LLAMA, forward=_pre_norm_forward),
-    "mistral": Family(("MistralDecoderLayer",), _LLAMA, forward=_pre_norm_forward),
-    "qwen2": Family(("Qwen2DecoderLayer",), _LLAMA, forward=_pre_norm_forward),
-    "qwen3": Family(("Qwen3DecoderLayer",), _LLAMA, forward=_pre_norm_forward),
-    "mixtral": Family(("MixtralDecoderLayer",), _LLAMA),
-    "qwen2_moe": Family(("Qwen2MoeDecoderLayer",), _LLAMA),
-    "qwen3_moe": Family(("Qwen3MoeDecoderLayer",), _LLAMA),
-    "gemma": Family(("GemmaDecoderLayer",), _LLAMA),
-    "gemma2": Family(("Gemma2DecoderLayer",), _SANDWICH),
-    "gemma3": Family(("Gemma3DecoderLayer",), _SANDWICH),
+    "llama": Family(("LlamaDecoderLayer",), _LLAMA, forward=_PRE_NORM),
+    "mistral": Family(("MistralDecoderLayer",), _LLAMA, forward=_PRE_NORM),
+    "qwen2": Family(("Qwen2DecoderLayer",), _LLAMA, forward=_PRE_NORM),
+    "qwen3": Family(("Qwen3DecoderLayer",), _LLAMA, forward=_PRE_NORM),
+    "mixtral": Family(("MixtralDecoderLayer",), _LLAMA, forward=_PRE_NORM),
+    "qwen2_moe": Family(("Qwen2MoeDecoderLayer",), _LLAMA, forward=_PRE_NORM),
+    "qwen3_moe": Family(("Qwen3MoeDecoderLayer",), _LLAMA, forward=_PRE_NORM),
+    "gemma": Family(("GemmaDecoderLayer",), _LLAMA, forward=_PRE_NORM),
+    "gemma2": Family(("Gemma2DecoderLayer",), _SANDWICH, forward=_PRE_NORM_SANDWICH),
+    "gemma3": Family(("Gemma3DecoderLayer",), _SANDWICH, forward=_PRE_NORM_SANDWICH),
     "phi": Family(("PhiDecoderLayer",), _PARALLEL),
-    "phi3": Family(("Phi3DecoderLayer",), _LLAMA),
+    "phi3": Family(
+        ("Phi3DecoderLayer",),
+        _LLAMA,
+        forward=pre_norm_forward(
+            "input_layernorm self_attn resid_attn_dropout", "post_attention_layernorm mlp resid_mlp_dropout"
+        ),
+    ),
     "gpt2": Family(("GPT2Block",), _GPT2),
     "gpt_bigcode": Family(("GPTBigCodeBlock",), _GPT2),
     "gpt_neox": Family(("GPTNeoXLayer",), _layout("input_layernorm attention", "post_attention_layernorm mlp")),
@@ -207,9 +204,9 @@ FAMILIES: dict[str, Family] = {
     "stablelm": Family(
         ("StableLmDecoderLayer",), _layout("input_layernorm self_attn", "post_attention_layernorm|input_layernorm mlp")
     ),
-    "granite": Family(("GraniteDecoderLayer",), _LLAMA),
-    "deepseek_v2": Family(("DeepseekV2DecoderLayer",), _LLAMA),
-    "deepseek_v3": Family(("DeepseekV3DecoderLayer",), _LLAMA),
+    "granite": Family(("GraniteDecoderLayer",), _LLAMA, forward=pre_norm_forward(scale="residual_multiplier")),
+    "deepseek_v2": Family(("DeepseekV2DecoderLayer",), _LLAMA, forward=_PRE_NORM),
+    "deepseek_v3": Family(("DeepseekV3DecoderLayer",), _LLAMA, forward=_PRE_NORM),
     "bert": Family(
         (
             *(

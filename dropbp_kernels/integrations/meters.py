@@ -18,8 +18,9 @@ from .gating import ModuleGate
 def saved_bytes_by_branch(handler: DropBPHandler, forward: Callable[[], Any]) -> list[int]:
     """Bytes that autograd keeps for each branch of `handler`, in model order, when all are kept and forward() runs.
 
-    What the branch's own operators save, parameters and what lies outside the gates excluded; a storage that several
-    branches save counts for the first. Under gradient checkpointing a branch saves nothing, and counts as nothing.
+    What the branch's own operators save, parameters and what lies outside the gates excluded (a norm that is fused with
+    the add before it too: it saves that sum and a float a row); a storage that several branches save counts for the
+    first. Under gradient checkpointing a branch saves nothing, and counts as nothing.
     Gradients, RNG states, modes and plan are left as found.
 
     Errors: those of forward.

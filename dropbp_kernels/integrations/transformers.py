@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from ..handler import DropBPHandler, check_drop_rate, find_gates
+from . import fusing
 from .checkpointing import CheckpointByPlan, without_cache
 from .discovery import discover, example_inputs, prove
 from .families import FAMILIES, Family
@@ -33,6 +34,7 @@ def apply_dropbp(
     drop_rate: float,
     *,
     families: Iterable[str | Family] | None = None,
+    fused: bool | str = False,
     fused_loss: str = "auto",
     inputs: dict[str, Any] | None = None,
     context: str | None = None,
@@ -47,6 +49,8 @@ def apply_dropbp(
 
     families: the names or entries to look for, in place of all known. A model without known blocks is traced by a
         forward on `inputs` (default: four tokens), and what is found is proved (see `discovery`).
+    fused: whether adds wait for the norms behind them and both are one kernel, where the family's norms allow it (see
+        `fusing`); "auto": where something faster than plain PyTorch serves that op.
     fused_loss: how cross entropy is taken of the output head's logits in training: "chunked", a slice of the rows at a
         time, so that they never exist as a whole; "torch" or "liger", by their operators; "off"; "auto", chunked where
         that needs less memory, nothing where the head is no plain linear. Logits are then computed when they are read.
@@ -62,6 +66,8 @@ def apply_dropbp(
     Source: DropBP (arXiv 2402.17812).
     """
     check_drop_rate(drop_rate)
+    if fused not in fusing.FUSED:
+        raise ValueError(f'fused: expected True, False or "auto", got {fused!r}')
     check_fused_loss(fused_loss)
     check_context(model, context, context_gradient)
     if find_gates(model):
@@ -85,6 +91,7 @@ def apply_dropbp(
         if traced is not None:
             prove(model, traced, {block: list(find_gates(block).values()) for block, _ in blocks})
         _patch_checkpointed(model)
+        fusing.install(model, fused)
         _check_flops(model)
         patch_head(model, fused_loss)
         handler = DropBPHandler(model, drop_rate, **options)
@@ -176,6 +183,7 @@ def _unpatch(model: nn.Module) -> bool:
             if isinstance(gate, ModuleGate):
                 gate.release()
             delattr(block, name)
+    fusing.uninstall(model)
     for module in filter(_is_swapped, model.modules()):
         module.__class__ = vars(type(module))["_dropbp_original"]
     return bool(blocks)

@@ -1,0 +1,290 @@
+"""Pre-norm blocks whose residual adds are fused with the norms that follow them, across blocks too.
+
+As in `dropbp_kernels.blocks`, a branch's output is not added to the residual at once: it stays pending until the next
+norm reads the sum, and there one kernel adds and normalises (`ops.gated_residual_rms_norm`). Inside a block that is
+decided branch by branch, by what the norm is. From block to block, and to the final norm, a `Pending` is handed on in
+place of the hidden states, and that is decided before the model runs: only when transformers' own loop over the blocks
+will be the one to pass it, and nobody watches (hooks, recorded hidden states, wrappers) or checkpoints. Otherwise every
+block adds as written and returns hidden states. A block that is called by hand always returns hidden states.
+
+Under torch.compile nothing is fused here: the compiler fuses the plain add and norm itself. Under checkpointing nothing
+is either, so that a value does not depend on what is checkpointed.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from .. import _backend
+from ..blocks import Stream
+from ..layer import add_branch
+from ..ops.gated_residual_rms_norm import gated_residual_rms_norm
+
+FUSED = (True, False, "auto")
+# Norms by class name: how they cast. "llama" rounds before the product with the weight, "gemma" scales by 1 + weight.
+_CASTINGS = {
+    **dict.fromkeys(
+        (
+            *("LlamaRMSNorm", "MistralRMSNorm", "MixtralRMSNorm", "Qwen2RMSNorm", "Qwen2MoeRMSNorm", "Qwen3RMSNorm"),
+            *("Qwen3MoeRMSNorm", "Phi3RMSNorm", "GraniteRMSNorm", "DeepseekV2RMSNorm", "DeepseekV3RMSNorm"),
+        ),
+        "llama",
+    ),
+    **dict.fromkeys(("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm"), "gemma"),
+}
+# liger-kernel's norms tell by their settings: (offset, casting_mode).
+_LIGER_CASTINGS = {(0.0, "llama"): "llama", (1.0, "gemma"): "gemma"}
+_HANDS_ON = "dropbp_hands_on"  # keyword that travels from the model's forward to its blocks
+
+
+class Pending:
+    """A residual and a branch's output still to be added, passed on so that no frame on the way keeps them alive."""
+
+    __slots__ = ("_stream",)
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream: Stream | None = stream
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are; RuntimeError when they were taken."""
+        return self._held().residual.device
+
+    def take(self) -> Stream:
+        """Hand the tensors out and forget them; RuntimeError when they were taken already."""
+        stream = self._held()
+        self._stream = None
+        return stream
+
+    def _held(self) -> Stream:
+        if self._stream is None:
+            raise RuntimeError("a block's pending output was taken twice; call the model, or its blocks one by one")
+        return self._stream
+
+    def put(self, stream: Stream) -> None:
+        """Hold the tensors from now on."""
+        self._stream = stream
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """One branch of a block by the names of its gate, its pre-norm and its other modules, first to last.
+
+    takes_arguments: whether its first module is given what else the block is given. scale: the block's attribute that
+    the branch is multiplied with.
+    """
+
+    gate: str
+    norm: str
+    modules: tuple[str, ...]
+    takes_arguments: bool
+    scale: str | None
+
+    def run(self, block: nn.Module, args: Any, kwargs: Any, x: Tensor) -> Tensor:
+        """What the branch makes of the normalised residual x."""
+        first, *others = (getattr(block, name) for name in self.modules)
+        output = first(x, *args, **kwargs) if self.takes_arguments else first(x)
+        output = output[0] if isinstance(output, tuple) else output
+        for module in others:
+            output = module(output)
+        return output * getattr(block, self.scale) if self.scale else output
+
+    def extend(self, block: nn.Module, pending: Pending, args: Any, kwargs: Any, is_fused: bool) -> None:
+        """Add what is pending and run the branch on it; then the branch's output is pending."""
+        gate, norm = getattr(block, self.gate), getattr(block, self.norm)
+        run = functools.partial(self.run, block, args, kwargs)
+        stream = pending.take()
+        casting = _casting(norm, stream) if is_fused else None
+        if casting is None:
+            residual = _add(stream)
+            del stream
+            output = gate.run(residual, lambda x: run(norm(x)))
+        else:
+            normed, residual = _add_and_normalise(stream, norm, casting, gate.records_graph)
+            del stream
+            output = gate.run(normed, run)
+        pending.put(Stream(residual, output, gate.grad_scale))
+
+
+def pre_norm_forward(
+    attention: str = "input_layernorm self_attn", mlp: str = "post_attention_layernorm mlp", scale: str | None = None
+) -> Callable[..., Any]:
+    """The forward of a block that adds attention(norm(x)), then mlp(norm(x)) to its residual, each through its gate.
+
+    attention, mlp: the names of each branch's modules, the pre-norm first. scale: the block's attribute that multiplies
+    what is added.
+    """
+    branches = [
+        _Branch(f"gate_{name}", norm, tuple(modules), name == "attention", scale)
+        for name, (norm, *modules) in (("attention", attention.split()), ("mlp", mlp.split()))
+    ]
+
+    def forward(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        hands_on = kwargs.pop(_HANDS_ON, False)
+        is_fused = _is_fused(self, hidden_states.device)
+        pending = hidden_states if isinstance(hidden_states, Pending) else Pending(Stream(hidden_states))
+        for branch in branches:
+            branch.extend(self, pending, args, kwargs, is_fused)
+        stream = pending.take()
+        # transformers records hidden states by hooks, which it installs after the decision to hand on.
+        return Pending(stream) if hands_on and not self._forward_hooks else _add(stream)
+
+    forward._dropbp_is_pre_norm = True  # type: ignore[attr-defined]
+    return forward
+
+
+def _final_norm_forward(self: Any, hidden_states: Any) -> Tensor:
+    """The forward of a model's final norm, which may be handed what is still to be added."""
+    if not isinstance(hidden_states, Pending):
+        return type(self)._dropbp_original.forward(self, hidden_states)
+    stream = hidden_states.take()
+    casting = _casting(self, stream)
+    if casting is None:  # of another dtype than what it reads
+        return type(self)._dropbp_original.forward(self, _add(stream))
+    return _add_and_normalise(stream, self, casting, True)[0]
+
+
+# ---- inside a block
+
+
+def _add(stream: Stream) -> Tensor:
+    if stream.branch is None:
+        return stream.residual
+    return add_branch(stream.residual, stream.branch, stream.grad_scale)
+
+
+def _add_and_normalise(stream: Stream, norm: Any, casting: str, next_kept: bool) -> tuple[Tensor, Tensor]:
+    assert stream.branch is not None  # or `_casting` had found none
+    return gated_residual_rms_norm(
+        stream.residual,
+        stream.branch,
+        norm.weight,
+        eps=_eps(norm),
+        next_kept=next_kept,
+        grad_scale=stream.grad_scale,
+        casting=casting,
+    )
+
+
+def _is_fused(block: Any, device: torch.device) -> bool:
+    """Whether the block's adds wait for the norms behind them, where those allow it."""
+    setting = block._dropbp_fused
+    if setting is False or torch.compiler.is_compiling() or _is_checkpointed(block):
+        return False
+    return setting is True or _has_kernel(device.type)
+
+
+def _is_checkpointed(block: Any) -> bool:
+    by_transformers = getattr(block, "gradient_checkpointing", False) and block.training
+    return by_transformers or block.gate_mlp.checkpoint is not None
+
+
+@functools.cache
+def _has_kernel(device_type: str) -> bool:
+    """Whether something faster than plain PyTorch serves the fused norm: the measured default."""
+    return _backend.serving("gated_residual_rms_norm", device_type) != "reference"
+
+
+def _casting(norm: Any, stream: Stream) -> str | None:
+    """How to compute `norm` of what is pending in `stream` in one kernel; None: not at all."""
+    dtype = stream.residual.dtype
+    if stream.branch is None or stream.branch.dtype is not dtype or norm.weight.dtype is not dtype:
+        return None
+    return _known_casting(norm)
+
+
+def _known_casting(norm: Any) -> str | None:
+    """How `norm` casts when it is known, of weight and statistics alone, and nobody watches it; else None."""
+    if _is_watched(norm):
+        return None
+    name, forward = type(norm).__name__, vars(norm).get("forward")
+    if name.startswith("LigerRMSNorm") or getattr(forward, "__qualname__", "") == "LigerRMSNorm.forward":
+        return _LIGER_CASTINGS.get((norm.offset, norm.casting_mode)) if norm.weight is not None else None
+    return _CASTINGS.get(name) if forward is None else None
+
+
+def _eps(norm: Any) -> float:
+    return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether anybody but the caller sees what goes into or comes out of `module`."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+# ---- from block to block
+
+
+def install(model: nn.Module, fused: bool | str) -> None:
+    """Tell the patched blocks of `model` whether to fuse; let their models hand on from block to block.
+
+    A model is one that is named like its blocks, in the module where they are: its forward is known then.
+    """
+    for block in model.modules():
+        if getattr(type(block).forward, "_dropbp_is_pre_norm", False):
+            vars(block)["_dropbp_fused"] = fused
+    backbones: list[Any] = [module for module in model.modules() if fused is not False and _is_backbone(module)]
+    for backbone in backbones:
+        vars(backbone)["_dropbp_handle"] = backbone.register_forward_pre_hook(_hand_on, with_kwargs=True)
+        if not hasattr(type(backbone.norm), "_dropbp_original"):
+            original: Any = type(backbone.norm)
+            backbone.norm.__class__ = _final_norm_class(original)
+
+
+def uninstall(model: nn.Module) -> None:
+    """Undo `install`, but for classes: whose has a `_dropbp_original` gets that back with all the others."""
+    for module in model.modules():
+        vars(module).pop("_dropbp_fused", None)
+        if (handle := vars(module).pop("_dropbp_handle", None)) is not None:
+            handle.remove()
+
+
+@functools.cache
+def _final_norm_class(original: Any) -> Any:
+    namespace = {
+        "forward": _final_norm_forward,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "_dropbp_original": original,
+        "_dropbp_is_final_norm": True,
+    }
+    return type(original.__name__, (original,), namespace)
+
+
+def _is_backbone(module: Any) -> bool:
+    layers, norm = getattr(module, "layers", None), getattr(module, "norm", None)
+    if not isinstance(layers, nn.ModuleList) or not isinstance(norm, nn.Module) or len(layers) == 0:
+        return False
+    if not all("_dropbp_fused" in vars(block) for block in layers) or _known_casting(norm) is None:
+        return False
+    block = type(layers[0])
+    name = block.__name__.removesuffix("DecoderLayer")
+    takes_keywords = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(module).forward).parameters.values())
+    is_named_alike = type(module).__name__ in (f"{name}Model", f"{name}TextModel")
+    return takes_keywords and is_named_alike and type(module).__module__ == block.__module__
+
+
+def _hand_on(backbone: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """Forward pre-hook of a model: decides whether its blocks hand on what is pending in this call."""
+    norm = backbone.norm
+    if torch.compiler.is_compiling() or _known_casting(norm) is None or "forward" in vars(norm):
+        return None
+    if not isinstance(norm, nn.Module) or not hasattr(type(norm), "_dropbp_is_final_norm") or _has_any_global_hook():
+        return None
+    device: Any = norm.weight.device
+    for block in backbone.layers:
+        # What wraps or replaces a block (FSDP, accelerate's device map) would be passed something unknown to it.
+        if "_dropbp_fused" not in vars(block) or "forward" in vars(block) or _is_watched(block):
+            return None
+        if not _is_fused(block, device):
+            return None
+    return args, {**kwargs, _HANDS_ON: True}
