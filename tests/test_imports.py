@@ -22,7 +22,6 @@ LEVELS = {
     "samplers": 0,
     "permutation": 0,
     "ownership": 0,
-    "donation": 0,
     "report": 0,
     "_backend": 1,
     "tuning": 2,

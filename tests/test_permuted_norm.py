@@ -1,5 +1,6 @@
 """permuted_rms_norm and permuted_layer_norm: rows read through a permutation, kept rows first, their gradient alone."""
 
+import gc
 import math
 
 import pytest
@@ -434,7 +435,7 @@ def stream_gradient(follow, device, prepare=lambda stream: None):
 
 
 def test_an_exclusive_gradient_is_written_in_place(backend, device):
-    if ownership._expected() is None:
+    if ownership._counts_of_a_sole_owner() is None:
         pytest.skip("this torch does not count references")
     arrived, left, _ = stream_gradient(lambda stream: (stream * 2).square().sum(), device)
     assert arrived == left
@@ -512,11 +513,15 @@ def test_a_chain_of_norms_shares_one_gradient(backend, device):
     weight = torch.ones(5, dtype=torch.float64, device=device)
     pointers = []
 
+    def collect(grad):
+        gc.collect()  # Triton's interpreter leaves a cycle that holds the storages it was given
+
     def run(norm, add):
         stream = x * 1
         for place in range(3):
             order = permutation.roll(place)
             kept, dropped, stream = norm(stream, weight, order, 2)
+            stream.register_hook(collect)
             stream = add(stream, kept.sin(), dropped.sin(), order)
             stream.register_hook(lambda grad: pointers.append(grad.data_ptr()))
         return torch.autograd.grad((stream * 2).square().sum(), x)[0]
@@ -525,7 +530,7 @@ def test_a_chain_of_norms_shares_one_gradient(backend, device):
         return stream.index_add(0, order, torch.cat((kept, dropped.detach())))
 
     actual = run(permuted_rms_norm, permuted_residual_add)
-    if ownership._expected() is not None:
+    if ownership._counts_of_a_sole_owner() is not None:
         assert len(set(pointers)) == 1
     expected = run(lambda s, w, p, k: plain_call("llama", s, w, None, p, k), plain_add)
     torch.testing.assert_close(actual, expected)
@@ -542,7 +547,7 @@ def test_backward_allocates_nothing(backend, device):
     with PeakLiveBytes() as live:
         torch.autograd.grad((kept, doubled), stream, (grad_kept, grad))
     scratch = grad.nbytes  # the product's gradient, into which the norm's goes
-    copies = 0 if ownership._expected() is not None else grad.nbytes
+    copies = 0 if ownership._counts_of_a_sole_owner() is not None else grad.nbytes
     assert live.peak_bytes == scratch + copies
 
 

@@ -5,7 +5,7 @@ the branch  argument      forward                 backward
 ==========  ============  ======================  ==========================================================
 kept                      saves gate and up       one kernel; the gradients are two new tensors
 kept        donate=True   saves gate and up       one kernel; the gradients lie where gate and up lay, if
-                                                  nobody else holds these (`donation`), else two new tensors
+                                                  nobody else holds these (`ownership`), else two new tensors
 dropped                   saves nothing           none
 dropped     inplace=True  saves nothing and       none
                           writes into gate
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..donation import is_sole_owner
+from ..ownership import owns_saved_tensors
 from .derivative import first_derivative
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -82,7 +82,7 @@ def _glu(gate: Tensor, up: Tensor, activation: str, inplace: bool, donate: bool)
     if inplace:
         return _overwrite(gate, up, activation, is_recorded)
     if is_recorded:
-        return _Glu.apply(gate, up, activation, donate and not torch.compiler.is_compiling())
+        return _Glu.apply(gate, up, activation, donate)
     return _raw.glu(gate, up, activation)
 
 
@@ -111,7 +111,7 @@ class _Glu(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
             return None, None, None, None
-        is_free = ctx.donate and is_sole_owner(ctx)
+        is_free = ctx.donate and owns_saved_tensors(ctx)
         gate, up = ctx.saved_tensors
         if is_free:
             _raw.glu_backward_(grad_output, gate, up, ctx.activation)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..ownership import is_exclusive
+from ..ownership import owns_gradient
 from ..permutation import check_permutation, row_shape
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -160,7 +160,7 @@ class _PermutedNorm(torch.autograd.Function):
         rows, weight, mean, rstd, permutation = ctx.saved_tensors
         if grad_residual is None:
             grad_residual = rows.new_zeros(ctx.shape)
-        elif not is_exclusive(grad_residual):
+        elif not owns_gradient(grad_residual):
             grad_residual = grad_residual.clone(memory_format=torch.contiguous_format)
         wants_residual, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_weight, grad_bias = _raw.permuted_norm_backward_(

@@ -1,19 +1,27 @@
-"""A backward writes into what its forward saved only where nobody can tell."""
+"""A backward writes into what its forward saved, and into a gradient it was given, only where nobody can tell.
+
+swiglu does the one, permuted_rms_norm the other: see test_permuted_norm.py for whole networks of it.
+"""
 
 import threading
+import time
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from dropbp_kernels import donation
+from dropbp_kernels import ownership
 from dropbp_kernels.measure import PeakLiveBytes
-from dropbp_kernels.ops import swiglu
+from dropbp_kernels.ops import permuted_rms_norm, swiglu
+from dropbp_kernels.ops.derivative import first_derivative
 
 pytestmark = pytest.mark.skipif(
-    donation._counts_of_a_sole_owner() is None, reason="this PyTorch has no reference counts to tell owners by"
+    not hasattr(torch._C, "_storage_Use_Count") or not hasattr(torch.Tensor, "_use_count"),
+    reason="this PyTorch has no reference counts to tell owners by",
 )
 
 
@@ -23,10 +31,10 @@ def decisions(monkeypatch):
     found = []
 
     def decide(ctx):
-        found.append(donation.is_sole_owner(ctx))
+        found.append(ownership.owns_saved_tensors(ctx))
         return found[-1]
 
-    monkeypatch.setattr("dropbp_kernels.ops.glu.is_sole_owner", decide)
+    monkeypatch.setattr("dropbp_kernels.ops.glu.owns_saved_tensors", decide)
     return found
 
 
@@ -206,6 +214,23 @@ def test_off_for_leaves_and_for_halves_of_one_tensor(decisions):
     assert decisions == [False, False]
 
 
+def test_off_for_memory_that_is_not_pytorchs(decisions):
+    array = np.ones((4, 6), np.float32)
+    swiglu(torch.from_numpy(array), leaf() + 1, donate=True).sum().backward()
+    assert decisions == [False]
+    assert (array == 1).all()
+
+
+def test_off_where_elements_overlap(decisions):
+    gate = torch.empty(0).set_(torch.ones(6).untyped_storage(), 0, (4, 6), (0, 1))
+    x = leaf()
+    output = swiglu(gate, x * 2, donate=True)
+    del gate
+    output.sum().backward()
+    assert decisions == [False]
+    torch.testing.assert_close(x.grad, torch.full_like(x, 2 * F.silu(torch.ones(())).item()))
+
+
 def test_off_where_the_maker_saved_its_output(decisions):
     x = leaf()
     swiglu(x.exp(), x + 1, donate=True).sum().backward()
@@ -241,20 +266,123 @@ def test_a_modified_input_is_still_an_error():
         output.sum().backward()
 
 
+def norm_overwrites(prepare=lambda stream: None, follow=lambda stream, earlier: stream * 2):
+    """Whether the norm's backward writes into the gradient that `follow` gives to the stream."""
+    x = torch.randn(4, 3, 6, requires_grad=True)
+    inner, earlier = x * 1, x * 5
+    kept, _, stream = permuted_rms_norm(inner, torch.ones(6), torch.tensor([2, 0, 3, 1]), 2)
+    arrived, left = [], []
+    stream.grad_fn.register_prehook(lambda grads: arrived.append(grads[2].data_ptr()))
+    inner.grad_fn.register_prehook(lambda grads: left.append(grads[0].data_ptr()))
+    prepare(stream)
+    root = follow(stream, earlier)
+    torch.autograd.backward((root, kept.sum()), (torch.ones_like(root), None))
+    return arrived == left
+
+
+def test_a_gradient_of_nobody_else_is_overwritten():
+    assert norm_overwrites()
+    found = []
+    thread = threading.Thread(target=lambda: found.append(norm_overwrites()))
+    thread.start()
+    thread.join()
+    assert found == [True]
+
+
+@pytest.mark.parametrize("hold", [hold for hold in HOLDERS if hold is not holds_another_graph])
+def test_no_gradient_that_someone_holds_is_overwritten(hold):
+    held, before = [], []
+
+    def keep(grad):
+        held.append(hold(grad))
+        before.append(grad.tolist())
+
+    assert not norm_overwrites(lambda stream: stream.register_hook(keep))
+    if isinstance(held[0], torch.Tensor) and held[0].shape == (4, 3, 6):
+        assert held[0].tolist() == before[0]
+
+
+def test_no_gradient_that_a_node_waits_for_is_overwritten():
+    assert not norm_overwrites(follow=lambda stream, earlier: (stream + earlier) * 2)
+
+
+def test_no_gradient_of_the_caller_is_overwritten():
+    assert not norm_overwrites(follow=lambda stream, earlier: stream)
+
+
+def test_no_gradient_in_the_memory_of_an_array_is_overwritten():
+    array = np.ones((4, 3, 6), np.float32)
+    assert not norm_overwrites(lambda stream: stream.register_hook(lambda grad: torch.from_numpy(array)))
+    assert (array == 1).all()
+
+
+@pytest.mark.parametrize("decorate", [once_differentiable, first_derivative, lambda backward: backward])
+@pytest.mark.parametrize("holds", [False, True])
+def test_a_backward_decorated_otherwise_than_the_probe_never_overwrites(decorate, holds):
+    """Each decorator may hold the gradient too, or one time less than expected: then a shared one would look free."""
+    found, held = [], []
+
+    class Asks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1
+
+        @staticmethod
+        @decorate
+        def backward(ctx, grad):
+            found.append(ownership.owns_gradient(grad))
+            held.append([grad] if holds else None)
+            found.append(ownership.owns_gradient(grad))
+            return grad
+
+    (Asks.apply(leaf()) * 2).backward(torch.ones(4, 6))
+    is_the_probes = decorate is once_differentiable
+    assert found == [is_the_probes, is_the_probes and not holds]
+
+
+def test_the_experiment_runs_once_for_all_threads(monkeypatch):
+    runs = []
+    alone = ownership._counts_of_a_sole_owner()
+    monkeypatch.setattr(ownership, "_experiment", lambda: time.sleep(0.05) or runs.append(1) or alone)
+    ownership._found_out.cache_clear()
+    threads = [threading.Thread(target=ownership._counts_of_a_sole_owner) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(runs) == 1
+
+
+def test_a_debugger_does_not_change_the_counts():
+    """Its copies of local variables are references: counts found out under one would take a shared tensor for free."""
+    alone, before = ownership._counts_of_a_sole_owner(), threading.gettrace()
+
+    def trace(frame, event, arg):
+        copies = frame.f_locals  # which the frame keeps, up to Python 3.12
+        return trace if copies is not None else None
+
+    ownership._found_out.cache_clear()
+    threading.settrace(trace)
+    try:
+        assert ownership._counts_of_a_sole_owner() == alone
+    finally:
+        threading.settrace(before)
+
+
 def test_counts_are_found_out_unseen(decisions):
     """The experiment runs in a thread of its own: no mode, hook or gradient of the caller sees it, nor a leak."""
     seen = []
-    donation._counts_of_a_sole_owner.cache_clear()
+    ownership._found_out.cache_clear()
     x = leaf()
     num_threads = threading.active_count()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t), PeakLiveBytes() as live:
-        assert donation._counts_of_a_sole_owner() is not None
+        assert ownership._counts_of_a_sole_owner() is not None
     assert not seen
     assert live.peak_bytes == 0
     assert threading.active_count() == num_threads
     with torch.no_grad():
-        donation._counts_of_a_sole_owner.cache_clear()
-        assert donation._counts_of_a_sole_owner() is not None
+        ownership._found_out.cache_clear()
+        assert ownership._counts_of_a_sole_owner() is not None
     gate = x * 2
     alive = weakref.ref(gate)
     output = swiglu(gate, x + 1, donate=True)
@@ -267,14 +395,16 @@ def test_counts_are_found_out_unseen(decisions):
 
 @pytest.mark.parametrize("missing", ["_storage_Use_Count", "_autograd"])
 def test_never_where_a_count_is_missing(decisions, monkeypatch, missing):
-    donation._counts_of_a_sole_owner.cache_clear()
+    """Neither for the one nor for the other: what cannot be told apart is not asked again."""
+    ownership._found_out.cache_clear()
     with monkeypatch.context() as patch:
         if missing == "_autograd":
-            patch.setattr(donation, "_is_last_use", lambda ctx: True)  # neither hooks nor retained graphs are seen
+            patch.setattr(ownership, "_is_last_use", lambda ctx: True)  # neither hooks nor retained graphs are seen
         else:
             patch.delattr(torch._C, missing)
         x = leaf()
         swiglu(x * 2, x + 1, donate=True).sum().backward()
-    donation._counts_of_a_sole_owner.cache_clear()
+        assert not norm_overwrites()
+    ownership._found_out.cache_clear()
     assert decisions == [False]
     torch.testing.assert_close(x.grad, expected(x))
