@@ -287,6 +287,46 @@ def test_dropped_branches_too():
     handler.step()  # strict: every gate has been called
 
 
+def test_what_a_hook_saw_can_be_called_again():
+    model, batch = tiny(), chat()
+    apply_dropbp(model, 0.0, context="inference")
+    seen = []
+    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    first = backward(model, batch)
+    assert_same(backward(model, seen[0]), first, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_in_the_trainer(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    from dropbp_kernels import DropBPCallback
+
+    batch = chat(4)
+    data = [{name: batch[name][index] for name in ("input_ids", "labels")} for index in range(4)]
+    losses = []
+    for options in ({}, {"context": "inference", "context_gradient": "full"}):
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=2, per_device_train_batch_size=2, logging_steps=1, report_to="none", use_cpu=True
+        )
+        trainer = Trainer(
+            tiny(dtype=torch.float32), arguments, train_dataset=data, callbacks=[DropBPCallback(0.0, **options)]
+        )
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][0] != losses[0][1]
+
+
+def test_fused_norms_too():
+    batch, model = chat(), tiny()
+    expected = copy.deepcopy(model)
+    apply_dropbp(expected, 0.0, context="inference")
+    expected = backward(expected, batch)
+    apply_dropbp(model, 0.0, context="inference", fused=True)
+    assert_same(backward(model, batch), expected, **CLOSE)
+
+
 def test_removed_without_a_trace():
     model, batch = tiny(), chat()
     classes = [type(module) for module in model.modules()]

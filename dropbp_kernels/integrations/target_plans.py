@@ -142,7 +142,10 @@ def _call_with_labels(self: Any, run: Callable[..., Any], *args: Any, **kwargs: 
     labels = kwargs.get("labels")
     if labels is None or not (self.training and torch.is_grad_enabled()) or getattr(decoder, _PLAN, None) is not None:
         return run(*args, **kwargs)
-    plan = plan_targets(labels, kwargs.get("attention_mask"), kwargs.get("position_ids"))
+    # A hook sees the head's labels; who calls the model again with what a hook saw means the same batch.
+    plan: TargetPlan | None = getattr(labels, _PLAN, None)
+    if plan is None:
+        plan = plan_targets(labels, kwargs.get("attention_mask"), kwargs.get("position_ids"))
     if plan.is_dense:
         return run(*args, **kwargs)
     if plan.num_target == 0:
@@ -161,7 +164,9 @@ def _head_labels(plan: TargetPlan) -> Tensor:
     rows = [
         stage.gather(plan.shift_labels).masked_fill(~stage.is_row, IGNORED) for stage in plan.stages if stage.is_target
     ]
-    return torch.nn.functional.pad(torch.cat(rows, dim=1), (1, 0), value=IGNORED)
+    labels = torch.nn.functional.pad(torch.cat(rows, dim=1), (1, 0), value=IGNORED)
+    setattr(labels, _PLAN, plan)
+    return labels
 
 
 # ---- the decoder: the stages
