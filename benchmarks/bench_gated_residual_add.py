@@ -1,7 +1,7 @@
 """gated_residual_add, its in-place form and its backward, whole and by rows.
 
-Here the raw ops are measured. The public function leaves the plain sum of two whole tensors to PyTorch's own add; what
-its Python costs is in bench_host_overhead.py.
+Here the raw ops are measured. The public function leaves the plain sum of two whole tensors and a plain scaled gradient
+to PyTorch's own kernels; what its Python costs is in bench_host_overhead.py.
 """
 
 from collections.abc import Callable, Iterator

@@ -82,8 +82,8 @@ printed bold; above 1/0.97 a win; between them nobody can tell. The newest run o
 """
 NOTES = {
     "gated_residual_add": (
-        "The raw ops. The public function leaves the sum of two whole tensors to PyTorch's own add, so that the losses "
-        "of `sum` and `sum in place` meet nobody."
+        "The raw ops. The public function leaves the sum of two whole tensors and a plain scaled gradient to PyTorch's "
+        "own kernels, so that the losses of `sum`, `sum in place` and `scaled` meet nobody."
     )
 }
 
