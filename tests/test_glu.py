@@ -61,9 +61,12 @@ def check(grad, gate, up, activation, backend):
 
     grads = raw.glu_backward(grad, gate, up, activation)
     eager, exact = plain_backward(grad, gate, up, activation), plain_backward(*wide, activation)
-    for ours, theirs, truth, name in zip(grads, eager, exact, ("grad_gate", "grad_up"), strict=True):
+    # grad_gate is grad * up times a slope that cancels where it is small.
+    magnitudes = largest(wide[0] * wide[2]), largest(exact[1])
+    names = ("grad_gate", "grad_up")
+    for ours, theirs, truth, name, magnitude in zip(grads, eager, exact, names, magnitudes, strict=True):
         assert ours.is_contiguous()
-        assert_as_exact(ours, theirs, truth, name, largest(truth))
+        assert_as_exact(ours, theirs, truth, name, max(magnitude, largest(truth)))
     targets = gate.clone(), up.clone()
     raw.glu_backward_(grad, *targets, activation)
     assert_same(targets[0], grads[0], backend)
