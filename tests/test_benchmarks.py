@@ -29,6 +29,7 @@ from benchmarks import (  # noqa: E402
     bench_patched_step,
     bench_permuted_norm,
     bench_step,
+    bench_target_step,
     boundary,
     boundary_norms,
     gpu_check,
@@ -167,6 +168,7 @@ def test_committed_rows_have_the_columns_of_today():
             "checkpointed_step": bench_checkpointed_step.CheckpointedStepRow,
             "loss_step": bench_loss_step.LossStepRow,
             "patched_step": bench_patched_step.PatchedStepRow,
+            "target_step": bench_target_step.TargetStepRow,
         }
         row_type = own.get(path.stem, Row)
         with path.open(newline="") as file:
