@@ -1,12 +1,12 @@
 // CPU kernels of dropbp_kernels::gated_residual_add, its in-place form and its backward.
 // Signatures: dropbp_kernels/ops/schema.py; meaning: dropbp_kernels/reference.py.
 #include <algorithm>
-#include <memory>
 #include <optional>
 
 #define DROPBP_KERNELS "gated_residual_add_kernels.h"
 #include "dispatch.h"
 #include "each_isa.h"
+#include "rows.h"
 
 namespace dropbp {
 namespace {
@@ -54,17 +54,6 @@ const int64_t* checked_rows(const Tensor& rows, int64_t num_rows) {
     }
   }
   return begin;
-}
-
-template <class W>
-std::unique_ptr<W[]> widened(const Tensor& row_scale) {
-  const Tensor values = dense(row_scale);
-  std::unique_ptr<W[]> wide(new W[values.numel()]);
-  visit_dtype("row_scale", values.scalar_type(), [&](auto t) {
-    const auto* from = input<decltype(t)>(values);
-    with_kernels([&](auto kernels) { kernels.widen_run(wide.get(), from, values.numel()); });
-  });
-  return wide;
 }
 
 void check_pair(const Tensor& residual, const Tensor& branch, const std::optional<Tensor>& rows) {
@@ -176,9 +165,9 @@ Tensor gated_residual_add_backward(Tensor grad_output, std::optional<Tensor> row
     visit_dtype("dtype", dtype, [&](auto b) {
       using B = decltype(b);
       using W = std::conditional_t<std::is_same_v<B, double>, double, Wide<G>>;
-      std::unique_ptr<W[]> factors;
-      if (row_scale) factors = widened<W>(*row_scale);
-      const W* factor = factors.get();
+      std::optional<Widened<W>> factors;
+      if (row_scale) factors.emplace(*row_scale);
+      const W* factor = factors ? factors->data() : nullptr;
       const G* grad = input<G>(grad_output);
       B* out = output<B>(grad_branch);
       const W scale = static_cast<W>(grad_scale);

@@ -1,9 +1,11 @@
 // CPU kernels of gated_residual_add on runs of contiguous elements. Included by each_isa.h for each
 // instruction set, hence no guard.
+#include "row_kernels.h"
+
 namespace dropbp::DROPBP_ISA {
 namespace {  // another file has other Kernels
 
-struct Kernels {
+struct Kernels : RowKernels {
   // output may be residual.
   template <class R, class B>
   static void add_run(R* output, const R* residual, const B* branch, int64_t count) {
@@ -26,15 +28,6 @@ struct Kernels {
       const int64_t rest = count - i;
       const auto sum = load_part<W>(residual + i, rest) + load_part<W>(branch + i, rest);
       store_part<W>(output + i, sum, rest);
-    }
-  }
-
-  template <class W, class T>
-  static void widen_run(W* output, const T* values, int64_t count) {
-    constexpr int kStep = kLanes<W>;
-    for (int64_t i = 0; i < count; i += kStep) {
-      const int64_t rest = count - i < kStep ? count - i : kStep;
-      store_part<W>(output + i, load_part<W>(values + i, rest), rest);
     }
   }
 

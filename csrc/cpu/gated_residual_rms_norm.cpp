@@ -11,14 +11,10 @@
 #define DROPBP_KERNELS "gated_residual_rms_norm_kernels.h"
 #include "dispatch.h"
 #include "each_isa.h"
+#include "rows.h"
 
 namespace dropbp {
 namespace {
-
-// grad_weight is summed over blocks of rows, then over blocks, in this order whatever the number of
-// threads. Many blocks keep many threads busy; few keep the buffer of partial sums small.
-constexpr int64_t kMaxBlocks = 64;
-constexpr int64_t kMinBlockRows = 32;
 
 // Calls visitor with the weight as the factor that the kernels apply: as it is where its dtype is
 // W or branch's, else in W; for Gemma 1 + weight in W.
@@ -39,59 +35,17 @@ void visit_factor(const Tensor& weight_tensor, bool gemma, const Visitor& visito
   });
 }
 
-// Every tensor of `width` columns; the number of rows.
-int64_t check_width(const Tensor& rows_by_width, const Tensor& weight) {
-  const int64_t width = weight.numel();
-  if (rows_by_width.dim() == 0 || rows_by_width.size(rows_by_width.dim() - 1) != width) {
-    fail("weight: expected as many elements as the last dimension of residual, got ", width);
-  }
-  int64_t num_rows = 1;
-  for (int64_t d = 0; d + 1 < rows_by_width.dim(); ++d) num_rows *= rows_by_width.size(d);
-  return num_rows;
-}
-
-int64_t row_grain(int64_t width) {
-  return std::max<int64_t>(1, kGrain / std::max<int64_t>(width, 1));
-}
-
-// Calls run(begin, end, sums) for blocks of rows, sums (width,) zeros at first, and writes the sums
-// of all blocks to grad_weight.
-template <class W, class Run>
-void run_blocks(int64_t num_rows, int64_t width, const Run& run, const Tensor& grad_weight) {
-  const int64_t block_rows = std::max(kMinBlockRows, (num_rows + kMaxBlocks - 1) / kMaxBlocks);
-  const int64_t num_blocks = std::max<int64_t>(1, (num_rows + block_rows - 1) / block_rows);
-  const std::unique_ptr<W[]> partial(new W[num_blocks * width]);
-  const int64_t grain = std::max<int64_t>(1, row_grain(width) / block_rows);
-  torch::stable::parallel_for(0, num_blocks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      W* sums = partial.get() + block * width;
-      std::fill_n(sums, width, W{0});
-      run(block * block_rows, std::min(num_rows, (block + 1) * block_rows), sums);
-    }
-  });
-  visit_dtype("weight", grad_weight.scalar_type(), [&](auto t) {
-    auto* sum = output<decltype(t)>(grad_weight);
-    const int64_t column_grain = std::max<int64_t>(64, kGrain / num_blocks);
-    torch::stable::parallel_for(0, width, column_grain, [&](int64_t begin, int64_t end) {
-      with_kernels([&](auto kernels) {
-        kernels.sum_blocks(sum + begin, partial.get() + begin, num_blocks, width, end - begin);
-      });
-    });
-  });
-}
-
 std::tuple<Tensor, Tensor, Tensor> gated_residual_rms_norm(Tensor residual, Tensor branch,
                                                            Tensor weight, double eps, bool gemma) {
   check_numel("branch", branch, residual.numel());
-  const int64_t num_rows = check_width(residual, weight), width = weight.numel();
+  const int64_t width = weight.numel(), num_rows = check_width(residual, width);
   residual = dense(residual);
   branch = dense(branch);
-  const bool is_double = residual.scalar_type() == ScalarType::Double;
+  const auto wide =
+      residual.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   Tensor normed = new_like(branch, shim_dtype(branch));
   Tensor new_residual = new_like(residual, shim_dtype(residual));
-  Tensor rstd =
-      new_tensor(residual.sizes().data(), residual.dim() - 1,
-                 shim_dtype(is_double ? ScalarType::Double : ScalarType::Float), residual);
+  Tensor rstd = new_per_row(residual, wide);
   visit_residual_and_branch(residual.scalar_type(), branch.scalar_type(), [&](auto r, auto b) {
     using R = decltype(r);
     using B = decltype(b);
@@ -119,7 +73,7 @@ std::tuple<Tensor, Tensor> gated_residual_rms_norm_backward(Tensor grad_normed,
                                                             Tensor new_residual, Tensor weight,
                                                             Tensor rstd, bool gemma,
                                                             bool weight_grad) {
-  const int64_t num_rows = check_width(new_residual, weight), width = weight.numel();
+  const int64_t width = weight.numel(), num_rows = check_width(new_residual, width);
   const bool is_double = new_residual.scalar_type() == ScalarType::Double;
   check_numel("grad_normed", grad_normed, new_residual.numel());
   check_numel("rstd", rstd, num_rows);
@@ -154,13 +108,20 @@ std::tuple<Tensor, Tensor> gated_residual_rms_norm_backward(Tensor grad_normed,
                                     scale + begin, out + at, sums, end - begin, width);
             });
           };
-          if (weight_grad) {
-            run_blocks<W>(num_rows, width, run, grad_weight);
-          } else {
+          if (!weight_grad) {
             torch::stable::parallel_for(
                 0, num_rows, row_grain(width),
                 [&](int64_t begin, int64_t end) { run(begin, end, nullptr); });
+            return;
           }
+          const RowBlocks blocks(num_rows);
+          const std::unique_ptr<W[]> partial(new W[blocks.num_blocks * width]);
+          blocks.for_each(width, [&](int64_t block, int64_t begin, int64_t end) {
+            W* sums = partial.get() + block * width;
+            std::fill_n(sums, width, W{0});
+            run(begin, end, sums);
+          });
+          blocks.sum(grad_weight, partial.get(), width);
         });
       });
   return {grad_residual, grad_weight};

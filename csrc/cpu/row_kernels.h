@@ -1,4 +1,4 @@
-// What vector code of norms over rows shares. Included by <op>_kernels.h for each instruction set,
+// What vector code over rows shares. Included by <op>_kernels.h for each instruction set,
 // hence no guard. W is the type of the arithmetic.
 namespace dropbp::DROPBP_ISA {
 namespace {

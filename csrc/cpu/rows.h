@@ -1,4 +1,4 @@
-// What CPU norms over rows share: shapes, a weight in the type of the arithmetic, and gradients
+// What CPU kernels over rows share: shapes, a weight in the type of the arithmetic, and gradients
 // that are summed over blocks of rows. Needs with_kernels of each_isa.h and Kernels with the
 // functions of row_kernels.h.
 #pragma once
