@@ -25,12 +25,14 @@ class Stage:
     """Rows of each sample that run together, in their order, padded on the right to the longest.
 
     rows: int64 (B, L), places along the sequence; 0 where padding. is_row: bool (B, L), False where padding.
-    is_target: whether these are target rows.
+    is_target: whether these are target rows. is_prefix: whether they are, unpadded, the first rows of one document in
+    every sample.
     """
 
     rows: Tensor
     is_row: Tensor
     is_target: bool
+    is_prefix: bool
 
     def gather(self, values: Tensor) -> Tensor:
         """values (B, S, ...) of these rows: (B, L, ...)."""
@@ -98,7 +100,7 @@ def plan_targets(
     for value in range(int(number.max()) + 1 if number.numel() else 0):
         chosen = number == value
         if chosen.any():
-            stages.append(_stage(chosen, is_target=value % 2 == 1, device=device))
+            stages.append(_stage(chosen, documents, is_target=value % 2 == 1, device=device))
     num_target = int(is_target.sum())
     num_context = int((number >= 0).sum()) - num_target
     return TargetPlan(
@@ -135,9 +137,10 @@ def _stage_numbers(is_target: Tensor, is_real: Tensor, documents: Tensor) -> Ten
     return torch.where(runs, 2 * turns + is_target, -1)
 
 
-def _stage(chosen: Tensor, *, is_target: bool, device: torch.device) -> Stage:
+def _stage(chosen: Tensor, documents: Tensor, *, is_target: bool, device: torch.device) -> Stage:
     counts = chosen.sum(1)
     width = int(counts.max())
     rows = chosen.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :width]
     is_row = torch.arange(width) < counts.unsqueeze(1)
-    return Stage(torch.where(is_row, rows, 0).to(device), is_row.to(device), is_target)
+    is_prefix = bool(chosen[:, :width].all() and (documents[:, :width] == documents[:, :1]).all())
+    return Stage(torch.where(is_row, rows, 0).to(device), is_row.to(device), is_target, is_prefix)

@@ -20,6 +20,8 @@ def test_a_prompt_and_its_completion_by_hand():
     assert plan.shift_labels.tolist() == [[X, X, 7, 8, X], [X, 6, 7, X, X]]
     assert (plan.num_context, plan.num_target, plan.num_skipped) == (3, 4, 3)
     assert not plan.is_dense
+    assert [stage.is_prefix for stage in plan.stages] == [False, False]
+    assert plan_targets(torch.tensor([[X, X, X, 7, 8], [X, X, X, 7, X]])).stages[0].is_prefix
 
 
 def test_turns_run_in_their_order():
