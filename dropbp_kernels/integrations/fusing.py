@@ -25,6 +25,7 @@ from .. import _backend
 from ..blocks import Stream
 from ..layer import add_branch
 from ..ops.gated_residual_rms_norm import gated_residual_rms_norm
+from .swapping import subclass
 
 FUSED = (True, False, "auto")
 # Norms by class name: how they cast. "llama" rounds before the product with the weight, "gemma" scales by 1 + weight.
@@ -249,15 +250,7 @@ def uninstall(model: nn.Module) -> None:
 
 @functools.cache
 def _final_norm_class(original: Any) -> Any:
-    namespace = {
-        "forward": _final_norm_forward,
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__,
-        "_dropbp_original": original,
-        "_dropbp_is_final_norm": True,
-    }
-    return type(original.__name__, (original,), namespace)
+    return subclass(original, forward=_final_norm_forward, _dropbp_is_final_norm=True)
 
 
 def _is_backbone(module: Any) -> bool:

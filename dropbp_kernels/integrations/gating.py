@@ -6,9 +6,8 @@ block computes from it (dropout, a constant scale) until the add: the stream alo
 works: parallel branches, a norm that two branches read (it runs like inference when both are dropped), norms inside the
 branch, scaled residuals, cross-attention, experts.
 
-A module is gated by giving the instance a subclass of its own class whose `__call__` asks the gates. Its class keeps
-its name and its ancestors, `state_dict` keys stay, and an instance whose `forward` somebody else replaces (accelerate,
-liger-kernel) stays gated.
+A module is gated by giving the instance a subclass of its own class whose `__call__` asks the gates (`swapping`), so an
+instance whose `forward` somebody else replaces (accelerate, liger-kernel) stays gated.
 """
 
 import functools
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..layer import DropBP, as_inference
+from .swapping import is_swapped, subclass, swap_back
 
 
 class ModuleGate(DropBP):
@@ -88,7 +88,7 @@ def _bind(module: nn.Module, gate: ModuleGate, *, is_last: bool) -> None:
     state["_dropbp_gates"] = (*state.get("_dropbp_gates", ()), gate)
     if is_last:
         state["_dropbp_last_of"] = gate
-    if "_dropbp_original" not in vars(type(module)):
+    if not is_swapped(module):
         original: Any = type(module)
         module.__class__ = _gated_class(original)
 
@@ -100,7 +100,7 @@ def _unbind(module: nn.Module, gate: ModuleGate) -> None:
         del state["_dropbp_last_of"]
     if not state["_dropbp_gates"]:
         del state["_dropbp_gates"]
-        module.__class__ = vars(type(module))["_dropbp_original"]
+        swap_back(module)
 
 
 @functools.cache
@@ -125,14 +125,7 @@ def _gated_class(original: Any) -> Any:
         last_of = vars(self).get("_dropbp_last_of")
         return output if last_of is None else last_of.pass_output(output)
 
-    namespace = {
-        "__call__": __call__,
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__,
-        "_dropbp_original": original,
-    }
-    return type(original.__name__, (original,), namespace)
+    return subclass(original, __call__=__call__)
 
 
 def first_tensor(*candidates: Any) -> Tensor | None:

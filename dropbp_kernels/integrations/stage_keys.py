@@ -79,7 +79,7 @@ class StageMasks:
         documents = self.documents.gather(1, stage.rows)
         self._places.append(rows)
         self._documents.append(documents)
-        if is_first and self._is_plain(stage):
+        if is_first and stage.is_prefix:  # a causal mask does
             return None
         places = torch.cat(self._places, dim=1).unsqueeze(1)
         distance = stage.rows.unsqueeze(2) - places
@@ -93,13 +93,6 @@ class StageMasks:
             return full
         near = self._mask((sees & (distance < self.window)) | padding, dtype)
         return {"full_attention": full, "sliding_attention": near} if self.is_mixed else near
-
-    def _is_plain(self, stage: Stage) -> bool:
-        """Whether the first stage's rows are the first of one document in every sample, so that a causal mask does."""
-        num_rows = stage.rows.shape[1]
-        is_start = bool((stage.rows == torch.arange(num_rows, device=stage.rows.device)).all())
-        is_one = not bool((self.documents[:, :num_rows] != self.documents[:, :1]).any())
-        return is_start and is_one and bool(stage.is_row.all())
 
     def _mask(self, sees: Tensor, dtype: torch.dtype) -> Tensor:
         sees = sees.unsqueeze(1)

@@ -18,7 +18,7 @@ context_gradient   what context rows contribute to the gradient
 ================   ===================================================================================================
 
 The model's `__call__` reads the labels and hands the head's rows and labels on; the decoder's `__call__` runs the
-stages. Both are swapped in the instance, as in `gating`, and for the same reasons.
+stages. Both are patched as in `gating` (`swapping`).
 """
 
 import contextlib
@@ -34,10 +34,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..targets import IGNORED, TargetPlan, plan_targets
+from .swapping import is_swapped, subclass, swap_back
 
 CONTEXT_GRADIENTS = ("none", "one_hop", "full")
 ATTENTION = ("sdpa", "eager")  # implementations that take a mask of our own
 _PLAN = "_dropbp_target_plan"
+_ORIGINAL = "_dropbp_before_targets"  # a name of its own: the class swapped here may be one that `gating` made
 
 
 def check_context(model: nn.Module, context: str | None, context_gradient: str) -> None:
@@ -61,8 +63,8 @@ def patch_targets(model: nn.Module, context_gradient: str = "none") -> None:
     check_context(model, "inference", context_gradient)
     decoder = find_decoder(model)
     vars(decoder)["_dropbp_context_gradient"] = context_gradient
-    owners = [module for module in model.modules() if getattr(module, "lm_head", None) is not None]
-    for owner in {id(module): module for module in (model, *owners)}.values():
+    lm = _without_peft(model)  # called by what PEFT wraps it in, or by itself
+    for owner in (model,) if lm is model else (model, lm):
         vars(owner)["_dropbp_decoder"] = (decoder,)  # in a tuple, so that nn.Module does not register it again
         _swap(owner, _call_with_labels)
     _swap(decoder, _call_in_stages)
@@ -70,9 +72,9 @@ def patch_targets(model: nn.Module, context_gradient: str = "none") -> None:
 
 def unpatch_targets(model: nn.Module) -> bool:
     """Undo `patch_targets`; whether there was anything to undo."""
-    patched = [module for module in model.modules() if "_dropbp_before_targets" in vars(type(module))]
+    patched = [module for module in model.modules() if is_swapped(module, _ORIGINAL)]
     for module in patched:
-        module.__class__ = vars(type(module))["_dropbp_before_targets"]
+        swap_back(module, _ORIGINAL)
         for name in ("_dropbp_decoder", "_dropbp_context_gradient", _PLAN):
             vars(module).pop(name, None)
     return bool(patched)
@@ -83,12 +85,15 @@ def find_decoder(model: nn.Module) -> nn.Module:
 
     Errors: ValueError when `model` is no causal LM.
     """
-    outer: Any = model
-    lm = outer.get_base_model() if hasattr(outer, "get_base_model") else outer
+    lm = _without_peft(model)
     decoder = lm.get_decoder() if hasattr(lm, "get_decoder") else None
     if not isinstance(decoder, nn.Module) or decoder is lm or lm.get_output_embeddings() is None:
         raise ValueError(f"model: expected a causal LM of transformers for context, got {type(lm).__name__}")
     return decoder
+
+
+def _without_peft(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _check_decoder(decoder: nn.Module) -> None:
@@ -124,14 +129,7 @@ def _class_with(original: Any, call: Callable[..., Any]) -> Any:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         return call(self, functools.partial(original.__call__, self), *args, **kwargs)
 
-    namespace = {
-        "__call__": __call__,
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__,
-        "_dropbp_before_targets": original,
-    }
-    return type(original.__name__, (original,), namespace)
+    return subclass(original, _ORIGINAL, __call__=__call__)
 
 
 # ---- the model: from labels to a plan, and the head's rows back

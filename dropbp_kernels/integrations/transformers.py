@@ -4,11 +4,10 @@
     ...
     remove_dropbp(model)
 
-What is patched is an instance: it gets a subclass of its own class, of the same name and the same ancestors, so
-wrappers that look for a class (FSDP, accelerate, output recording) still find it, and transformers' gradient
-checkpointing, which is attached when a layer class is created, stays in force. Which instances, says the family: the
-modules of each branch (generic), or the block (fused); and the layers that transformers may checkpoint, so that they
-follow the plan. Gates live in the block, as `gate_<branch>`.
+What is patched is an instance (`swapping`), so transformers' gradient checkpointing, which is attached when a layer class
+is created, stays in force. Which instances, says the family: the modules of each branch (generic), or the block
+(fused); and the layers that transformers may checkpoint, so that they follow the plan. Gates live in the block, as
+`gate_<branch>`.
 """
 
 import functools
@@ -26,6 +25,7 @@ from .discovery import discover, example_inputs, prove
 from .families import FAMILIES, Family
 from .fused_loss import check_fused_loss, patch_head, unpatch_head
 from .gating import ModuleGate
+from .swapping import is_swapped, subclass, swap_back
 from .target_plans import check_context, patch_targets, unpatch_targets
 
 
@@ -146,7 +146,7 @@ def _patch_checkpointed(model: nn.Module) -> None:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer) and find_gates(module) and not _is_swapped(module):
+        if isinstance(module, GradientCheckpointingLayer) and find_gates(module) and not is_swapped(module):
             _swap_class(module, type(module).forward)
 
 
@@ -155,21 +155,9 @@ def _swap_class(module: nn.Module, forward: Callable[..., Any]) -> None:
     module.__class__ = _class_with(original, forward)
 
 
-def _is_swapped(module: nn.Module) -> bool:
-    return "_dropbp_original" in vars(type(module))
-
-
 @functools.cache
 def _class_with(original: Any, forward: Callable[..., Any]) -> Any:
-    namespace = {
-        "forward": without_cache(forward),
-        "_gradient_checkpointing_func": CheckpointByPlan(),
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__,
-        "_dropbp_original": original,
-    }
-    return type(original.__name__, (original,), namespace)
+    return subclass(original, forward=without_cache(forward), _gradient_checkpointing_func=CheckpointByPlan())
 
 
 def _unpatch(model: nn.Module) -> bool:
@@ -184,8 +172,8 @@ def _unpatch(model: nn.Module) -> bool:
                 gate.release()
             delattr(block, name)
     fusing.uninstall(model)
-    for module in filter(_is_swapped, model.modules()):
-        module.__class__ = vars(type(module))["_dropbp_original"]
+    for module in filter(is_swapped, model.modules()):
+        swap_back(module)
     return bool(blocks)
 
 
