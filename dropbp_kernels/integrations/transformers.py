@@ -4,8 +4,8 @@
     ...
     remove_dropbp(model)
 
-What is patched is an instance (`swapping`), so transformers' gradient checkpointing, which is attached when a layer class
-is created, stays in force. Which instances, says the family: the modules of each branch (generic), or the block
+What is patched is an instance (`swapping`), so transformers' gradient checkpointing, which is attached when a layer
+class is created, stays in force. Which instances, says the family: the modules of each branch (generic), or the block
 (fused); and the layers that transformers may checkpoint, so that they follow the plan. Gates live in the block, as
 `gate_<branch>`.
 """
