@@ -65,7 +65,13 @@ def test_help_names_every_option_and_its_default(capsys):
         main(["finetune", "--help"])
     assert stopped.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for part in ("(default: builtin)", "(default: 0.75)", "--resume DIR", "examples:", "--no-compare"):
+    for part in (
+        "(default: builtin)",
+        "(default: 0.75; 0 with --context inference)",
+        "--resume DIR",
+        "examples:",
+        "--no-compare",
+    ):
         assert part in text
     assert "SUPPRESS" not in text
 

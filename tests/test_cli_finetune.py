@@ -20,8 +20,9 @@ import tokenizers
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dropbp_kernels.cli import builtin, compare, main, training
-from dropbp_kernels.cli.settings import Settings
+from dropbp_kernels.cli import builtin, compare, main, models, training
+from dropbp_kernels.cli.data import load_data
+from dropbp_kernels.cli.settings import Settings, resolve
 
 TINY = ["--seq-len", "32", "--batch-size", "4", "--steps", "6", "--pretrain-steps", "1", "--device", "cpu"]
 TINY_RECIPE = {"hidden_size": 24, "intermediate_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1}
@@ -120,6 +121,75 @@ def test_comparison_writes_everything_with_sane_content(tmp_path, capsys):
         assert label in text
     assert "25.0%" in text
     assert f"control: without dropping, a batch of {smaller['batch_size']}" in text
+
+
+def pairs(tmp_path):
+    """Prompts without a loss of three times the length of their completions."""
+    lines = [json.dumps({"prompt": f"The square of {n:02}: ", "completion": f"{n * n:05}"}) for n in range(100)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    return ["--data", "pairs.jsonl"]
+
+
+def test_comparison_shows_a_target_plan_where_data_have_context(tmp_path, capsys):
+    assert finetune(tmp_path / "off", *pairs(tmp_path), "--drop-rate", "0.5", "--steps", "2") == 0
+    results = report(tmp_path / "off")["results"]
+    assert list(results) == [compare.FULL, compare.SMALLER, compare.PUBLISHED, compare.TARGETS, compare.OURS]
+    full, targets, ours = (results[name] for name in (compare.FULL, compare.TARGETS, compare.OURS))
+    # Of 25 tokens, padded to 32, the last prompt token and the completion's five but its last.
+    assert targets["rows_with_backward"] == targets["backward_flops_kept"] == 6 / 32
+    assert (ours["rows_with_backward"], ours["backward_flops_kept"]) == (1.0, 0.5)
+    assert targets["saved_bytes"] < 0.5 * full["saved_bytes"]
+    assert targets["peak_live_bytes"] < 0.5 * full["peak_live_bytes"]
+    assert targets["validation_loss_before"] == full["validation_loss_before"]
+    assert targets["validation_loss_after"] < targets["validation_loss_before"]
+    assert "rows with a backward" in capsys.readouterr().out
+
+
+def test_context_is_asked_for_and_repeated_after_a_resume(tmp_path, capsys, interrupt_at):
+    options = [*pairs(tmp_path), "--context", "inference", "--context-gradient", "one_hop", "--no-compare"]
+    options += ["--drop-rate", "0.5", "--steps", "4"]
+    assert finetune(tmp_path / "whole", *options) == 0
+    assert "drop rate 0.5, tokens without a loss as inference (context gradient one_hop)" in capsys.readouterr().out
+    ours = report(tmp_path / "whole")["results"][compare.OURS]
+    assert (ours["rows_with_backward"], ours["backward_flops_kept"]) == (6 / 32, None)
+    assert finetune(tmp_path / "dense", *options[:2], *options[-5:]) == 0
+    assert losses(tmp_path / "dense") != losses(tmp_path / "whole")
+
+    interrupt_at(compare.OURS, 2)
+    assert finetune(tmp_path / "parts", *options) == 130
+    command = re.search(r"dropbp-kernels (finetune --resume .*)", capsys.readouterr().out)[1].split()
+    assert main([*command, "--context", "off"]) == 2
+    assert "--resume: the checkpoint was made with --context inference, got off" in capsys.readouterr().err
+    assert main(command) == 0
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_context_on_a_model_that_cannot_is_refused(tmp_path, checkpoint_folder, capsys):
+    from transformers import BloomConfig, BloomForCausalLM
+
+    BloomForCausalLM(BloomConfig(vocab_size=320, hidden_size=16, n_layer=1, n_head=2)).save_pretrained(
+        checkpoint_folder
+    )
+    argv = ["--model", str(checkpoint_folder), *pairs(tmp_path), "--adapter", "full"]
+    assert finetune("out", *argv, "--context-gradient", "full") == 2
+    assert "--context-gradient full: expected --context inference with it" in capsys.readouterr().err
+    assert finetune("out", *argv, "--context", "inference") == 2
+    assert "expected a decoder that can run in stages for context, but BloomModel" in capsys.readouterr().err
+    assert finetune("out", *argv, "--steps", "1", "--compare") == 0
+    assert compare.TARGETS not in report(tmp_path / "out")["results"]
+    assert "no target plan is compared: model: expected a decoder" in capsys.readouterr().out
+
+
+def test_published_dropbp_is_given_the_backward_of_ours(tmp_path):
+    settings = resolve(
+        Settings(data=pairs(tmp_path)[1], seq_len=32, batch_size=4, pretrain_steps=1, context="inference")
+    )
+    assert settings.drop_rate == 0.0  # tokens are dropped in place of branches
+    data = load_data(settings.data, models.load_tokenizer(settings), settings.seq_len, settings.seed)
+    runs = {run.name: run for run in compare.make_runs(models.load_model(settings, data), data, settings, 1)}
+    assert list(runs) == [compare.FULL, compare.SMALLER, compare.PUBLISHED, compare.OURS]
+    assert [run.by_targets for run in runs.values()] == [False, False, False, True]
+    assert runs[compare.PUBLISHED].handler.drop_rate == pytest.approx(1 - 6 / 32)
 
 
 def test_resumed_comparison_repeats_the_losses_bit_for_bit(tmp_path, capsys, interrupt_at):

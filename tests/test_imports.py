@@ -24,6 +24,7 @@ LEVELS = {
     "ownership": 0,
     "report": 0,
     "_backend": 1,
+    "target_share": 1,
     "tuning": 2,
     "_triton": 3,
     "allocation": 2,

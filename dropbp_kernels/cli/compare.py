@@ -1,10 +1,13 @@
-"""The four ways that are compared, the honest control among them, and what is measured of each.
+"""The ways that are compared, the honest control among them, and what is measured of each.
 
 ==================  =====================================================================================
 full backward       nothing dropped
 smaller batch       nothing dropped, with the batch whose step takes as long as ours: the honest control
-published DropBP    branches dropped by detaching them after their forward, plans drawn as published
-ours                branches decided before the forward; a dropped one runs like inference
+published DropBP    branches dropped by detaching them after their forward, plans drawn as published, at the same
+                    backward FLOPs as ours
+target plan         no branch dropped, tokens without a loss run like inference; where the data have such tokens
+ours                what was asked for: branches decided before the forward, a dropped one runs like inference; with
+                    --context inference by target plan
 ==================  =====================================================================================
 """
 
@@ -16,8 +19,10 @@ import torch
 from torch import nn
 
 from ..handler import DropBPHandler
+from ..integrations.target_plans import check_context
 from ..integrations.transformers import apply_dropbp
 from ..measure import PeakLiveBytes, saved_bytes
+from ..target_share import TargetShare, count_targets
 from .data import Data
 from .errors import UserError
 from .models import twin
@@ -25,37 +30,79 @@ from .settings import Settings
 from .training import Run
 
 FULL, SMALLER, PUBLISHED, OURS = "full backward", "smaller batch", "published DropBP", "ours"
+TARGETS = "target plan"
+MOST_TARGETS = 0.9  # of the rows of a batch: above that a target plan has little to leave out and is not compared
+NUM_COUNTED_BATCHES = 64
 WARM_UP_ROUNDS, TIMED_ROUNDS = 1, 5
 NUM_MEASURED_PLANS = 4
 # Plans drawn for measurements come from steps far beyond any training, so that they are none of its own.
 FIRST_MEASURED_PLAN = 1 << 40
 
 
-def gate(model: nn.Module, settings: Settings, **options: Any) -> DropBPHandler:
+def gate(model: nn.Module, settings: Settings, drop_rate: float, **options: Any) -> DropBPHandler:
     """`apply_dropbp` with the run's settings; a model that it cannot gate is a user's error."""
     options = {"sampler": settings.sampler, "grad_scale": settings.grad_scale, **options}
     try:
-        return apply_dropbp(model, settings.drop_rate, seed=settings.seed, **options)
+        return apply_dropbp(model, drop_rate, seed=settings.seed, **options)
     except ValueError as error:
         raise UserError(f"--model {settings.model}: {error}") from error
 
 
 def make_runs(model: nn.Module, data: Data, settings: Settings, control_batch: int | None) -> list[Run]:
-    """Ours alone, or the four ways, each with its own trainable parameters, all starting from the same values.
+    """Ours alone, or all ways, each with its own trainable parameters, all starting from the same values.
 
     control_batch: batch size of the smaller-batch control; None: measure it.
     """
+    assert settings.drop_rate is not None
+    by_targets = {"context": "inference", "context_gradient": settings.context_gradient}
+    asked = by_targets if settings.context == "inference" else {}
     if not settings.compare:
-        return [Run(OURS, model, gate(model, settings), settings.batch_size, data, settings)]
-    models = {name: twin(model) for name in (FULL, SMALLER, PUBLISHED)} | {OURS: model}
+        handler = gate(model, settings, settings.drop_rate, **asked)
+        return [Run(OURS, model, handler, settings.batch_size, data, settings, by_targets=bool(asked))]
+    share = _count_targets(data, settings.batch_size, settings.steps).backward
+    others = [FULL, SMALLER, PUBLISHED, *[TARGETS] * _is_of_use(model, settings, share)]
+    models = {name: twin(model) for name in others} | {OURS: model}
+    handlers = {}
+    if TARGETS in others:
+        handlers[TARGETS] = gate(models[TARGETS], settings, 0.0, **by_targets)
     published = {"sampler": "published", "grad_scale": 1.0, "dropped_runs": "detach", "keep_one": False}
-    handlers = {
-        PUBLISHED: gate(models[PUBLISHED], settings, **published),
-        OURS: gate(models[OURS], settings),
+    rate = 1.0 - (1.0 - settings.drop_rate) * (share if asked else 1.0)
+    handlers[PUBLISHED] = gate(models[PUBLISHED], settings, rate, **published)
+    handlers[OURS] = gate(models[OURS], settings, settings.drop_rate, **asked)
+    by_plan = {TARGETS, *[OURS] * bool(asked)}
+    runs = {
+        name: Run(name, models[name], handlers.get(name), settings.batch_size, data, settings, name in by_plan)
+        for name in models
     }
-    runs = {name: Run(name, models[name], handlers.get(name), settings.batch_size, data, settings) for name in models}
     runs[SMALLER].batch_size = control_batch or equal_time_batch(runs[FULL], runs[OURS])
     return list(runs.values())
+
+
+def _count_targets(data: Data, batch_size: int, steps: int) -> TargetShare:
+    """Over the first batches of the training."""
+    batches = (data.batch(step, batch_size) for step in range(min(steps, NUM_COUNTED_BATCHES)))
+    return count_targets({"input_ids": ids, "labels": labels} for ids, labels in batches)
+
+
+def _is_of_use(model: nn.Module, settings: Settings, share: float) -> bool:
+    """Whether a target plan without dropping is a way of its own: there is context, and ours does not do just that."""
+    if share > MOST_TARGETS or (settings.context == "inference" and settings.drop_rate == 0.0):
+        return False
+    try:
+        check_context(model, "inference", settings.context_gradient)
+    except ValueError as error:
+        print(f"no target plan is compared: {error}")
+        return False
+    return True
+
+
+def in_words(settings: Settings) -> str:
+    """What ours does."""
+    words = f"drop rate {settings.drop_rate:g}"
+    if settings.context == "inference":
+        words += ", tokens without a loss as inference"
+        words += f" (context gradient {settings.context_gradient})" * (settings.context_gradient != "none")
+    return words
 
 
 def equal_time_batch(full: Run, ours: Run) -> int:
@@ -142,7 +189,14 @@ def result(run: Run, with_memory: bool = True) -> dict[str, Any]:
     """What a run cost and reached, for the table and for report.json. Times are medians, in milliseconds."""
     history = run.history
     last = history.train_loss[-max(1, len(history.train_loss) // 10) :]
-    kept = 1.0 if run.handler is None else run.handler.report()["flops_kept"]
+    kept: float | None = 1.0 if run.handler is None else run.handler.report()["flops_kept"]
+    rows = 1.0
+    if run.by_targets:
+        rows = _count_targets(run.data, run.batch_size, len(history.step_s) or 1).backward
+        if kept is not None and run.settings.context_gradient == "none":
+            kept *= rows
+        else:  # context has a part of its backward: not counted
+            kept = None
     return {
         "batch_size": run.batch_size,
         "steps": len(history.step_s),
@@ -152,8 +206,9 @@ def result(run: Run, with_memory: bool = True) -> dict[str, Any]:
         "training_s": sum(history.step_s),
         "calibration_s": history.calibration_s,
         **(measure_memory(run) if with_memory else {"saved_bytes": None, "peak_live_bytes": None}),
+        "rows_with_backward": rows,
         # Of the branches' backward work for the full batch without dropping.
-        "backward_flops_kept": kept * run.batch_size / run.settings.batch_size,
+        "backward_flops_kept": None if kept is None else kept * run.batch_size / run.settings.batch_size,
         "train_loss": statistics.mean(last) if last else None,
         "validation_loss_before": history.validation[0][1] if history.validation else None,
         "validation_loss_after": history.validation[-1][1] if len(history.validation) > 1 else None,
@@ -208,7 +263,7 @@ def print_table(results: dict[str, dict[str, Any]], settings: Settings) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    title = f"drop rate {settings.drop_rate:g}, {settings.adapter}, {settings.dtype} on {settings.device}"
+    title = f"{in_words(settings)}, {settings.adapter}, {settings.dtype} on {settings.device}"
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for name in results:
@@ -223,6 +278,7 @@ def print_table(results: dict[str, dict[str, Any]], settings: Settings) -> None:
         add(f"{part} time, ms (median)", f"{part}_ms", lambda v: f"{v:.1f}")
     add("peak live bytes, MiB", "peak_live_bytes", lambda v: f"{v / 2**20:.1f}")
     add("saved for backward, MiB", "saved_bytes", lambda v: f"{v / 2**20:.1f}")
+    add("rows with a backward", "rows_with_backward", lambda v: f"{v:.1%}")
     add("backward FLOPs kept", "backward_flops_kept", lambda v: f"{v:.1%}")
     add("train loss (last tenth)", "train_loss", lambda v: f"{v:.4f}")
     add("validation loss before", "validation_loss_before", lambda v: f"{v:.4f}")

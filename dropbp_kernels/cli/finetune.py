@@ -16,16 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from .. import samplers
+from ..integrations.target_plans import CONTEXT_GRADIENTS
 from . import checkpoint, compare, hardware, models
 from .data import BUILTIN, Data, load_data
 from .errors import UserError, require_finetune_packages
-from .settings import ADAPTERS, DTYPES, RATES, Settings, parse_grad_scale, resolve, settings_of
+from .settings import ADAPTERS, CONTEXTS, DTYPES, RATES, Settings, parse_grad_scale, resolve, settings_of
 from .training import Run, train
 
 EXAMPLES = """examples:
-  dropbp-kernels finetune                                   the built-in model and task, four ways compared
+  dropbp-kernels finetune                                   the built-in model and task, several ways compared
   dropbp-kernels finetune --data builtin:docs --drop-rate 0.5
   dropbp-kernels finetune --data notes.txt --no-compare     one run of ours
+  dropbp-kernels finetune --context inference               tokens without a loss run as inference, compared
   dropbp-kernels finetune --model owner/llama --data chats.jsonl --seq-len 1024 --batch-size 4
   dropbp-kernels finetune --resume runs/finetune-20250101-120000
 """
@@ -36,7 +38,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "finetune",
         help="fine-tune a Llama-family model with DropBP",
-        description="Fine-tune a Llama-family model with DropBP. On the built-in model, four ways are compared.",
+        description="Fine-tune a Llama-family model with DropBP. On the built-in model, several ways are compared.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # what is not given comes from Settings, or from the checkpoint
@@ -56,7 +58,10 @@ def add_parser(commands: Any) -> None:
     )
     add("--adapter", f"{' or '.join(ADAPTERS)}: LoRA on all linear layers, or train everything")
     add("--lora-rank", "rank of the LoRA matrices", type=int)
-    add("--drop-rate", "share of the branches' backward to drop, 0 <= drop rate < 1", type=float)
+    rate = "share of the branches' backward to drop, 0 <= drop rate < 1 (default: 0.75; 0 with --context inference)"
+    add("--drop-rate", rate, type=float)
+    add("--context", f"{' or '.join(CONTEXTS)}: how tokens without a loss run; inference: without a backward")
+    add("--context-gradient", f"of what --context inference leaves out, keep {', '.join(CONTEXT_GRADIENTS)}")
     add("--rates", f"{' or '.join(RATES)}: equal drop rates, or allocated after a tenth of the steps")
     add("--sampler", f"how plans are drawn: {', '.join(samplers.SAMPLERS)}")
     add("--grad-scale", "factor on the gradient entering a kept branch, or 'unbiased'", type=parse_grad_scale)
@@ -70,8 +75,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--compare",
         action=argparse.BooleanOptionalAction,
-        help="compare with no dropping, with a smaller batch of equal time and with published DropBP "
-        "(default: with the built-in model only)",
+        help="compare with no dropping, with a smaller batch of equal time, with published DropBP and with a target "
+        "plan where the data have tokens without a loss (default: with the built-in model only)",
     )
     add("--save-every", "steps between checkpoints; 0: only when interrupted", type=int)
     parser.add_argument("--output", metavar="DIR", help="output folder (default: a new one under runs/)")
@@ -195,8 +200,8 @@ def _print_plan(settings: Settings, data: Data, folder: Path) -> None:
         f"model {settings.model}, {settings.adapter}, learning rate {settings.learning_rate:g}, {settings.dtype} on "
         f"{settings.device}\ndata {facts['name']}: {facts['train_rows']} rows to train "
         f"({facts['train_tokens']} tokens, {facts['train_tokens_with_loss']} with loss), "
-        f"{facts['validation_rows']} to validate\n{settings.steps} steps of {settings.batch_size} rows, drop rate "
-        f"{settings.drop_rate:g}; output in {folder}"
+        f"{facts['validation_rows']} to validate\n{settings.steps} steps of {settings.batch_size} rows, "
+        f"{compare.in_words(settings)}; output in {folder}"
     )
 
 

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .compare import FULL, OURS, PUBLISHED, SMALLER
+from .compare import FULL, OURS, PUBLISHED, SMALLER, TARGETS, in_words
 from .settings import Settings
 from .training import Run
 
 # Colours that stay apart for colour-blind readers and in grey (Okabe and Ito).
-COLORS = {FULL: "#555555", SMALLER: "#E69F00", PUBLISHED: "#56B4E9", OURS: "#D55E00"}
+COLORS = {FULL: "#555555", SMALLER: "#E69F00", PUBLISHED: "#56B4E9", TARGETS: "#009E73", OURS: "#D55E00"}
 MiB = 2**20
 
 
@@ -34,13 +34,15 @@ def draw_comparison(runs: Sequence[Run], results: dict[str, dict[str, Any]], set
         _draw_times(axes[1, 0], results)
         _draw_memory(axes[1, 1], results)
         figure.suptitle(
-            f"{settings.model} on {settings.data}: {settings.adapter}, drop rate {settings.drop_rate:g}, "
+            f"{settings.model} on {settings.data}: {settings.adapter}, {in_words(settings)}, "
             f"batch {settings.batch_size} x {settings.seq_len} tokens, {settings.device} {settings.dtype}",
             fontsize=11,
             x=0.01,
             ha="left",
         )
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+        figure.legend(
+            *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(runs), frameon=False
+        )
         figure.savefig(path, dpi=150)
         plt.close(figure)
 

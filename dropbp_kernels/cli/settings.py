@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..allocation import allocate
+from ..integrations.target_plans import CONTEXT_GRADIENTS
 from ..samplers import SAMPLERS
 from . import builtin
 from .data import check_data_path
@@ -16,6 +17,8 @@ from .errors import UserError
 ADAPTERS = ("lora", "full")
 RATES = ("uniform", "sensitivity")
 DTYPES = ("auto", "float32", "bfloat16")
+CONTEXTS = ("off", "inference")
+DROP_RATES = {"off": 0.75, "inference": 0.0}  # by context: with a target plan, tokens are dropped in place of branches
 LEARNING_RATES = {  # (is built-in, adapter): the built-in model is small and takes larger steps
     (True, "lora"): 4e-3,
     (True, "full"): 1e-3,
@@ -34,10 +37,12 @@ class Settings:
     data: str = "builtin:docstrings"
     adapter: str = "lora"
     lora_rank: int = 8
-    drop_rate: float = 0.75
+    drop_rate: float | None = None
     rates: str = "uniform"
     sampler: str = "balanced"
     grad_scale: float | str = 1.0
+    context: str = "off"
+    context_gradient: str = "none"
     steps: int = 120
     batch_size: int = 8
     seq_len: int = 256
@@ -62,6 +67,8 @@ def resolve(settings: Settings) -> Settings:
 
     Errors: UserError that names the option, what was expected and what came.
     """
+    if settings.drop_rate is None and settings.context in DROP_RATES:
+        settings = replace(settings, drop_rate=DROP_RATES[settings.context])
     _check(settings)
     is_builtin = settings.model == builtin.NAME
     folder = Path(settings.model).expanduser()
@@ -84,6 +91,7 @@ def resolve(settings: Settings) -> Settings:
 
 def _check(settings: Settings) -> None:
     choices = {"adapter": ADAPTERS, "rates": RATES, "dtype": DTYPES, "sampler": tuple(SAMPLERS)}
+    choices |= {"context": CONTEXTS, "context_gradient": CONTEXT_GRADIENTS}
     for name, allowed in choices.items():
         if (value := getattr(settings, name)) not in allowed:
             raise UserError(f"{_option(name)}: expected one of {', '.join(allowed)}, got {value!r}")
@@ -94,7 +102,9 @@ def _check(settings: Settings) -> None:
         raise UserError(f"--seq-len: expected at least 16, got {settings.seq_len}")
     if settings.save_every < 0:
         raise UserError(f"--save-every: expected 0 (only when interrupted) or more, got {settings.save_every}")
-    if not 0.0 <= settings.drop_rate < 1.0:
+    if settings.context_gradient != "none" and settings.context == "off":
+        raise UserError(f"--context-gradient {settings.context_gradient}: expected --context inference with it")
+    if settings.drop_rate is None or not 0.0 <= settings.drop_rate < 1.0:
         raise UserError(f"--drop-rate: expected 0 <= drop_rate < 1, got {settings.drop_rate}")
     if settings.grad_scale != "unbiased" and not math.isfinite(settings.grad_scale):  # type: ignore[arg-type]
         raise UserError(f"--grad-scale: expected a finite number or 'unbiased', got {settings.grad_scale}")

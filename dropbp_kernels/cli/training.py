@@ -44,7 +44,10 @@ class History:
 
 
 class Run:
-    """One model on its way: model, handler (None: nothing is dropped), optimizer and history."""
+    """One model on its way: model, handler (None: nothing is dropped), optimizer and history.
+
+    by_targets: whether the model runs tokens without a loss like inference.
+    """
 
     def __init__(
         self,
@@ -54,6 +57,7 @@ class Run:
         batch_size: int,
         data: Data,
         settings: Settings,
+        by_targets: bool = False,
     ):
         self.name = name
         self.model = model
@@ -63,6 +67,7 @@ class Run:
         self.settings = settings
         self.device = torch.device(settings.device)
         self.history = History()
+        self.by_targets = by_targets
         self.num_tokens = 0
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         assert settings.learning_rate is not None
