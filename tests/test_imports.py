@@ -34,6 +34,7 @@ LEVELS = {
     "plan": 4,
     "blocks": 4,
     "simulation": 4,
+    "calibration": 3,
     "sensitivity": 5,
     "handler": 6,
     "integrations": 7,
