@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .allocation import allocate
 from .calibration import Calibration, check_branches
@@ -24,6 +24,7 @@ from .plan import DropPlan, set_plan
 from .report import Report, make_report
 from .samplers import Sampler, get_sampler
 from .sensitivity import compute_sensitivity, mean_over_ranks
+from .targets import TargetRule
 
 STATE_VERSION = 1
 CHECKPOINTS = (None, "kept")
@@ -106,6 +107,8 @@ class DropBPHandler:
         self.plan = DropPlan((True,) * len(gates), seed=seed)
         self._num_kept = [0] * len(gates)
         self._awaits_call = False
+        self.targets = TargetRule.of(model)
+        self._tell_targets()
         for gate in gates.values():
             gate.dropped_runs = dropped_runs
             gate.checkpoint = checkpoint_branch if checkpoint else None
@@ -115,11 +118,17 @@ class DropBPHandler:
 
     # ---- plans
 
-    def step(self) -> DropPlan:
+    def step(self, labels: Tensor | None = None) -> DropPlan:
         """Draw the plan of the next step and set it; call once per optimizer step, before the forward.
 
-        Errors: RuntimeError in strict mode when a gate was not called with gradients enabled since the last `step`.
+        labels: for a model patched with context="inference" that is called without labels, because the caller takes the
+            loss: int64 (batch, seq_len), not shifted, -100 where there is no loss. They hold until the next step; for
+            several micro-batches of one optimizer step call `step` before each.
+        Errors: RuntimeError in strict mode when a gate was not called with gradients enabled since the last `step`;
+            ValueError for labels where no context is to be told from targets. No plan is drawn then.
         """
+        if labels is not None and self.targets is None:
+            raise ValueError('labels: expected None, since the model was not patched with context="inference"')
         if self.strict and self._awaits_call:
             self._check_called()
         self.plan = self.draw(self.num_steps)
@@ -129,7 +138,12 @@ class DropBPHandler:
             gate.was_called = False
         self.num_steps += 1
         self._awaits_call = True
+        self._tell_targets(labels)
         return self.plan
+
+    def _tell_targets(self, labels: Tensor | None = None) -> None:
+        if self.targets is not None:
+            self.targets.seed, self.targets.step, self.targets.labels = self.seed, self.plan.step, labels
 
     def draw(self, step: int) -> DropPlan:
         """The plan of `step`: a pure function of (seed, step), the rates and the FLOPs; changes nothing."""
@@ -298,3 +312,4 @@ class DropBPHandler:
         self.plan = DropPlan(tuple(state["plan"]), state["plan_step"], self.seed)
         self._num_kept = list(state["num_kept"])
         self._awaits_call = False
+        self._tell_targets()
