@@ -9,21 +9,22 @@
 A plan is a pure function of (seed, step), so it is the same on every rank, after a resume and in a recompute.
 """
 
-import json
 import math
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .allocation import allocate
+from .calibration import Calibration, check_branches
 from .layer import DROPPED_RUNS, DropBP, checkpoint_branch
 from .plan import DropPlan, set_plan
-from .report import Report
+from .report import Report, make_report
 from .samplers import Sampler, get_sampler
 from .sensitivity import compute_sensitivity, mean_over_ranks
+from .targets import TargetRule
 
 STATE_VERSION = 1
 CHECKPOINTS = (None, "kept")
@@ -102,10 +103,12 @@ class DropBPHandler:
         self.keep_one = keep_one
         self.strict = strict
         self.num_steps = 0
-        self.sensitivities: list[float] | None = None
+        self.calibration: Calibration | None = None
         self.plan = DropPlan((True,) * len(gates), seed=seed)
         self._num_kept = [0] * len(gates)
         self._awaits_call = False
+        self.targets = TargetRule.of(model)
+        self._tell_targets()
         for gate in gates.values():
             gate.dropped_runs = dropped_runs
             gate.checkpoint = checkpoint_branch if checkpoint else None
@@ -115,11 +118,17 @@ class DropBPHandler:
 
     # ---- plans
 
-    def step(self) -> DropPlan:
+    def step(self, labels: Tensor | None = None) -> DropPlan:
         """Draw the plan of the next step and set it; call once per optimizer step, before the forward.
 
-        Errors: RuntimeError in strict mode when a gate was not called with gradients enabled since the last `step`.
+        labels: for a model patched with context="inference" that is called without labels, because the caller takes the
+            loss: int64 (batch, seq_len), not shifted, -100 where there is no loss. They hold until the next step; for
+            several micro-batches of one optimizer step call `step` before each.
+        Errors: RuntimeError in strict mode when a gate was not called with gradients enabled since the last `step`;
+            ValueError for labels where no context is to be told from targets. No plan is drawn then.
         """
+        if labels is not None and self.targets is None:
+            raise ValueError('labels: expected None, since the model was not patched with context="inference"')
         if self.strict and self._awaits_call:
             self._check_called()
         self.plan = self.draw(self.num_steps)
@@ -129,7 +138,12 @@ class DropBPHandler:
             gate.was_called = False
         self.num_steps += 1
         self._awaits_call = True
+        self._tell_targets(labels)
         return self.plan
+
+    def _tell_targets(self, labels: Tensor | None = None) -> None:
+        if self.targets is not None:
+            self.targets.seed, self.targets.step, self.targets.labels = self.seed, self.plan.step, labels
 
     def draw(self, step: int) -> DropPlan:
         """The plan of `step`: a pure function of (seed, step), the rates and the FLOPs; changes nothing."""
@@ -223,10 +237,36 @@ class DropBPHandler:
         for gate in self.gates.values():
             gate.refresh()
         sensitivities = mean_over_ranks(compute_sensitivity(self, backprop, definition, progress=progress))
-        rates = allocate(sensitivities, self.flops(), self.drop_rate, method=allocation, min_rate=min_rate)
+        flops = self.flops()
+        rates = allocate(sensitivities, flops, self.drop_rate, method=allocation, min_rate=min_rate)
         self.set_drop_rates(rates)
-        self.sensitivities = sensitivities
+        self.calibration = Calibration(
+            branches=tuple(self.gates),
+            sensitivities=tuple(sensitivities),
+            flops=tuple(flops),
+            definition=definition,
+            drop_rate=self.drop_rate,
+            min_rate=min_rate,
+            allocation=allocation,
+            drop_rates=tuple(rates),
+        )
         return rates
+
+    def use_calibration(self, calibration: Calibration | str | Path, *, allocation: str | None = None) -> list[float]:
+        """Set the drop rates from an earlier calibration, or from a file of `Calibration.save`; return the rates.
+
+        Its sensitivities and FLOPs are allocated anew, for this handler's drop_rate, by the method that it names or by
+        `allocation`; so a file serves other drop rates, too, and gives the same rates for the same one.
+        Errors: ValueError when it is of a model with other branches or no calibration, and those of `allocate`; the
+                rates are unchanged then.
+        """
+        if not isinstance(calibration, Calibration):
+            calibration = Calibration.load(calibration)
+        check_branches(calibration.branches, list(self.gates), "calibration")
+        calibration = calibration.reallocated(self.drop_rate, allocation or calibration.allocation)
+        self.set_drop_rates(calibration.drop_rates)
+        self.calibration = calibration
+        return list(calibration.drop_rates)
 
     # ---- books
 
@@ -235,38 +275,18 @@ class DropBPHandler:
 
         A dict; `print` and rich show it as a table, `draw(path)` as a picture.
         """
-        flops = self.flops()
-        branches = [
-            {
-                "name": name,
-                "drop_rate": rate,
-                "num_kept": num_kept,
-                "num_dropped": self.num_steps - num_kept,
-                "realised_drop_rate": 1.0 - num_kept / self.num_steps if self.num_steps else None,
-                "flops": branch_flops,
-            }
-            for name, rate, num_kept, branch_flops in zip(
-                self.gates, self.drop_rates, self._num_kept, flops, strict=True
-            )
-        ]
-        kept_flops = sum(n * f for n, f in zip(self._num_kept, flops, strict=True))
-        num_calls = self.num_steps * len(flops)
-        return Report(
-            num_steps=self.num_steps,
-            drop_rate=self.drop_rate,
-            realised_drop_rate=1.0 - sum(self._num_kept) / num_calls if num_calls else None,
-            flops_kept=kept_flops / (self.num_steps * sum(flops)) if num_calls else None,
-            branches=branches,
+        return make_report(
+            list(self.gates), self.drop_rate, self.drop_rates, self.flops(), self._num_kept, self.num_steps
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Rates, sensitivities, step, seed and counts, as plain Python values; also good as a JSON file."""
+        """Rates, calibration, step, seed and counts, as plain Python values; also good as a JSON file."""
         return {
             "version": STATE_VERSION,
             "branches": list(self.gates),
             "drop_rate": self.drop_rate,
             "drop_rates": list(self.drop_rates),
-            "sensitivities": None if self.sensitivities is None else list(self.sensitivities),
+            "calibration": None if self.calibration is None else self.calibration.to_dict(),
             "num_steps": self.num_steps,
             "seed": self.seed,
             "plan": list(self.plan.kept),
@@ -281,42 +301,15 @@ class DropBPHandler:
         """
         if state.get("version") != STATE_VERSION:
             raise ValueError(f"state: expected version {STATE_VERSION}, got {state.get('version')!r}")
-        self._check_branches(state["branches"], "state")
+        check_branches(state["branches"], list(self.gates), "state")
+        calibration = state["calibration"]
         self.set_drop_rates(state["drop_rates"])
         set_plan(self.gates, tuple(state["plan"]))
         self.drop_rate = state["drop_rate"]
-        self.sensitivities = state["sensitivities"]
+        self.calibration = None if calibration is None else Calibration.from_dict(calibration, "state")
         self.num_steps = state["num_steps"]
         self.seed = state["seed"]
         self.plan = DropPlan(tuple(state["plan"]), state["plan_step"], self.seed)
         self._num_kept = list(state["num_kept"])
         self._awaits_call = False
-
-    def save_rates(self, path: str | Path) -> None:
-        """Write the drop rates, by branch name, to a JSON file that `load_rates` reads."""
-        rates = dict(zip(self.gates, self.drop_rates, strict=True))
-        Path(path).write_text(json.dumps({"drop_rate": self.drop_rate, "drop_rates": rates}, indent=2) + "\n")
-
-    def load_rates(self, path: str | Path) -> None:
-        """Set the drop rates from a file of `save_rates`.
-
-        Errors: ValueError when the file holds no rates or those of a model with other branches; nothing is changed.
-        """
-        content = json.loads(Path(path).read_text())
-        rates = content.get("drop_rates") if isinstance(content, dict) else None
-        if not isinstance(rates, dict):
-            raise ValueError(f"{path}: expected a JSON object with drop_rates by branch name, as save_rates writes it")
-        self._check_branches(list(rates), str(path))
-        self.set_drop_rates([rates[name] for name in self.gates])
-
-    def _check_branches(self, names: Sequence[str], where: str) -> None:
-        ours = list(self.gates)
-        if set(names) == set(ours) and len(names) == len(ours):
-            return
-        other = next((name for name in names if name not in self.gates), None)
-        lacks = next((name for name in ours if name not in names), None)
-        raise ValueError(
-            f"{where}: expected the {len(ours)} branches of this model, got {len(names)} of another one"
-            + (f"; this model has no {other}" if other else "")
-            + (f"; it lacks {lacks}" if lacks else "")
-        )
+        self._tell_targets()

@@ -1,5 +1,6 @@
 """What was dropped so far, for people: the dict of `DropBPHandler.report`, which prints as a table and draws itself."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +82,34 @@ class Report(dict[str, Any]):
             )
             for branch in self["branches"]
         ]
+
+
+def make_report(
+    names: Sequence[str],
+    drop_rate: float,
+    drop_rates: Sequence[float],
+    flops: Sequence[float],
+    num_kept: Sequence[int],
+    num_steps: int,
+) -> Report:
+    """The report of num_steps plans, in num_kept of which each branch was kept."""
+    branches = [
+        {
+            "name": name,
+            "drop_rate": rate,
+            "num_kept": kept,
+            "num_dropped": num_steps - kept,
+            "realised_drop_rate": 1.0 - kept / num_steps if num_steps else None,
+            "flops": branch_flops,
+        }
+        for name, rate, kept, branch_flops in zip(names, drop_rates, num_kept, flops, strict=True)
+    ]
+    kept_flops = sum(n * f for n, f in zip(num_kept, flops, strict=True))
+    num_calls = num_steps * len(flops)
+    return Report(
+        num_steps=num_steps,
+        drop_rate=drop_rate,
+        realised_drop_rate=1.0 - sum(num_kept) / num_calls if num_calls else None,
+        flops_kept=kept_flops / (num_steps * sum(flops)) if num_calls else None,
+        branches=branches,
+    )

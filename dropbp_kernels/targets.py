@@ -10,14 +10,58 @@ it serves targets through its keys and values only. Rows run in stages, each by 
 
 A row may attend to what its document holds before it; all of that is in earlier stages or in its own. Rows that no
 later target could see (after the last target, in samples without a target, padding) are in no stage: they do not run.
+
+A share of the context may be kept as well, at random. Such a row runs twice: with the context, which needs its keys,
+and again, with autograd, with the targets that follow, which see the second run of it only.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .permutation import draw_num_kept, draw_permutation
 
 IGNORED = -100  # the label of a token without a loss, as PyTorch and transformers have it
+_RULE = "_dropbp_targets"
+_CONTEXT = -1  # stands for the context where rows of branches are drawn: no branch has this number
+
+
+@dataclass
+class TargetRule:
+    """By what the plans of a model are made: options of apply_dropbp, and what its handler was told in `step`.
+
+    labels: of the batches until the next step, where the model is called without any.
+    """
+
+    context_gradient: str = "none"
+    context_keep: float = 0.0
+    shared_context: bool = False
+    seed: int = 0
+    step: int = 0
+    labels: Tensor | None = None
+    has_warned: bool = False
+
+    def put_on(self, decoder: nn.Module) -> None:
+        """Let this be the rule of `decoder`."""
+        vars(decoder)[_RULE] = self
+
+    @staticmethod
+    def of(model: nn.Module) -> "TargetRule | None":
+        """The rule of `model` or of the decoder inside, None where it has none."""
+        return next((vars(module)[_RULE] for module in model.modules() if _RULE in vars(module)), None)
+
+    @staticmethod
+    def on(decoder: nn.Module) -> "TargetRule":
+        """The rule that was put on `decoder`."""
+        rule: TargetRule = vars(decoder)[_RULE]
+        return rule
+
+    @staticmethod
+    def take_off(decoder: nn.Module) -> None:
+        """Undo `put_on`."""
+        vars(decoder).pop(_RULE, None)
 
 
 @dataclass(frozen=True)
@@ -25,19 +69,51 @@ class Stage:
     """Rows of each sample that run together, in their order, padded on the right to the longest.
 
     rows: int64 (B, L), places along the sequence; 0 where padding. is_row: bool (B, L), False where padding.
-    is_target: whether these are target rows. is_prefix: whether they are, unpadded, the first rows of one document in
-    every sample.
+    is_target: whether these are target rows, and kept context. is_prefix: whether they are, unpadded, the first rows of
+    one document in every sample.
+    targets: the columns that hold targets, int64 (B, T), and where these are no padding, bool (B, T); None: all.
+    samples: of context that samples share, those that run for all, int64 (U,); None: every sample runs.
+    sample_of: whose keys each sample takes, int64 (B,), indices into samples.
     """
 
     rows: Tensor
     is_row: Tensor
     is_target: bool
     is_prefix: bool
+    targets: tuple[Tensor, Tensor] | None = None
+    samples: Tensor | None = None
+    sample_of: Tensor | None = None
 
     def gather(self, values: Tensor) -> Tensor:
         """values (B, S, ...) of these rows: (B, L, ...)."""
-        index = self.rows.reshape(*self.rows.shape, *(1,) * (values.dim() - 2))
-        return values.gather(1, index.expand(*self.rows.shape, *values.shape[2:]))
+        return _take(values, self.rows)
+
+    def running(self, values: Tensor) -> Tensor:
+        """Of values (B, ...) those of the samples that run: (B, ...) or (U, ...)."""
+        return values if self.samples is None else values.index_select(0, self.samples)
+
+    def of_targets(self, values: Tensor) -> Tensor:
+        """Of values (B, L, ...) of these rows those of the targets: (B, T, ...)."""
+        return values if self.targets is None else _take(values, self.targets[0])
+
+    def slices(self, width: int) -> "list[Stage]":
+        """The same rows in stages of at most `width` columns each, as even as can be."""
+        num_rows = self.rows.shape[1]
+        width = math.ceil(num_rows / math.ceil(num_rows / width))
+        return [
+            replace(
+                self,
+                rows=self.rows[:, start : start + width],
+                is_row=self.is_row[:, start : start + width],
+                is_prefix=self.is_prefix and start == 0,
+            )
+            for start in range(0, num_rows, width)
+        ]
+
+
+def _take(values: Tensor, index: Tensor) -> Tensor:
+    shape = index.shape
+    return values.gather(1, index.reshape(*shape, *(1,) * (values.dim() - 2)).expand(*shape, *values.shape[2:]))
 
 
 @dataclass(frozen=True)
@@ -47,8 +123,8 @@ class TargetPlan:
     stages: in the order in which they run; the last one is a target stage.
     documents: int64 (B, S), which document a row belongs to.
     shift_labels: int64 (B, S), the label that a row's logits are compared with.
-    num_context, num_target, num_skipped: how many rows run without autograd, with it, and not at all; padding is not
-        counted.
+    num_context, num_target, num_skipped: how many rows run without autograd, predict a label, and do not run; padding
+        is not counted. num_kept: how many context rows run once more, with autograd.
     """
 
     stages: tuple[Stage, ...]
@@ -57,21 +133,84 @@ class TargetPlan:
     num_context: int
     num_target: int
     num_skipped: int
+    num_kept: int = 0
 
     @property
     def is_dense(self) -> bool:
         """Whether there is nothing to save: no context, and no sample skips more than its last row."""
         return self.num_context == 0 and self.num_skipped <= self.documents.shape[0]
 
+    @property
+    def head_rows(self) -> tuple[Tensor, Tensor]:
+        """The rows whose logits enter the loss, in the order in which they run: places (B, T), and is_row (B, T)."""
+        stages = [stage for stage in self.stages if stage.is_target]
+        is_row = [stage.is_row if stage.targets is None else stage.targets[1] for stage in stages]
+        return torch.cat([stage.of_targets(stage.rows) for stage in stages], 1), torch.cat(is_row, 1)
+
+    def to_places(self, values: Tensor, width: int) -> Tensor:
+        """values (B, T, ...) of `head_rows` at their places, (B, width, ...); zeros elsewhere."""
+        rows, is_row = self.head_rows
+        index = rows.reshape(*rows.shape, *(1,) * (values.dim() - 2)).expand_as(values)
+        values = values.masked_fill(~is_row.reshape(*rows.shape, *(1,) * (values.dim() - 2)), 0)
+        summed = values.to(torch.int8) if values.dtype == torch.bool else values
+        # Added, since padded rows all have place 0.
+        placed = summed.new_zeros(rows.shape[0], width, *values.shape[2:]).scatter_add(1, index, summed)
+        return placed.to(values.dtype)
+
+    def with_shared_context(self, tokens: Tensor, position_ids: Tensor) -> "TargetPlan":
+        """The same plan, where samples that begin with the same context run it once.
+
+        Shapes: tokens int64 (B, S); position_ids int64 (B, S) or (1, S).
+        Cost:   compared on the host; tokens are waited for.
+        """
+        first = self.stages[0] if self.stages else None
+        if first is None or first.is_target:
+            return self
+        places, documents = first.rows, first.gather(self.documents)
+        same = [first.gather(tokens), first.gather(position_ids.expand_as(self.documents))]
+        same += [places - places[:, :1], documents - documents[:, :1]]  # who attends to whom
+        rows = torch.stack([torch.where(first.is_row, values, -1) for values in same], dim=-1).flatten(1).cpu()
+        distinct, sample_of = rows.unique(dim=0, return_inverse=True)
+        num_samples, num_distinct = len(rows), len(distinct)
+        if num_distinct == num_samples:
+            return self
+        samples = torch.full((num_distinct,), num_samples).scatter_reduce(
+            0, sample_of, torch.arange(num_samples), "amin"
+        )
+        device = first.rows.device
+        shared = replace(first, samples=samples.to(device), sample_of=sample_of.to(device))
+        num_saved = int(first.is_row.sum()) - int(shared.running(first.is_row).sum())
+        return replace(self, stages=(shared, *self.stages[1:]), num_context=self.num_context - num_saved)
+
+    def with_slices(self, max_rows: int) -> "TargetPlan":
+        """The same plan with context stages cut along the sequence, so that at most max_rows rows run at a time.
+
+        One column of every sample runs at least; padding counts.
+        """
+        stages: list[Stage] = []
+        for stage in self.stages:
+            num_samples, num_columns = stage.running(stage.rows).shape
+            width = max(1, max_rows // num_samples)
+            stages += [stage] if stage.is_target or num_columns <= width else stage.slices(width)
+        return replace(self, stages=tuple(stages))
+
 
 def plan_targets(
-    labels: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    labels: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    *,
+    context_keep: float = 0.0,
+    seed: int = 0,
+    step: int = 0,
 ) -> TargetPlan:
     """The target plan of a batch.
 
     Shapes: labels int64 (B, S), -100 where there is no loss, not shifted; attention_mask (B, S), 0 where padding, on
             either side; position_ids int64 (B, S) or (1, S): without attention_mask, a place where they do not go up by
             one starts a new document (packed sequences).
+    context_keep: share of the context rows that run once more, with autograd; which, is a pure function of (seed, step)
+            and the batch: the first of them in one random order of all places.
     Errors: ValueError when shapes do not fit or a padded row predicts a label.
     Cost:   planned on the host; labels are waited for once a batch.
     """
@@ -96,13 +235,20 @@ def plan_targets(
         documents[:, 1:] = (steps != 1).cumsum(1)
 
     number = _stage_numbers(is_target, is_real, documents)
+    is_context = (number >= 0) & ~is_target
+    num_target, num_context = int(is_target.sum()), int(is_context.sum())
+    is_kept = torch.zeros_like(is_context)
+    if context_keep > 0.0:
+        num_kept = draw_num_kept(num_context, 1.0 - context_keep, seed=seed, step=step, branch=_CONTEXT)
+        order = draw_permutation(number.numel(), seed=seed, step=step, branch=_CONTEXT)
+        is_kept.view(-1)[order[is_context.flatten()[order]][:num_kept]] = True
     stages = []
     for value in range(int(number.max()) + 1 if number.numel() else 0):
         chosen = number == value
+        if value % 2 == 1:  # kept context of the turn runs once more with the turn's targets
+            chosen |= is_kept & (number == value - 1)
         if chosen.any():
-            stages.append(_stage(chosen, documents, is_target=value % 2 == 1, device=device))
-    num_target = int(is_target.sum())
-    num_context = int((number >= 0).sum()) - num_target
+            stages.append(_stage(chosen, is_target, documents, is_kept, value % 2 == 1, device))
     return TargetPlan(
         tuple(stages),
         documents.to(device),
@@ -110,6 +256,7 @@ def plan_targets(
         num_context,
         num_target,
         int(is_real.sum()) - num_context - num_target,
+        int(is_kept.sum()),
     )
 
 
@@ -137,10 +284,23 @@ def _stage_numbers(is_target: Tensor, is_real: Tensor, documents: Tensor) -> Ten
     return torch.where(runs, 2 * turns + is_target, -1)
 
 
-def _stage(chosen: Tensor, documents: Tensor, *, is_target: bool, device: torch.device) -> Stage:
+def _stage(
+    chosen: Tensor, is_target: Tensor, documents: Tensor, is_kept: Tensor, runs_targets: bool, device: torch.device
+) -> Stage:
+    rows, is_row = _columns(chosen)
+    width = rows.shape[1]
+    is_prefix = bool(chosen[:, :width].all() and (documents[:, :width] == documents[:, :1]).all())
+    targets = None
+    if runs_targets and (chosen & is_kept).any():
+        columns, is_column = _columns(is_row & is_target.gather(1, rows))
+        targets = columns.to(device), is_column.to(device)
+    return Stage(rows.to(device), is_row.to(device), runs_targets, is_prefix, targets)
+
+
+def _columns(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each sample's chosen ones stand, in order, padded on the right with 0: (B, L), and what is no padding."""
     counts = chosen.sum(1)
     width = int(counts.max())
-    rows = chosen.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :width]
-    is_row = torch.arange(width) < counts.unsqueeze(1)
-    is_prefix = bool(chosen[:, :width].all() and (documents[:, :width] == documents[:, :1]).all())
-    return Stage(torch.where(is_row, rows, 0).to(device), is_row.to(device), is_target, is_prefix)
+    columns = chosen.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :width]
+    is_column = torch.arange(width) < counts.unsqueeze(1)
+    return torch.where(is_column, columns, 0), is_column

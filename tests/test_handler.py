@@ -8,6 +8,7 @@ import torch
 from models import gradients, toy_model
 
 from dropbp_kernels import DropBP, DropBPHandler, DropPlan
+from dropbp_kernels.allocation import allocate
 
 
 def train_step(model, handler, x=None):
@@ -195,7 +196,7 @@ def test_calibrate_sets_rates_and_leaves_the_model_as_found():
     assert rates == handler.drop_rates
     assert len(set(rates)) > 1
     assert sum(rates) / 6 == pytest.approx(0.5, abs=0.1)
-    assert handler.sensitivities is not None
+    assert handler.calibration.drop_rates == tuple(rates)
     assert handler.plan is plan
     assert [gate.kept for gate in handler.gates.values()] == list(plan.kept)
     assert torch.equal(torch.get_rng_state(), rng)
@@ -205,22 +206,23 @@ def test_calibrate_sets_rates_and_leaves_the_model_as_found():
         assert grad is None or torch.equal(grad, before[name]), name
 
 
-def test_rates_file(tmp_path):
-    handler = DropBPHandler(toy_model(), 0.5)
-    handler.set_drop_rates([0.1, 0.2, 0.3, 0.4])
-    handler.save_rates(tmp_path / "rates.json")
+def test_a_calibration_is_used_again(tmp_path):
+    model = toy_model()
+    handler = DropBPHandler(model, 0.5)
+    handler.calibrate(lambda: model(torch.ones(2, 3, 8)).square().sum().backward())
+    handler.calibration.save(tmp_path / "calibration.json")
     other = DropBPHandler(toy_model(), 0.5)
-    other.load_rates(tmp_path / "rates.json")
-    assert other.drop_rates == [0.1, 0.2, 0.3, 0.4]
-    with pytest.raises(ValueError, match=r"rates\.json: expected the 5 branches of this model, got 4 .* lacks 4\.gate"):
-        DropBPHandler(toy_model(5), 0.5).load_rates(tmp_path / "rates.json")
-    (tmp_path / "other.json").write_text("[0.5]")
-    with pytest.raises(ValueError, match=r"other\.json: expected a JSON object with drop_rates"):
-        other.load_rates(tmp_path / "other.json")
-    (tmp_path / "bad.json").write_text(json.dumps({"drop_rates": dict.fromkeys(other.gates, 1.5)}))
-    with pytest.raises(ValueError, match=r"expected 0 <= drop_rate < 1, got 1\.5"):
-        other.load_rates(tmp_path / "bad.json")
-    assert other.drop_rates == [0.1, 0.2, 0.3, 0.4]
+    assert other.use_calibration(tmp_path / "calibration.json") == handler.drop_rates == other.drop_rates
+    assert other.calibration == handler.calibration
+    rates = DropBPHandler(toy_model(), 0.25).use_calibration(handler.calibration)
+    assert rates == allocate(handler.calibration.sensitivities, handler.flops(), 0.25)
+    with pytest.raises(ValueError, match=r"calibration: expected the 5 branches of this model, got 4 .* lacks 4\.gate"):
+        DropBPHandler(toy_model(5), 0.5).use_calibration(handler.calibration)
+    with pytest.raises(ValueError, match=r"drop_rate: expected less than 0\.9"):
+        DropBPHandler(toy_model(), 0.95).use_calibration(handler.calibration)
+    resumed = DropBPHandler(toy_model(), 0.5)
+    resumed.load_state_dict(json.loads(json.dumps(handler.state_dict())))
+    assert resumed.calibration == handler.calibration
 
 
 def test_state_of_another_model_changes_nothing():

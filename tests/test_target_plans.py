@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from benchmarks.tiny_models import tiny_causal_lm
 from dropbp_kernels import apply_dropbp, remove_dropbp
 from dropbp_kernels.measure import saved_bytes
-from dropbp_kernels.targets import IGNORED
+from dropbp_kernels.targets import IGNORED, plan_targets
 
 FAMILIES = ["cohere", "falcon", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "phi", "qwen3"]
 NOT_IN_FLOAT64 = ["mixtral", "deepseek_v3"]  # their experts multiply in float32 at most
@@ -136,6 +136,94 @@ def test_a_sliding_window_slides_over_places_and_not_over_stages():
     assert dense[0] != backward(tiny("mistral", sliding_window=64), batch)[0]
     apply_dropbp(model, 0.0, context="inference", context_gradient="full")
     assert_same(backward(model, batch), dense, **CLOSE)
+
+
+def runs_again(labels, **keep):
+    """Which context rows run with autograd all the same, (B, S)."""
+    plan = plan_targets(labels, **keep)
+    kept = torch.zeros_like(labels, dtype=torch.bool)
+    for stage in plan.stages:
+        if stage.is_target:
+            for sample, rows in enumerate(stage.rows):
+                kept[sample, rows[stage.is_row[sample]]] = True
+    return kept & ~is_target(labels)
+
+
+@pytest.mark.parametrize("model_type", ["gemma3_text", "gpt2", "llama"])
+def test_kept_context_is_no_constant(model_type, cut_attention):
+    model, batch = tiny(model_type, attn_implementation="sdpa"), chat()
+    kept = runs_again(batch["labels"], context_keep=0.4, seed=5, step=0)
+    assert kept.sum() == round(0.4 * plan_targets(batch["labels"]).num_context)
+    dense = backward(cut_attention(copy.deepcopy(model), is_target(batch["labels"]) | kept), batch)
+    head_rows = []
+    handler = apply_dropbp(model, 0.0, context="inference", context_keep=0.4, seed=5)
+    handler.step()
+    model.get_output_embeddings().register_forward_hook(lambda module, args, _: head_rows.append(args[0].shape[1]))
+    first = backward(model, batch)
+    assert_same(first, dense, **CLOSE)
+    assert head_rows == [8 + 5 + 1]  # the longest targets of each stage, and one beside the last label
+    handler.step()
+    with pytest.raises(AssertionError):
+        assert_same(backward(model, batch), first, **CLOSE)  # other tokens
+    handler.num_steps = 0
+    handler.step()
+    assert_same(backward(model, batch), first, rtol=0, atol=0)
+
+
+def own_loss(logits, labels):
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("model_type", ["cohere", "llama"])  # the first scales its logits behind the head
+def test_labels_given_to_step_serve_a_loss_of_the_callers(model_type, cut_attention):
+    model, batch = tiny(model_type, attn_implementation="sdpa"), chat()
+    labels = batch.pop("labels")
+    targets = is_target(labels)
+    exact = cut_attention(copy.deepcopy(model), targets)
+    exact_logits = exact(**batch).logits
+    own_loss(exact_logits, labels).backward()
+    handler = apply_dropbp(model, 0.0, context="inference")
+    handler.step(labels=labels)
+    logits = model(**batch).logits
+    torch.testing.assert_close(logits, torch.where(targets[..., None], exact_logits, 0.0))  # at their places
+    own_loss(logits, labels).backward()
+    for ours, dense in zip(model.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, dense.grad, **CLOSE)
+    assert torch.equal(model(**batch, logits_to_keep=6).logits, logits[:, -6:])
+    assert torch.equal(model(**batch, logits_to_keep=torch.tensor([3, 9])).logits, logits[:, [3, 9]])
+    assert torch.equal(model(**batch, return_dict=False)[0], logits)
+    handler.step()  # they held for one step
+    torch.testing.assert_close(model(**batch).logits, exact_logits)
+
+
+def test_hidden_states_of_target_rows_come_back_at_their_places():
+    model, batch = tiny(), chat()
+    labels = batch.pop("labels")
+    exact = model.model(**batch).last_hidden_state
+    handler = apply_dropbp(model, 0.0, context="inference")
+    handler.step(labels=labels)
+    hidden = model.model(**batch).last_hidden_state
+    torch.testing.assert_close(hidden, torch.where(is_target(labels)[..., None], exact, 0.0))
+
+
+def test_labels_given_to_step_need_a_model_that_can_use_them():
+    handler = apply_dropbp(tiny(), 0.0)
+    with pytest.raises(ValueError, match="labels: expected None, since the model was not patched with context"):
+        handler.step(labels=chat()["labels"])
+    assert handler.num_steps == 0
+    model, batch = tiny(), chat()
+    handler = apply_dropbp(model, 0.0, context="inference")
+    handler.step(labels=batch["labels"])
+    with pytest.raises(ValueError, match=r"labels: expected the shape of input_ids, \(2, 16\), got \(3, 16\); labels"):
+        model(input_ids=batch["input_ids"][:2])
+
+
+def test_weights_under_autocast_keep_their_gradient():
+    model, batch = tiny(dtype=torch.float32), chat()
+    apply_dropbp(model, 0.0, context="inference")
+    with torch.autocast("cpu", torch.bfloat16):
+        grads = backward(model, batch)[1]
+    assert grads.keys() == dict(model.named_parameters()).keys()
 
 
 @st.composite
@@ -372,6 +460,13 @@ def with_flash_attention(model):
     [
         ({"context": "drop"}, "context: expected None or \"inference\", got 'drop'"),
         ({"context": "inference", "context_gradient": "two"}, "context_gradient: expected one of none, one_hop, full"),
+        ({"context": "inference", "context_keep": 1.0}, "context_keep: expected 0 <= context_keep < 1, got 1.0"),
+        (
+            {"context": "inference", "context_keep": 0.1, "context_gradient": "full"},
+            'context_keep: expected 0 with context_gradient="full"',
+        ),
+        ({"context_keep": 0.1}, 'context: expected "inference" with context_keep=0.1, got None'),
+        ({"shared_context": True}, 'context: expected "inference" with shared_context=True, got None'),
     ],
 )
 def test_bad_options(options, message):

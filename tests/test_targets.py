@@ -57,6 +57,47 @@ def test_gather_takes_the_rows_of_a_stage():
     assert stage.gather(values).tolist() == [[[4, 5], [6, 7]], [[12, 13], [14, 15]]]
 
 
+def test_kept_context_runs_once_more_with_the_targets_that_follow():
+    labels = torch.tensor([[X, X, X, X, 7, X, X, 8]])
+    plan = plan_targets(labels, context_keep=0.5, seed=3)
+    before, kept = rows_of(plan.stages[1])[0], plan.num_kept
+    assert [rows_of(stage)[0] for stage in plan.stages[::2]] == [[0, 1, 2], [4, 5]]  # all context runs as before
+    assert kept == sum(len(rows_of(stage)[0]) for stage in plan.stages[1::2]) - 2 in (2, 3)
+    assert before == [*sorted(before[:-1]), 3]
+    assert [stage.of_targets(stage.rows).tolist() for stage in plan.stages[1::2]] == [[[3]], [[6]]]
+    assert plan.head_rows[0].tolist() == [[3, 6]]
+
+
+def test_kept_context_is_a_share_and_a_function_of_seed_and_step():
+    labels = torch.full((4, 100), X)
+    labels[:, -10:] = 5
+
+    def kept(**options):
+        stage = plan_targets(labels, context_keep=0.1, **options).stages[1]
+        return [rows[:-10] for rows in rows_of(stage)]
+
+    first = kept(seed=1, step=2)
+    assert sum(map(len, first)) in (35, 36)  # of 4 * 89
+    assert len(set(map(tuple, first))) == 4
+    assert first == kept(seed=1, step=2)
+    assert first != kept(seed=1, step=3) != kept(seed=2, step=3)
+    torch.manual_seed(9)
+    expected = torch.rand(1)
+    torch.manual_seed(9)
+    kept(seed=1, step=2)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_rows_come_back_at_their_places():
+    plan = plan_targets(torch.tensor([[X, X, X, 7, 8], [X, 5, X, 7, X]]))
+    assert plan.to_places(torch.tensor([[1.0, 2.0, 9.0], [3.0, 9.0, 4.0]]), 5).tolist() == [
+        [0, 0, 1, 2, 0],
+        [3, 0, 4, 0, 0],
+    ]
+    one = plan_targets(torch.tensor([[X, X, X, 7, 8], [X, 5, X, X, X]]))  # a padded row must not touch place 0
+    assert one.to_places(torch.tensor([[True, True], [True, True]]), 4).tolist() == [[0, 0, 1, 1], [1, 0, 0, 0]]
+
+
 @st.composite
 def batches(draw):
     batch_size, seq_len = draw(st.integers(1, 3)), draw(st.integers(1, 12))

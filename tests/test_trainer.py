@@ -235,10 +235,10 @@ def test_calibration_changes_the_rates_and_nothing_else(tmp_path):
     assert_same(seen["sensitivity"][0], seen["uniform"][0])
     assert torch.equal(seen["sensitivity"][1], seen["uniform"][1])
     assert seen["sensitivity"][2:4] == seen["uniform"][2:4]
-    assert seen["uniform"][4].sensitivities is None
+    assert seen["uniform"][4].calibration is None
     handler = seen["sensitivity"][4]
     assert len(set(handler.drop_rates)) > 1
-    assert all(value > 0 for value in handler.sensitivities)
+    assert all(value > 0 for value in handler.calibration.sensitivities)
 
 
 def test_sensitivities_are_those_of_the_last_micro_batch(tmp_path):
@@ -258,7 +258,7 @@ def test_sensitivities_are_those_of_the_last_micro_batch(tmp_path):
     twin._forward_pre_hooks.clear()
     handler = apply_dropbp(twin, 0.5)
     handler.calibrate(lambda: twin(**batches[1]).loss.backward())
-    assert handler.sensitivities == callback.handler.sensitivities
+    assert handler.calibration.sensitivities == callback.handler.calibration.sensitivities
 
 
 def test_a_model_without_loss_needs_a_loss_function(tmp_path):
@@ -278,7 +278,7 @@ def test_a_model_without_loss_needs_a_loss_function(tmp_path):
         0.5, rates="sensitivity", loss=lambda model, inputs: model(**inputs).logits.float().logsumexp(-1).mean()
     )
     run(callback)
-    assert callback.handler.sensitivities is not None
+    assert callback.handler.calibration is not None
 
 
 def test_logs_reach_tensorboard(tmp_path, monkeypatch):

@@ -127,7 +127,7 @@ class Run:
     def _is_calibration_due(self, step: int) -> bool:
         assert self.handler is not None
         is_late_enough = step >= self.settings.steps // 10
-        return self.settings.rates == "sensitivity" and is_late_enough and self.handler.sensitivities is None
+        return self.settings.rates == "sensitivity" and is_late_enough and self.handler.calibration is None
 
     def _calibrate(self, batch: Sequence[Tensor]) -> None:
         assert self.handler is not None

@@ -13,38 +13,53 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from ..targets import Stage
 
-_KeysAndValues = tuple[Tensor, Tensor]
+_Keys = tuple[Tensor, Tensor, Tensor | None]  # keys, values, and whose of them each sample takes (None: its own)
 
 
 class StageKeys(Cache):
     """What one stage sees: the keys of the stages before it, and its own once a layer has written them.
+
+    Args:
+        before: by layer, keys and values of each stage before, and whose of them each sample takes.
+        num_before: how many rows these stages have.
+        stage: the one that runs; None before the first.
 
     Source: `Cache.update` of transformers >= 5.0.
     """
 
     is_recomputable = True  # a layer that runs again in the backward finds what it found and writes what it wrote
 
-    def __init__(self, before: dict[int, list[_KeysAndValues]] | None = None, num_before: int = 0):
+    def __init__(self, before: dict[int, list[_Keys]] | None = None, num_before: int = 0, stage: Stage | None = None):
         super().__init__(layer_class_to_replicate=DynamicLayer)
         self.before = before or {}
         self.num_before = num_before
-        self._own: dict[int, _KeysAndValues] | None = {}
+        self.stage = stage
+        self._own: dict[int, _Keys] | None = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Keys and values (B, H, rows, D) of this stage's rows behind those of the stages before."""
+        sample_of = None if self.stage is None else self.stage.sample_of
         if self._own is not None:
-            self._own[layer_idx] = key_states, value_states
+            self._own[layer_idx] = key_states, value_states, sample_of
         if layer_idx not in self.before:
             return key_states, value_states
-        keys, values = zip(*self.before[layer_idx], strict=True)
+        # Context that samples share is spread here and not before: kept, it is as large as what ran.
+        pairs = [
+            (keys, values)
+            if shared_by is None or sample_of is not None
+            else (keys.index_select(0, shared_by), values.index_select(0, shared_by))
+            for keys, values, shared_by in self.before[layer_idx]
+        ]
+        keys, values = zip(*pairs, strict=True)
         return torch.cat([*keys, key_states], dim=-2), torch.cat([*values, value_states], dim=-2)
 
-    def close(self, num_rows: int) -> "StageKeys":
-        """What the next stage sees, after this one of num_rows; a recompute of this one keeps nothing more."""
+    def of_next(self, stage: Stage) -> "StageKeys":
+        """What `stage` sees, which runs after this one; a recompute of this one keeps nothing more."""
         own, self._own = self._own or {}, None
+        num_own = 0 if self.stage is None else self.stage.rows.shape[1]
         # Stage by stage and not joined: what a context stage joins has no graph, and keys of targets need theirs.
-        before = {layer: [*self.before.get(layer, []), pair] for layer, pair in own.items()}
-        return StageKeys(before, self.num_before + num_rows)
+        before = {layer: [*self.before.get(layer, []), keys] for layer, keys in own.items()}
+        return StageKeys(before, self.num_before + num_own, stage)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Rows of the stages before, padding included."""
@@ -75,6 +90,9 @@ class StageMasks:
     def add(self, stage: Stage, dtype: torch.dtype) -> Any:
         """The mask (B, 1, L, keys so far) of a stage's rows, or one for each type of layer; None: plainly causal."""
         is_first = not self._places
+        if stage.targets is not None:  # it runs kept context again: what ran of that before is not seen any more
+            kept = torch.where(stage.is_row, stage.rows, -2).unsqueeze(1)
+            self._places = [places.masked_fill((places.unsqueeze(2) == kept).any(2), -1) for places in self._places]
         rows = torch.where(stage.is_row, stage.rows, -1)  # no row may attend to a padded key
         documents = self.documents.gather(1, stage.rows)
         self._places.append(rows)
@@ -82,12 +100,14 @@ class StageMasks:
         if is_first and stage.is_prefix:  # a causal mask does
             return None
         places = torch.cat(self._places, dim=1).unsqueeze(1)
-        distance = stage.rows.unsqueeze(2) - places
-        sees = (places >= 0) & (distance >= 0) & (documents.unsqueeze(2) == torch.cat(self._documents, 1).unsqueeze(1))
+        of_keys = torch.cat(self._documents, dim=1).unsqueeze(1)
+        rows, documents, places, of_keys = map(stage.running, (rows, documents, places, of_keys))
+        distance = rows.unsqueeze(2) - places
+        sees = (places >= 0) & (distance >= 0) & (documents.unsqueeze(2) == of_keys)
         # A padded row attends to itself, or softmax would divide by zero; nobody reads what it computes.
         own = torch.arange(places.shape[2] - rows.shape[1], places.shape[2], device=rows.device)
         padding = torch.zeros_like(sees)
-        padding[:, torch.arange(rows.shape[1], device=rows.device), own] = ~stage.is_row
+        padding[:, torch.arange(rows.shape[1], device=rows.device), own] = rows < 0
         full = self._mask(sees | padding, dtype)
         if self.window is None:
             return full

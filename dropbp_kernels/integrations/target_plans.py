@@ -17,23 +17,22 @@ context_gradient   what context rows contribute to the gradient
 "full"             everything: the gradient of dense training, in stages
 ================   ===================================================================================================
 
-The model's `__call__` reads the labels and hands the head's rows and labels on; the decoder's `__call__` runs the
-stages. Both are patched as in `gating` (`swapping`).
+Labels come with the call, or are those given to the handler's `step`. The model's `__call__` makes the plan and hands
+the head's rows and labels on; the decoder's `__call__` runs the stages (`staged_decoder`). Both are patched as in
+`gating` (`swapping`).
 """
 
-import contextlib
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-from ..targets import IGNORED, TargetPlan, plan_targets
+from ..handler import check_drop_rate
+from ..targets import IGNORED, TargetPlan, TargetRule, plan_targets
 from .swapping import is_swapped, subclass, swap_back
 
 CONTEXT_GRADIENTS = ("none", "one_hop", "full")
@@ -42,32 +41,45 @@ _PLAN = "_dropbp_target_plan"
 _ORIGINAL = "_dropbp_before_targets"  # a name of its own: the class swapped here may be one that `gating` made
 
 
-def check_context(model: nn.Module, context: str | None, context_gradient: str) -> None:
+def check_context(
+    model: nn.Module,
+    context: str | None,
+    context_gradient: str = "none",
+    context_keep: float = 0.0,
+    shared_context: bool = False,
+) -> None:
     """Raise ValueError, with the reason, unless `patch_targets` can do what these options of apply_dropbp ask for."""
     if context not in (None, "inference"):
         raise ValueError(f'context: expected None or "inference", got {context!r}')
     if context_gradient not in CONTEXT_GRADIENTS:
         raise ValueError(f"context_gradient: expected one of {', '.join(CONTEXT_GRADIENTS)}, got {context_gradient!r}")
+    check_drop_rate(context_keep, "context_keep")
+    if context_keep and context_gradient == "full":
+        raise ValueError(f'context_keep: expected 0 with context_gradient="full", which keeps all, got {context_keep}')
+    if not isinstance(shared_context, bool):
+        raise TypeError(f"shared_context: expected True or False, got {shared_context!r}")
     if context is not None:
         _check_decoder(find_decoder(model))
+    elif context_keep or shared_context:
+        name, value = ("context_keep", context_keep) if context_keep else ("shared_context", shared_context)
+        raise ValueError(f'context: expected "inference" with {name}={value}, got None')
 
 
-def patch_targets(model: nn.Module, context_gradient: str = "none") -> None:
-    """Let `model` (a causal LM, with or without PEFT) run by target plans whenever it trains on labels.
+def patch_targets(model: nn.Module, rule: TargetRule) -> None:
+    """Let `model` (a causal LM, with or without PEFT) run by target plans of `rule` whenever it trains on labels.
 
-    Errors: those of `check_context`; nothing is patched then.
+    The options must have passed `check_context`.
     Cost:   as many passes through the decoder as a batch has stages (two where each sample is one prompt and one
-            completion); the rows of all stages together are those of one dense forward, less the rows that no target
-            sees.
+            completion, or more where context runs in slices); the rows of all stages together are those of one dense
+            forward, less the rows that no target sees, and context that is kept twice.
     """
-    check_context(model, "inference", context_gradient)
     decoder = find_decoder(model)
-    vars(decoder)["_dropbp_context_gradient"] = context_gradient
+    rule.put_on(decoder)
     lm = _without_peft(model)  # called by what PEFT wraps it in, or by itself
     for owner in (model,) if lm is model else (model, lm):
         vars(owner)["_dropbp_decoder"] = (decoder,)  # in a tuple, so that nn.Module does not register it again
         _swap(owner, _call_with_labels)
-    _swap(decoder, _call_in_stages)
+    _swap(decoder, _call_decoder)
 
 
 def unpatch_targets(model: nn.Module) -> bool:
@@ -75,7 +87,8 @@ def unpatch_targets(model: nn.Module) -> bool:
     patched = [module for module in model.modules() if is_swapped(module, _ORIGINAL)]
     for module in patched:
         swap_back(module, _ORIGINAL)
-        for name in ("_dropbp_decoder", "_dropbp_context_gradient", _PLAN):
+        TargetRule.take_off(module)
+        for name in ("_dropbp_decoder", _PLAN):
             vars(module).pop(name, None)
     return bool(patched)
 
@@ -114,6 +127,8 @@ def _check_decoder(decoder: nn.Module) -> None:
         reason = f"has layers with a state of their own ({', '.join(sorted(unknown)) or 'stateful'})"
     elif getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", False):
         reason = "attends in both directions, so context depends on targets"
+    elif any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in decoder.modules()):
+        reason = "normalises over the batch, so samples and stages see each other"
     elif config._attn_implementation not in ATTENTION:
         reason = f"uses attention {config._attn_implementation!r}; load it with attn_implementation in {ATTENTION}"
     if reason is not None:
@@ -137,127 +152,129 @@ def _class_with(original: Any, call: Callable[..., Any]) -> Any:
 
 def _call_with_labels(self: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     (decoder,) = self._dropbp_decoder
+    rule = TargetRule.on(decoder)
     labels = kwargs.get("labels")
-    if labels is None or not (self.training and torch.is_grad_enabled()) or getattr(decoder, _PLAN, None) is not None:
+    is_given = labels is None  # to the handler, by a caller who takes the loss
+    labels = rule.labels if is_given else labels
+    if labels is None or not (self.training and torch.is_grad_enabled()) or _PLAN in vars(decoder):
         return run(*args, **kwargs)
     # A hook sees the head's labels; who calls the model again with what a hook saw means the same batch.
     plan: TargetPlan | None = getattr(labels, _PLAN, None)
     if plan is None:
-        plan = plan_targets(labels, kwargs.get("attention_mask"), kwargs.get("position_ids"))
+        plan = _make_plan(rule, labels, _named(self, args, kwargs))
     if plan.is_dense:
         return run(*args, **kwargs)
     if plan.num_target == 0:
-        warnings.warn("labels: no target in a batch; its loss has no gradient", UserWarning, stacklevel=3)
+        _warn_of_no_target(rule)
         with torch.no_grad():
             return run(*args, **kwargs)
+    seq_len = plan.documents.shape[1]
+    logits_to_keep = kwargs.pop("logits_to_keep", 0) if is_given else 0
     vars(decoder)[_PLAN] = plan
     try:
-        return run(*args, **{**kwargs, "labels": _head_labels(plan)})
+        output = run(*args, **(kwargs if is_given else {**kwargs, "labels": _head_labels(plan)}))
     finally:
         del vars(decoder)[_PLAN]
+    num_rows = plan.head_rows[0].shape[1]
+    if not is_given:  # what a loss function made of each label, such as TRL's log-probabilities, beside the labels
+        return _replace(output, num_rows, lambda values: plan.to_places(values, seq_len - 1))
+
+    def logits_at_places(logits: Tensor) -> Tensor:
+        logits = plan.to_places(logits[:, :-1], seq_len)
+        return logits if isinstance(logits_to_keep, int) and logits_to_keep == 0 else logits[:, _last(logits_to_keep)]
+
+    return _replace(output, num_rows + 1, logits_at_places)
+
+
+def _call_decoder(self: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    from .staged_decoder import run_in_stages
+
+    inputs = _named(self, args, kwargs)
+    plan: TargetPlan | None = vars(self).get(_PLAN)
+    if plan is not None:
+        output = run_in_stages(self, run, inputs, plan)
+        # One row more, beside the last label of _head_labels.
+        output.last_hidden_state = nn.functional.pad(output.last_hidden_state, (0, 0, 0, 1))
+        return output
+    rule = TargetRule.on(self)  # called by itself, by a caller who takes the loss of the hidden states
+    if rule.labels is None or not (self.training and torch.is_grad_enabled()):
+        return run(*args, **kwargs)
+    plan = _make_plan(rule, rule.labels, inputs)
+    if plan.is_dense:
+        return run(*args, **kwargs)
+    if plan.num_target == 0:
+        _warn_of_no_target(rule)
+        with torch.no_grad():
+            return run(*args, **kwargs)
+    output = run_in_stages(self, run, inputs, plan)
+    output.last_hidden_state = plan.to_places(output.last_hidden_state, plan.documents.shape[1])
+    return output
+
+
+def _named(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {**inspect.signature(module.forward).bind_partial(*args).arguments, **kwargs}
+
+
+def _make_plan(rule: TargetRule, labels: Tensor, inputs: dict[str, Any]) -> TargetPlan:
+    tokens, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    for name, values in (("input_ids", tokens), ("inputs_embeds", embeds)):
+        if values is not None and labels.shape != values.shape[:2]:
+            raise ValueError(
+                f"labels: expected the shape of {name}, {tuple(values.shape[:2])}, got {tuple(labels.shape)}"
+                + ("; labels given to step hold until the next step" if labels is rule.labels else "")
+            )
+    position_ids = inputs.get("position_ids")
+    plan = plan_targets(
+        labels,
+        _check_mask(inputs.get("attention_mask")),
+        position_ids,
+        context_keep=rule.context_keep,
+        seed=rule.seed,
+        step=rule.step,
+    )
+    if not rule.shared_context:
+        return plan
+    if tokens is None:
+        raise ValueError("input_ids: expected token ids with shared_context, to tell which contexts are the same")
+    if position_ids is None:
+        position_ids = torch.arange(labels.shape[1], device=labels.device).unsqueeze(0)
+    return plan.with_shared_context(tokens, position_ids)
+
+
+def _check_mask(mask: Any) -> Tensor | None:
+    if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
+        return mask
+    raise ValueError("attention_mask: expected shape (batch, seq_len) with context, got another kind of mask")
+
+
+def _warn_of_no_target(rule: TargetRule) -> None:
+    if not rule.has_warned:
+        warnings.warn("labels: no target in a batch; its loss has no gradient", UserWarning, stacklevel=5)
+    rule.has_warned = True
 
 
 def _head_labels(plan: TargetPlan) -> Tensor:
     """Labels (B, T + 1) that, shifted as a causal loss does, stand beside the target rows of the decoder's output."""
-    rows = [
-        stage.gather(plan.shift_labels).masked_fill(~stage.is_row, IGNORED) for stage in plan.stages if stage.is_target
-    ]
-    labels = torch.nn.functional.pad(torch.cat(rows, dim=1), (1, 0), value=IGNORED)
+    rows, is_row = plan.head_rows
+    labels = plan.shift_labels.gather(1, rows).masked_fill(~is_row, IGNORED)
+    labels = nn.functional.pad(labels, (1, 0), value=IGNORED)
     setattr(labels, _PLAN, plan)
     return labels
 
 
-# ---- the decoder: the stages
-
-
-def _call_in_stages(self: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    plan: TargetPlan | None = vars(self).get(_PLAN)
-    if plan is None:
-        return run(*args, **kwargs)
-    from .stage_keys import StageKeys, StageMasks
-
-    inputs = {**inspect.signature(self.forward).bind_partial(*args).arguments, **kwargs}
-    _check_inputs(inputs, plan)
-    if inputs.get("position_ids") is None:
-        inputs["position_ids"] = torch.arange(plan.documents.shape[1], device=plan.documents.device).unsqueeze(0)
-    inputs["position_ids"] = inputs["position_ids"].expand_as(plan.documents)
-    dtype = next(p.dtype for p in self.parameters() if p.is_floating_point())
-    masks = StageMasks(self.config, plan.documents)
-    keys, hidden = StageKeys(), []
-    output: Any = None
-    with _caches_under_checkpointing(self):
-        for stage in plan.stages:
-            rows = {name: stage.gather(inputs[name]) for name in _BY_ROW if inputs.get(name) is not None}
-            mask = masks.add(stage, dtype)
-            with _autograd(self, stage.is_target):
-                output = run(**{**inputs, **rows, "attention_mask": mask, "past_key_values": keys, "use_cache": True})
-            keys = keys.close(stage.rows.shape[1])
-            if stage.is_target:
-                hidden.append(output.last_hidden_state)
-    # One row more, beside the last label of _head_labels.
-    output.last_hidden_state = torch.nn.functional.pad(torch.cat(hidden, dim=1), (0, 0, 0, 1))
-    output.past_key_values = None
+def _replace(output: Any, num_rows: int, function: Callable[[Tensor], Tensor]) -> Any:
+    """The output of a model with function(tensor) in place of each tensor (batch, num_rows, ...)."""
+    new = {
+        name: function(value)
+        for name, value in (enumerate(output) if type(output) is tuple else output.items())
+        if isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == num_rows
+    }
+    if type(output) is tuple:
+        return tuple(new.get(place, value) for place, value in enumerate(output))
+    for name, value in new.items():
+        output[name] = value
     return output
 
 
-@contextmanager
-def _caches_under_checkpointing(decoder: nn.Module) -> Iterator[None]:
-    """Let layers that transformers checkpoints keep the cache they are given: ours may be written again."""
-    layers = [
-        module for module in decoder.modules() if getattr(type(module), "_can_checkpoint_with_cache", None) is False
-    ]
-    for layer in layers:
-        vars(layer)["_can_checkpoint_with_cache"] = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            vars(layer).pop("_can_checkpoint_with_cache", None)
-
-
-_BY_ROW = ("input_ids", "inputs_embeds", "position_ids")
-_REPLACED = {*_BY_ROW, "attention_mask", "past_key_values", "use_cache"}
-
-
-def _check_inputs(inputs: dict[str, Any], plan: TargetPlan) -> None:
-    if inputs.get("past_key_values") is not None:
-        raise ValueError("past_key_values: expected None with labels and context, got a cache")
-    mask = inputs.get("attention_mask")
-    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-        raise ValueError("attention_mask: expected shape (batch, seq_len) with context, got another kind of mask")
-    for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
-        if inputs.get(name):
-            raise ValueError(f"{name}: expected False with labels and context: context and targets run apart")
-    shape = plan.documents.shape
-    for name, value in inputs.items():
-        if name not in _REPLACED and isinstance(value, Tensor) and value.shape[:2] == shape and value.dim() > 1:
-            raise ValueError(f"{name}: expected no further input by token with context, got shape {tuple(value.shape)}")
-
-
-@contextmanager
-def _autograd(decoder: Any, is_target: bool) -> Iterator[None]:
-    how = "full" if is_target else decoder._dropbp_context_gradient
-    if how == "full":
-        yield
-        return
-    with contextlib.ExitStack() as stack:
-        if how == "one_hop":
-            for module in decoder.modules():
-                if _is_attention(module):
-                    stack.callback(module.register_forward_pre_hook(_begin_hop).remove)
-                    stack.callback(module.register_forward_hook(_end_hop, always_call=True).remove)
-        stack.enter_context(torch.no_grad())
-        yield
-
-
-def _is_attention(module: nn.Module) -> bool:
-    return hasattr(module, "layer_idx") and not any(hasattr(child, "layer_idx") for child in module.children())
-
-
-def _begin_hop(module: nn.Module, args: Any) -> None:
-    torch.set_grad_enabled(True)  # what goes in was made under no_grad: a constant
-
-
-def _end_hop(module: nn.Module, args: Any, output: Any) -> Any:
-    torch.set_grad_enabled(False)
-    return tree_map_only(Tensor, Tensor.detach, output)
+def _last(logits_to_keep: Any) -> Any:
+    return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from ..handler import DropBPHandler, check_drop_rate, find_gates
+from ..targets import TargetRule
 from . import fusing
 from .checkpointing import CheckpointByPlan, without_cache
 from .discovery import discover, example_inputs, prove
@@ -39,6 +40,8 @@ def apply_dropbp(
     inputs: dict[str, Any] | None = None,
     context: str | None = None,
     context_gradient: str = "none",
+    context_keep: float = 0.0,
+    shared_context: bool = False,
     **options: Any,
 ) -> DropBPHandler:
     """Gate every branch of a model (with or without PEFT) and return the handler that draws its plans.
@@ -54,9 +57,11 @@ def apply_dropbp(
     fused_loss: how cross entropy is taken of the output head's logits in training: "chunked", a slice of the rows at a
         time, so that they never exist as a whole; "torch" or "liger", by their operators; "off"; "auto", chunked where
         that needs less memory, nothing where the head is no plain linear. Logits are then computed when they are read.
-    context: "inference" runs tokens without a loss like inference, by the labels that the model is called with; the
-        logits that come back are those of the target rows (see docs/target_plans.md).
+    context: "inference" runs tokens without a loss like inference, by the labels that the model is called with or that
+        `handler.step(labels=...)` is given (see docs/target_plans.md, also for the logits that come back).
     context_gradient: what the keys and values of such tokens contribute to the gradient: "none", "one_hop" or "full".
+    context_keep: share of such tokens, drawn at random in each step, that run with autograd all the same.
+    shared_context: run a context that several samples of a batch begin with once for all of them.
     options: those of `DropBPHandler`: sampler, grad_scale, seed, keep_one, strict, dropped_runs, checkpoint.
 
     Errors: ValueError when the model is patched already, has no branch that is known or can be found and proved (the
@@ -69,7 +74,7 @@ def apply_dropbp(
     if fused not in fusing.FUSED:
         raise ValueError(f'fused: expected True, False or "auto", got {fused!r}')
     check_fused_loss(fused_loss)
-    check_context(model, context, context_gradient)
+    check_context(model, context, context_gradient, context_keep, shared_context)
     if find_gates(model):
         raise ValueError("model: expected one without DropBP gates, got one that has them; call remove_dropbp first")
     known = _known(families)
@@ -94,13 +99,12 @@ def apply_dropbp(
         fusing.install(model, fused)
         _check_flops(model)
         patch_head(model, fused_loss)
-        handler = DropBPHandler(model, drop_rate, **options)
+        if context is not None:
+            patch_targets(model, TargetRule(context_gradient, context_keep, shared_context))
+        return DropBPHandler(model, drop_rate, **options)
     except (TypeError, ValueError):
         _unpatch(model)
         raise
-    if context is not None:
-        patch_targets(model, context_gradient)
-    return handler
 
 
 def remove_dropbp(model: nn.Module) -> None:

@@ -1,0 +1,113 @@
+"""One pass of a decoder in the stages of a target plan."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from ..layer import as_inference
+from ..targets import TargetPlan, TargetRule
+from .stage_keys import StageKeys, StageMasks
+
+# Context runs at most as many rows at a time as a target stage has, and not fewer than these. A row without autograd
+# needs less memory than one with, so context never decides about the peak; below this many rows the GEMMs get slow.
+MIN_ROWS = 256
+_BY_ROW = ("input_ids", "inputs_embeds", "position_ids")
+_REPLACED = {*_BY_ROW, "attention_mask", "past_key_values", "use_cache"}
+
+
+def run_in_stages(decoder: Any, run: Callable[..., Any], inputs: dict[str, Any], plan: TargetPlan) -> Any:
+    """run(**inputs), stage by stage; the last_hidden_state of the output is that of the plan's head_rows, (B, T, D).
+
+    Errors: ValueError for inputs that stages cannot share out among them.
+    """
+    _check_inputs(inputs, plan)
+    rule = TargetRule.on(decoder)
+    if inputs.get("position_ids") is None:
+        inputs["position_ids"] = torch.arange(plan.documents.shape[1], device=plan.documents.device).unsqueeze(0)
+    inputs["position_ids"] = inputs["position_ids"].expand_as(plan.documents)
+    parameter = next(p for p in decoder.parameters() if p.is_floating_point())
+    if rule.context_gradient != "full":
+        plan = plan.with_slices(max(MIN_ROWS, *(stage.rows.numel() for stage in plan.stages if stage.is_target)))
+    masks = StageMasks(decoder.config, plan.documents)
+    keys, hidden = StageKeys(), []
+    output: Any = None
+    with _caches_under_checkpointing(decoder):
+        for stage in plan.stages:
+            rows = {name: stage.running(stage.gather(inputs[name])) for name in _BY_ROW if inputs.get(name) is not None}
+            mask = masks.add(stage, parameter.dtype)
+            keys = keys.of_next(stage)
+            with contextlib.nullcontext() if stage.is_target else _context(decoder, rule, parameter.device.type):
+                output = run(**{**inputs, **rows, "attention_mask": mask, "past_key_values": keys, "use_cache": True})
+            if stage.is_target:
+                hidden.append(stage.of_targets(output.last_hidden_state))
+    output.last_hidden_state = torch.cat(hidden, dim=1)
+    output.past_key_values = None
+    return output
+
+
+@contextmanager
+def _context(decoder: nn.Module, rule: TargetRule, device_type: str) -> Iterator[None]:
+    """How a context stage runs. The one place that decides it: a lower precision than the targets' belongs here."""
+    if rule.context_gradient == "full":
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        if rule.context_gradient == "one_hop":
+            for module in decoder.modules():
+                if _is_attention(module):
+                    stack.callback(module.register_forward_pre_hook(_begin_hop).remove)
+                    stack.callback(module.register_forward_hook(_end_hop, always_call=True).remove)
+        stack.enter_context(as_inference(device_type))
+        yield
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return hasattr(module, "layer_idx") and not any(hasattr(child, "layer_idx") for child in module.children())
+
+
+def _begin_hop(module: nn.Module, args: Any) -> None:
+    torch.set_grad_enabled(True)  # what goes in was made under no_grad: a constant
+
+
+def _end_hop(module: nn.Module, args: Any, output: Any) -> Any:
+    torch.set_grad_enabled(False)
+    return tree_map_only(Tensor, Tensor.detach, output)
+
+
+@contextmanager
+def _caches_under_checkpointing(decoder: nn.Module) -> Iterator[None]:
+    """Let layers that transformers checkpoints keep the cache they are given: ours may be written again."""
+    layers = [
+        module for module in decoder.modules() if getattr(type(module), "_can_checkpoint_with_cache", None) is False
+    ]
+    for layer in layers:
+        vars(layer)["_can_checkpoint_with_cache"] = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("_can_checkpoint_with_cache", None)
+
+
+def _check_inputs(inputs: dict[str, Any], plan: TargetPlan) -> None:
+    if inputs.get("past_key_values") is not None:
+        raise ValueError("past_key_values: expected None with labels and context, got a cache")
+    for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
+        if inputs.get(name):
+            raise ValueError(f"{name}: expected False with labels and context: context and targets run apart")
+    shape = plan.documents.shape
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor) or value.dim() < 2:
+            continue
+        if name in ("input_ids", "inputs_embeds") and value.shape[:2] != shape:
+            raise ValueError(
+                f"{name}: expected the shape of labels, {tuple(shape)}, got {tuple(value.shape[:2])}; prompts that an "
+                "adapter learns cannot run in stages"
+            )
+        if name not in _REPLACED and value.shape[:2] == shape:
+            raise ValueError(f"{name}: expected no further input by token with context, got shape {tuple(value.shape)}")
