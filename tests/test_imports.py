@@ -39,6 +39,7 @@ LEVELS = {
     "handler": 6,
     "integrations": 7,
     "compat": 7,
+    "paca": 7,
     "cli": 8,
     "__init__": 9,
 }
