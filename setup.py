@@ -200,7 +200,7 @@ def ninja_file(extensions: list[Extension], build: Path) -> str:
         import pybind11
 
         flags["_host"] = (
-            f"-O2 -isystem {quoted(pybind11.get_include())} -isystem {quoted(sysconfig.get_path('include'))}"
+            f"-O3 -isystem {quoted(pybind11.get_include())} -isystem {quoted(sysconfig.get_path('include'))}"
         )
         link["_host"] = ""
     for extension in extensions:

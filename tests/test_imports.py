@@ -40,6 +40,7 @@ LEVELS = {
     "integrations": 7,
     "compat": 7,
     "paca": 7,
+    "coreset": 7,
     "cli": 8,
     "__init__": 9,
 }
