@@ -10,7 +10,6 @@ A plan is a pure function of (seed, step), so it is the same on every rank, afte
 """
 
 import math
-import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from .calibration import Calibration, check_branches
 from .layer import DROPPED_RUNS, DropBP, checkpoint_branch
 from .plan import DropPlan, set_plan
 from .report import Report, make_report
-from .samplers import Sampler, get_sampler
+from .samplers import Sampler, draw_kept, get_sampler, with_one_kept
+from .schedules import Schedule, factor_at, get_schedule
 from .sensitivity import compute_sensitivity, mean_over_ranks
 from .targets import TargetRule
 
@@ -54,7 +54,11 @@ class DropBPHandler:
     Args:
         model: a module that contains `DropBP` gates.
         drop_rate: target share of backward work to drop, 0 <= drop_rate < 1; every branch starts with it.
-        sampler: "balanced" (equal FLOPs every step), "bernoulli", "published", or a callable like those in `samplers`.
+        sampler: "balanced" (equal FLOPs every step), "bernoulli", "cyclic", "published", or a callable like those in
+            `samplers`.
+        schedule: how the drop rates change over the run: None, "warmup", "cosine" or "recovery", with a share of the
+            run as in "recovery:0.2", or a callable like those in `schedules`. It needs total_steps, the number of
+            steps of the run, which may also be set later, before the first step.
         grad_scale: factor on the gradient entering a kept branch, or "unbiased" for 1/(1 - drop_rate of the branch).
         seed: seed of the plans; ranks that share it draw the same plans.
         keep_one: keep at least one branch that has trainable parameters, so that a step is never lost.
@@ -74,6 +78,8 @@ class DropBPHandler:
         drop_rate: float,
         *,
         sampler: str | Sampler = "balanced",
+        schedule: str | Schedule | None = None,
+        total_steps: int | None = None,
         grad_scale: float | str = 1.0,
         seed: int = 0,
         keep_one: bool = True,
@@ -94,10 +100,16 @@ class DropBPHandler:
             raise ValueError(f"dropped_runs: expected one of {', '.join(DROPPED_RUNS)}, got {dropped_runs!r}")
         if checkpoint not in CHECKPOINTS:
             raise ValueError(f'checkpoint: expected None or "kept", got {checkpoint!r}')
+        if total_steps is not None and (
+            isinstance(total_steps, bool) or total_steps != int(total_steps) or total_steps < 1
+        ):
+            raise ValueError(f"total_steps: expected a number of steps, at least 1, got {total_steps!r}")
         self.model = model
         self.gates = gates
         self.drop_rate = check_drop_rate(drop_rate)
         self.sampler = get_sampler(sampler)
+        self.schedule = get_schedule(schedule)
+        self.total_steps = total_steps
         self.grad_scale = grad_scale
         self.seed = seed
         self.keep_one = keep_one
@@ -133,6 +145,7 @@ class DropBPHandler:
             self._check_called()
         self.plan = self.draw(self.num_steps)
         set_plan(self.gates, self.plan.kept)
+        self._scale_gradients(self.rates_at(self.num_steps))
         for index, (gate, is_kept) in enumerate(zip(self.gates.values(), self.plan, strict=True)):
             self._num_kept[index] += is_kept
             gate.was_called = False
@@ -146,22 +159,16 @@ class DropBPHandler:
             self.targets.seed, self.targets.step, self.targets.labels = self.seed, self.plan.step, labels
 
     def draw(self, step: int) -> DropPlan:
-        """The plan of `step`: a pure function of (seed, step), the rates and the FLOPs; changes nothing."""
-        kept = tuple(self.sampler(self.drop_rates, self.flops(), self.seed, step))
-        if self.keep_one:
-            kept = self._with_one_kept(kept, step)
-        return DropPlan(kept, step, self.seed)
+        """The plan of `step`: a pure function of (seed, step), the rates and the FLOPs; changes nothing.
 
-    def _with_one_kept(self, kept: tuple[bool, ...], step: int) -> tuple[bool, ...]:
-        gates = list(self.gates.values())
-        if any(is_kept and gate.is_trainable() for is_kept, gate in zip(kept, gates, strict=True)):
-            return kept
-        candidates = [index for index, gate in enumerate(gates) if gate.is_trainable()]
-        if not candidates:  # only parameters outside the branches are trained: nothing to keep a branch for
-            return kept
-        weights = [1.0 - self.drop_rates[index] for index in candidates]
-        chosen = random.Random(f"keep_one:{self.seed}:{step}").choices(candidates, weights)[0]
-        return tuple(is_kept or index == chosen for index, is_kept in enumerate(kept))
+        Errors: TypeError or ValueError when a sampler or schedule of the user's returns something else than it should.
+        """
+        rates = self.rates_at(step)
+        kept = draw_kept(self.sampler, rates, self.flops(), self.seed, step)
+        if self.keep_one:
+            is_trainable = [gate.is_trainable() for gate in self.gates.values()]
+            kept = with_one_kept(kept, is_trainable, rates, self.seed, step)
+        return DropPlan(kept, step, self.seed)
 
     def set_plan(self, kept: Sequence[bool]) -> DropPlan:
         """Set a plan by hand until the next `step`: one bool per branch, True = kept. It does not count as a step.
@@ -194,7 +201,17 @@ class DropBPHandler:
                 f"drop_rates: expected one for each of the {len(self.gates)} branches, got {len(drop_rates)}"
             )
         self.drop_rates = [check_drop_rate(rate) for rate in drop_rates]
-        for gate, rate in zip(self.gates.values(), self.drop_rates, strict=True):
+        self._scale_gradients(self.drop_rates)
+
+    def rates_at(self, step: int) -> list[float]:
+        """The drop rates in force at `step`: `drop_rates` times the schedule's factor."""
+        if self.schedule is None:
+            return self.drop_rates
+        factor = factor_at(self.schedule, step, self.total_steps)
+        return [factor * rate for rate in self.drop_rates]
+
+    def _scale_gradients(self, rates: Sequence[float]) -> None:
+        for gate, rate in zip(self.gates.values(), rates, strict=True):
             gate.grad_scale = 1.0 / (1.0 - rate) if self.grad_scale == "unbiased" else float(self.grad_scale)
 
     def flops(self) -> list[float]:

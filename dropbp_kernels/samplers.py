@@ -10,6 +10,7 @@ sampler    P(branch is kept)    backward work of a step                   branch
 =========  ===================  ========================================  ==================================
 balanced   1 - rate, exactly    constant as far as exact rates allow      drawn without replacement
 bernoulli  1 - rate, exactly    varies freely                             independent
+cyclic     1 - rate, exactly    constant as far as exact rates allow      neighbours, in turn
 published  below 1 - rate       at most the target share of branches      as bernoulli, then more are dropped
 =========  ===================  ========================================  ==================================
 """
@@ -93,7 +94,39 @@ def balanced(rates: Sequence[float], flops: Sequence[float], seed: int, step: in
     return tuple(kept)
 
 
-SAMPLERS: dict[str, Sampler] = {"balanced": balanced, "bernoulli": bernoulli, "published": published}
+def cyclic(rates: Sequence[float], flops: Sequence[float], seed: int, step: int) -> tuple[bool, ...]:
+    """Keep neighbouring branches, a window that moves from the input to the output and starts again.
+
+    With equal rates the window covers a share 1 - rate of the depth and moves on by its own length, so each branch is
+    kept once in a round of 1 / (1 - rate) steps and branches that meet in a window always meet. With unequal rates each
+    branch is kept every 1 / (1 - rate) of its own steps. Depth is counted among branches of equal FLOPs, so attention
+    and MLP of a block are kept together. The seed chooses where the first window stands: the only thing random here.
+
+    Errors: those of `bernoulli`.
+    Cost:   one random number, and arithmetic on the step.
+    Source: LCSB (arXiv 2602.13073), whole layers in turn; a window for any rate in place of a fixed number of groups.
+    """
+    _generator(rates, flops, seed, step)
+    start = random.Random(f"cyclic:{seed}").random()
+    size = {group: list(flops).count(group) for group in set(flops)}
+    seen = dict.fromkeys(size, 0)
+    kept = []
+    for rate, group in zip(rates, flops, strict=True):
+        depth = (seen[group] + 0.5) / size[group]
+        seen[group] += 1
+        # How many windows began above this branch before a step; one more of them in this step means kept. Both ends
+        # are the same expression of their step, so over all steps no window is lost or counted twice by rounding.
+        before, after = (math.floor(number * (1.0 - rate) + start - depth) for number in (step, step + 1))
+        kept.append(rate == 0.0 or after > before)  # 0: one window a step, which rounding must not lose
+    return tuple(kept)
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "balanced": balanced,
+    "bernoulli": bernoulli,
+    "published": published,
+    "cyclic": cyclic,
+}
 
 
 def get_sampler(sampler: str | Sampler) -> Sampler:
@@ -108,3 +141,35 @@ def get_sampler(sampler: str | Sampler) -> Sampler:
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler: expected a callable or one of {', '.join(SAMPLERS)}, got {sampler!r}")
     return SAMPLERS[sampler]
+
+
+def draw_kept(
+    sampler: Sampler, rates: Sequence[float], flops: Sequence[float], seed: int, step: int
+) -> tuple[bool, ...]:
+    """What `sampler` draws, once it is found to be a plan: one bool per branch.
+
+    Errors: those of the sampler; TypeError or ValueError when it returned something else.
+    """
+    kept = sampler(rates, flops, seed, step)
+    if not isinstance(kept, Sequence) or isinstance(kept, str):
+        raise TypeError(f"sampler: expected it to return a tuple of bools, got {type(kept).__name__} at step {step}")
+    if len(kept) != len(rates):
+        raise ValueError(f"sampler: expected it to return {len(rates)} bools, got {len(kept)} at step {step}")
+    wrong = next((entry for entry in kept if not isinstance(entry, bool)), None)
+    if wrong is not None:
+        raise TypeError(f"sampler: expected it to return bools, got {wrong!r} of type {type(wrong).__name__}")
+    return tuple(kept)
+
+
+def with_one_kept(
+    kept: tuple[bool, ...], is_trainable: Sequence[bool], rates: Sequence[float], seed: int, step: int
+) -> tuple[bool, ...]:
+    """`kept`, and one branch more where it keeps none with something to train: by chance, in proportion to 1 - rate."""
+    if any(is_kept and trains for is_kept, trains in zip(kept, is_trainable, strict=True)):
+        return kept
+    candidates = [index for index, trains in enumerate(is_trainable) if trains]
+    if not candidates:  # only parameters outside the branches are trained: nothing to keep a branch for
+        return kept
+    weights = [1.0 - rates[index] for index in candidates]
+    chosen = random.Random(f"keep_one:{seed}:{step}").choices(candidates, weights)[0]
+    return tuple(is_kept or index == chosen for index, is_kept in enumerate(kept))

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dropbp_kernels import _backend, allocation
-from dropbp_kernels.allocation import allocate
+from dropbp_kernels.allocation import allocate, default_max_rate, depth_linear_rates
 
 ATTENTION, MLP = 46137344.0, 176160768.0
 MIXED = [0.5, 1e-8, 3e4, 0.7, 12.0, 0.1, 2.25, 1e-3]
@@ -159,7 +159,17 @@ def test_numbers_of_any_kind_are_taken():
         ([1.0, 1.0], [1, 1], {"drop_rate": 0.75}, r"drop_rate: expected .*FLOPs left to spend: 0 of 2\)"),
         ([1.0, 1.0], [1e3, 1e3], {"min_rate": 0.6}, r"min_rate: expected 0 <= min_rate <= drop_rate \(0.5\), got 0.6"),
         ([1.0, 1.0], [1e3, 1e3], {"min_rate": -0.1}, "min_rate: expected 0 <= min_rate"),
-        ([1.0, 1.0], [1e3, 1e3], {"method": "greedy"}, "method: expected one of published, got 'greedy'"),
+        ([1.0, 1.0], [1e3, 1e3], {"max_rate": 0.9}, "max_rate: expected None, .* published method, got 0.9"),
+        *(
+            ([1.0, 1.0], [1e3, 1e3], {"max_rate": wrong, "method": "optimal"}, r"max_rate: expected drop_rate \(0.5\)")
+            for wrong in (0.4, 1.0, math.nan)
+        ),
+        (
+            [1.0, 1.0],
+            [1e3, 1e3],
+            {"method": "greedy"},
+            "method: expected one of published, optimal, variance, got 'greedy'",
+        ),
     ],
 )
 def test_bad_input(sensitivities, flops, options, message):
@@ -175,3 +185,82 @@ def test_just_below_the_reachable_rate():
 def test_an_empty_heap_is_an_error_and_no_undefined_behaviour(twin):
     with pytest.raises(RuntimeError, match=r"target_flops: expected a value that rates up to 0.9 can reach, got 0"):
         twin([1.0, 1.0], [1.0, 1.0], 0.0, 0.0)
+
+
+def flops_dropped(rates, flops):
+    return math.fsum(rate * cost for rate, cost in zip(rates, flops, strict=True)) / math.fsum(flops)
+
+
+def test_optimal_by_hand():
+    """Sensitivity per FLOP 1, 4, 2, 2: the first goes to the bound, the last two share what is left of 500 FLOPs."""
+    rates = allocate([100.0, 400.0, 400.0, 400.0], [100.0, 100.0, 200.0, 200.0], 0.5, method="optimal", max_rate=0.8)
+    assert rates == pytest.approx([0.8, 0.0, 0.55, 0.55])
+    assert allocate([2.0, 1.0], [1.0, 1.0], 0.75, method="optimal", min_rate=0.6, max_rate=0.8) == pytest.approx(
+        [0.7, 0.8]
+    )
+
+
+def test_variance_by_hand():
+    """1 - rate in proportion to sqrt(S / F) = 1, 2, 3; of 0.5 * 300 FLOPs that is 0.25, 0.5, 0.75."""
+    assert allocate([1e2, 4e2, 9e2], [100.0] * 3, 0.5, method="variance") == pytest.approx([0.75, 0.5, 0.25])
+    # Clipped: the last is always kept, and the others share the 80 FLOPs that are left, 1 to 2.
+    assert allocate([1e2, 4e2, 1e6], [100.0] * 3, 0.4, method="variance") == pytest.approx(
+        [1 - 0.8 / 3, 1 - 1.6 / 3, 0.0]
+    )
+    # Branches that nothing is lost by dropping get what the others cannot use.
+    assert allocate([1.0, 0.0], [1.0, 1.0], 0.25, method="variance") == pytest.approx([0.0, 0.5])
+
+
+branch = st.tuples(st.one_of(positive, st.sampled_from([0.0, 1.0, 2.0])), st.floats(1e3, 1e11))
+
+
+@pytest.mark.parametrize("method", ["optimal", "variance"])
+@given(
+    branches=st.lists(branch, min_size=1, max_size=12).filter(lambda pairs: any(s for s, _ in pairs)),
+    drop_rate=st.floats(0.0, 0.999),
+    min_share=st.sampled_from([0.0, 0.5, 1.0]),
+    data=st.data(),
+)
+@settings(max_examples=100, deadline=None)
+def test_exact_budget_bounds_and_optimum(method, branches, drop_rate, min_share, data):
+    """No move of FLOPs from one branch to another, within the bounds, lowers the objective."""
+    sensitivities, flops = [s for s, _ in branches], [f for _, f in branches]
+    low, high = min_share * drop_rate, default_max_rate(drop_rate)
+    rates = allocate(sensitivities, flops, drop_rate, method=method, min_rate=low)
+    assert all(low - 1e-12 <= rate <= high + 1e-12 for rate in rates)
+    assert flops_dropped(rates, flops) == pytest.approx(drop_rate, abs=1e-9)
+
+    def objective(rates):
+        each = rates if method == "optimal" else [rate / (1 - rate) for rate in rates]
+        return math.fsum(s * value for s, value in zip(sensitivities, each, strict=True))
+
+    one, other = data.draw(st.tuples(*[st.integers(0, len(rates) - 1)] * 2))
+    room = min((high - rates[one]) * flops[one], (rates[other] - low) * flops[other])
+    moved = list(rates)
+    for share in (0.01, 0.5, 1.0):
+        moved[one] = rates[one] + share * room / flops[one]
+        moved[other] = rates[other] - share * room / flops[other]
+        assert one == other or objective(moved) >= objective(rates) * (1 - 1e-6) - 1e-12
+
+
+def test_any_target_is_reached():
+    for method in ("optimal", "variance"):
+        for drop_rate in (0.0, 0.5, 0.95, 0.999):
+            assert flops_dropped(
+                allocate(MIXED, [ATTENTION, MLP] * 4, drop_rate, method=method), [ATTENTION, MLP] * 4
+            ) == (pytest.approx(drop_rate))
+
+
+def test_depth_linear_rates():
+    assert depth_linear_rates([1.0] * 5, 0.5) == pytest.approx([0.1, 0.3, 0.5, 0.7, 0.9])
+    assert depth_linear_rates([1.0] * 5, 0.25) == pytest.approx([0.0, 0.125, 0.25, 0.375, 0.5])
+    assert depth_linear_rates([3.0], 0.5) == [0.5]
+    for drop_rate in (0.0, 0.3, 0.75, 0.95):
+        rates = depth_linear_rates([ATTENTION, MLP] * 8, drop_rate)
+        assert flops_dropped(rates, [ATTENTION, MLP] * 8) == pytest.approx(drop_rate)
+        assert rates == sorted(rates)
+        assert 0.0 <= rates[0] <= rates[-1] < 1.0
+    with pytest.raises(ValueError, match=r"max_rate: expected drop_rate \(0.95\) <= max_rate < 1, got 0.9"):
+        depth_linear_rates([1.0, 1.0], 0.95, max_rate=0.9)
+    with pytest.raises(ValueError, match="flops: expected at least one positive number"):
+        depth_linear_rates([], 0.5)

@@ -289,3 +289,21 @@ def test_flops_are_known_of_all_gates_or_of_none():
 def test_a_callable_sampler_is_used():
     handler = DropBPHandler(toy_model(), 0.5, sampler=lambda rates, flops, seed, step: (step % 2 == 0,) * len(rates))
     assert handler.draw(0) == DropPlan((True,) * 4, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "message"),
+    [
+        ((True,) * 3, ValueError, "sampler: expected it to return 4 bools, got 3 at step 0"),
+        (True, TypeError, "sampler: expected it to return a tuple of bools, got bool at step 0"),
+        (None, TypeError, "sampler: expected it to return a tuple of bools, got NoneType"),
+        ((1, 0, 0, 0), TypeError, "sampler: expected it to return bools, got 1 of type int"),
+        ("TTTT", TypeError, "sampler: expected it to return a tuple of bools, got str"),
+    ],
+)
+def test_what_a_callable_sampler_may_not_return(returned, error, message):
+    handler = DropBPHandler(toy_model(), 0.5, sampler=lambda *_: returned)
+    with pytest.raises(error, match=message):
+        handler.step()
+    assert handler.num_steps == 0
+    assert all(gate.kept for gate in handler.gates.values())

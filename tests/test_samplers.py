@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dropbp_kernels.samplers import SAMPLERS, balanced, bernoulli, get_sampler, published
+from dropbp_kernels.samplers import SAMPLERS, balanced, bernoulli, cyclic, get_sampler, published
 
 NUM_DRAWS = 10_000
 # A binomial count is more than this many standard errors off once in 15,000 tries; the draws are seeded, so a test
@@ -133,6 +133,37 @@ def test_published_starves_early_branches():
     assert abs(dropped[-1] - 0.5) < NUM_STANDARD_ERRORS * math.sqrt(0.25 / 2000)
 
 
+def test_cyclic_moves_a_window_over_the_depth():
+    """Eight blocks of two branches at rate 0.75: two whole blocks, side by side, and every block once in four steps."""
+    plans = draw(cyclic, [0.75] * 16, num_draws=8)
+    blocks = [[index for index in range(8) if plan[2 * index]] for plan in plans]
+    assert all(plan[::2] == plan[1::2] for plan in plans)  # attention and MLP of a block together
+    assert all(len(kept) == 2 for kept in blocks)
+    assert sorted(block for kept in blocks[:4] for block in kept) == list(range(8))
+    assert blocks[4:] == blocks[:4]
+    assert all((b - a) % 8 in (1, 7) for a, b in blocks)
+    assert [sum(kept) for kept in draw(cyclic, [0.75] * 16, num_draws=4, seed=1)] == [4] * 4
+
+
+@pytest.mark.parametrize("rates", [[0.9] * 16, [0.1 * (index % 9 + 1) for index in range(16)]], ids=["0.9", "mixed"])
+def test_cyclic_keeps_each_branch_evenly_in_time(rates):
+    plans = draw(cyclic, rates, num_draws=1000)
+    for index, rate in enumerate(rates):
+        steps = [step for step, plan in enumerate(plans) if plan[index]]
+        gaps = {b - a for a, b in itertools.pairwise(steps)}
+        assert gaps <= {math.floor(1 / (1 - rate) + 1e-9), math.ceil(1 / (1 - rate) - 1e-9)}
+        assert abs(len(steps) - 1000 * (1 - rate)) <= 1
+
+
+def test_cyclic_starts_anywhere():
+    """Over seeds each branch is kept with its probability in any one step, which unbiased gradients rest on."""
+    rates = [0.75, 0.4, 0.9, 0.5]
+    plans = [cyclic(rates, [1.0] * 4, seed, 3) for seed in range(4000)]
+    kept = [sum(plan[index] for plan in plans) for index in range(4)]
+    for count, rate in zip(kept, rates, strict=True):
+        assert abs(count - 4000 * (1 - rate)) < NUM_STANDARD_ERRORS * math.sqrt(4000 * rate * (1 - rate))
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 def test_edge_rates(sampler):
     assert all(all(plan) for plan in draw(sampler, [0.0] * 16, num_draws=200))
@@ -158,8 +189,8 @@ def test_a_plan_is_a_pure_function_of_seed_and_step(sampler):
     assert again == first
     assert random.getstate() == python
     assert torch.equal(torch.get_rng_state(), cpu)
-    assert len(set(first)) > 40  # and steps differ
-    assert draw(sampler, rates, seed=1, num_draws=50) != first
+    assert len(set(first)) > (3 if sampler is cyclic else 40)  # and steps differ
+    assert draw(sampler, rates, seed=2, num_draws=50) != first
     assert all(isinstance(kept, bool) for plan in first for kept in plan)
 
 
@@ -189,7 +220,7 @@ def test_flops_of_another_length_are_refused(sampler):
 def test_get_sampler():
     assert get_sampler("balanced") is balanced
     assert get_sampler(bernoulli) is bernoulli
-    with pytest.raises(ValueError, match="one of balanced, bernoulli, published, got 'bernouli'"):
+    with pytest.raises(ValueError, match="one of balanced, bernoulli, published, cyclic, got 'bernouli'"):
         get_sampler("bernouli")
     with pytest.raises(TypeError, match="name or a callable, got int"):
         get_sampler(3)

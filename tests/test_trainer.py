@@ -193,6 +193,27 @@ def test_resuming_with_other_settings_or_without_a_state(tmp_path):
     assert trainer.callback_handler.callbacks[0].handler.num_steps == 3
 
 
+def test_a_schedule_spans_the_training(tmp_path):
+    callback = DropBPCallback(0.5, rates="depth_linear", schedule="recovery:0.5", plan="micro_batch")
+    watcher = Watcher(callback)
+    train(tmp_path, callback, callbacks=[watcher], gradient_accumulation_steps=2)
+    assert callback.handler.drop_rates == sorted(set(callback.handler.drop_rates))
+    kept = [sum(plan) for plan in watcher.plans]
+    assert max(kept[:6]) < NUM_BRANCHES
+    assert kept[6:] == [NUM_BRANCHES] * 6
+
+
+def test_rates_from_an_earlier_calibration(tmp_path):
+    callback = DropBPCallback(0.5, rates="sensitivity", calibrate_at=0.0)
+    train(tmp_path / "a", callback, max_steps=1)
+    path = str(tmp_path / "calibration.json")
+    callback.handler.calibration.save(path)
+    again = DropBPCallback(0.5, rates=path)
+    train(tmp_path / "b", again, max_steps=1)
+    assert again.handler.drop_rates == callback.handler.drop_rates
+    assert len(set(again.handler.drop_rates)) > 1
+
+
 def test_evaluation_in_the_middle_disturbs_nothing(tmp_path):
     plain = train(tmp_path / "a")
     trainer = train(tmp_path / "b", eval_data=data(4), eval_strategy="steps", eval_steps=1)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..allocation import depth_linear_rates
 from ..handler import DropBPHandler
 from ..integrations.target_plans import check_context
 from ..integrations.transformers import apply_dropbp
@@ -41,11 +42,14 @@ FIRST_MEASURED_PLAN = 1 << 40
 
 def gate(model: nn.Module, settings: Settings, drop_rate: float, **options: Any) -> DropBPHandler:
     """`apply_dropbp` with the run's settings; a model that it cannot gate is a user's error."""
-    options = {"sampler": settings.sampler, "grad_scale": settings.grad_scale, **options}
+    ours = {"sampler": settings.sampler, "schedule": settings.schedule, "grad_scale": settings.grad_scale}
     try:
-        return apply_dropbp(model, drop_rate, seed=settings.seed, **options)
+        handler = apply_dropbp(model, drop_rate, seed=settings.seed, total_steps=settings.steps, **{**ours, **options})
     except ValueError as error:
         raise UserError(f"--model {settings.model}: {error}") from error
+    if settings.rates == "depth_linear":
+        handler.set_drop_rates(depth_linear_rates(handler.flops(), drop_rate))
+    return handler
 
 
 def make_runs(model: nn.Module, data: Data, settings: Settings, control_batch: int | None) -> list[Run]:
@@ -65,7 +69,13 @@ def make_runs(model: nn.Module, data: Data, settings: Settings, control_batch: i
     handlers = {}
     if TARGETS in others:
         handlers[TARGETS] = gate(models[TARGETS], settings, 0.0, **by_targets)
-    published = {"sampler": "published", "grad_scale": 1.0, "dropped_runs": "detach", "keep_one": False}
+    published = {
+        "sampler": "published",
+        "schedule": None,
+        "grad_scale": 1.0,
+        "dropped_runs": "detach",
+        "keep_one": False,
+    }
     rate = 1.0 - (1.0 - settings.drop_rate) * (share if asked else 1.0)
     handlers[PUBLISHED] = gate(models[PUBLISHED], settings, rate, **published)
     handlers[OURS] = gate(models[OURS], settings, settings.drop_rate, **asked)
@@ -118,7 +128,8 @@ def equal_time_batch(full: Run, ours: Run) -> int:
     times: dict[str, list[float]] = {"full": [], "half": [], "ours": []}
     for turn in range(WARM_UP_ROUNDS + TIMED_ROUNDS):
         assert ours.handler is not None
-        ours.handler.set_plan(ours.handler.draw(FIRST_MEASURED_PLAN + turn).kept)
+        step = _measured_step(ours.settings, turn, WARM_UP_ROUNDS + TIMED_ROUNDS)
+        ours.handler.set_plan(ours.handler.draw(step).kept)
         for key, run, size in (("full", full, batch_size), ("half", full, half), ("ours", ours, batch_size)):
             seconds = _time_backprop(run, size)
             if turn >= WARM_UP_ROUNDS:
@@ -128,6 +139,13 @@ def equal_time_batch(full: Run, ours: Run) -> int:
     if per_row <= 0.0:  # steps too short to tell apart: no smaller batch is faster
         return batch_size
     return min(batch_size, max(1, round(batch_size - (median["full"] - median["ours"]) / per_row)))
+
+
+def _measured_step(settings: Settings, number: int, total: int) -> int:
+    """The step whose plan is measured as that number of `total`; with a schedule they are spread over the run."""
+    if settings.schedule is None:
+        return FIRST_MEASURED_PLAN + number
+    return (2 * number + 1) * settings.steps // (2 * total)
 
 
 def _time_backprop(run: Run, batch_size: int) -> float:
@@ -154,7 +172,7 @@ def measure_memory(run: Run) -> dict[str, float]:
     plan = None if run.handler is None else run.handler.plan.kept
     for index in range(NUM_MEASURED_PLANS if run.handler is not None else 1):
         if run.handler is not None:
-            run.handler.set_plan(run.handler.draw(FIRST_MEASURED_PLAN + index).kept)
+            run.handler.set_plan(run.handler.draw(_measured_step(run.settings, index, NUM_MEASURED_PLANS)).kept)
         with saved_bytes() as counted:
             loss = run.loss(*batch)
         saved.append(counted.num_bytes)

@@ -17,6 +17,7 @@ from typing import Any
 
 from .. import samplers
 from ..integrations.target_plans import CONTEXT_GRADIENTS
+from ..schedules import SCHEDULES
 from . import checkpoint, compare, hardware, models
 from .data import BUILTIN, Data, load_data
 from .errors import UserError, require_finetune_packages
@@ -62,8 +63,9 @@ def add_parser(commands: Any) -> None:
     add("--drop-rate", rate, type=float)
     add("--context", f"{' or '.join(CONTEXTS)}: how tokens without a loss run; inference: without a backward")
     add("--context-gradient", f"of what --context inference leaves out, keep {', '.join(CONTEXT_GRADIENTS)}")
-    add("--rates", f"{' or '.join(RATES)}: equal drop rates, or allocated after a tenth of the steps")
+    add("--rates", f"{', '.join(RATES)}: equal, rising with depth, or allocated after a tenth of the steps")
     add("--sampler", f"how plans are drawn: {', '.join(samplers.SAMPLERS)}")
+    add("--schedule", f"the drop rate over the run: {', '.join(SCHEDULES)}, with a share of it as in recovery:0.2")
     add("--grad-scale", "factor on the gradient entering a kept branch, or 'unbiased'", type=parse_grad_scale)
     add("--steps", "optimizer steps", type=int)
     add("--batch-size", "rows of a batch", type=int)

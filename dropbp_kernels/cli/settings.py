@@ -10,12 +10,13 @@ import torch
 from ..allocation import allocate
 from ..integrations.target_plans import CONTEXT_GRADIENTS
 from ..samplers import SAMPLERS
+from ..schedules import get_schedule
 from . import builtin
 from .data import check_data_path
 from .errors import UserError
 
 ADAPTERS = ("lora", "full")
-RATES = ("uniform", "sensitivity")
+RATES = ("uniform", "depth_linear", "sensitivity")
 DTYPES = ("auto", "float32", "bfloat16")
 CONTEXTS = ("off", "inference")
 DROP_RATES = {"off": 0.75, "inference": 0.0}  # by context: with a target plan, tokens are dropped in place of branches
@@ -40,6 +41,7 @@ class Settings:
     drop_rate: float | None = None
     rates: str = "uniform"
     sampler: str = "balanced"
+    schedule: str | None = None
     grad_scale: float | str = 1.0
     context: str = "off"
     context_gradient: str = "none"
@@ -106,6 +108,10 @@ def _check(settings: Settings) -> None:
         raise UserError(f"--context-gradient {settings.context_gradient}: expected --context inference with it")
     if settings.drop_rate is None or not 0.0 <= settings.drop_rate < 1.0:
         raise UserError(f"--drop-rate: expected 0 <= drop_rate < 1, got {settings.drop_rate}")
+    try:
+        get_schedule(settings.schedule)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
     if settings.grad_scale != "unbiased" and not math.isfinite(settings.grad_scale):  # type: ignore[arg-type]
         raise UserError(f"--grad-scale: expected a finite number or 'unbiased', got {settings.grad_scale}")
     if settings.learning_rate is not None and not 0.0 < settings.learning_rate < float("inf"):

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..allocation import depth_linear_rates
 from ..handler import DropBPHandler, check_drop_rate, find_gates
 from ..sensitivity import DEFINITIONS
 from .meters import PlanMeter, TimeMeter, saved_bytes_by_branch
@@ -29,7 +30,7 @@ try:
 except ImportError as error:
     raise ImportError("DropBPCallback: needs transformers; pip install dropbp_kernels[trainer]") from error
 
-RATES = ("uniform", "sensitivity")
+RATES = ("uniform", "depth_linear", "sensitivity")
 PLANS = ("optimizer_step", "micro_batch")
 LOG_PREFIX = "dropbp_"
 
@@ -39,8 +40,9 @@ class DropBPCallback(TrainerCallback, ExportableState):
 
     Args:
         drop_rate: share of the branches' backward work to drop, 0 <= drop_rate < 1.
-        rates: "uniform" gives every branch drop_rate; "sensitivity" measures, once, what dropping each branch does to
-            the gradient, and shares the rate out by that.
+        rates: "uniform" gives every branch drop_rate; "depth_linear" lets the rate rise from the input to the output;
+            "sensitivity" measures, once, what dropping each branch does to the gradient, and shares the rate out by
+            that; the path of a calibration's .json file shares it out by what was measured earlier.
         calibrate_at: after which share of the optimizer steps it is measured, 0 <= calibrate_at < 1 (at least one
             step); on the last micro-batch of that step, after its update, when no gradient is accumulated.
         plan: "optimizer_step" draws one plan for all micro-batches of a step, "micro_batch" one for each.
@@ -50,6 +52,7 @@ class DropBPCallback(TrainerCallback, ExportableState):
         measure: also log forward, backward and step time and the peak of memory, and print their means at the end.
         remove_at_end: take the patch off the model when training ends.
         options: those of `apply_dropbp`. A model that has gates already, its own or from `apply_dropbp`, keeps them.
+            A schedule spans the whole training.
 
     Attributes: handler, the `DropBPHandler` of the model, None until the Trainer is made.
     Logs:       dropbp_drop_rate and dropbp_flops_kept (realised since the last log), dropbp_bytes_not_saved (for a
@@ -76,8 +79,9 @@ class DropBPCallback(TrainerCallback, ExportableState):
     ):
         check_drop_rate(drop_rate)
         check_drop_rate(calibrate_at, "calibrate_at")
+        is_file = isinstance(rates, str) and rates.endswith(".json")
         for name, value, known in [
-            ("rates", rates, RATES),
+            ("rates", "uniform" if is_file else rates, RATES),
             ("plan", plan, PLANS),
             ("definition", definition, DEFINITIONS),
         ]:
@@ -118,6 +122,8 @@ class DropBPCallback(TrainerCallback, ExportableState):
         self._stop()  # what a run that broke off left
         self._attach(model)
         self._is_calibrated = False
+        steps = state.max_steps * (args.gradient_accumulation_steps if self.plan == "micro_batch" else 1)
+        self._handler().total_steps = self.options.get("total_steps") or steps
         name = type(self).__name__
         if state.global_step > 0:
             self._resume(state.stateful_callbacks.get(name), state.global_step)
@@ -138,10 +144,14 @@ class DropBPCallback(TrainerCallback, ExportableState):
         if not find_gates(model):
             self.handler = apply_dropbp(model, self.drop_rate, **self.options)
             self._patched = model
-            return
-        known = inspect.signature(DropBPHandler).parameters
-        options = {name: value for name, value in self.options.items() if name in known}
-        self.handler = DropBPHandler(model, self.drop_rate, **options)
+        else:
+            known = inspect.signature(DropBPHandler).parameters
+            options = {name: value for name, value in self.options.items() if name in known}
+            self.handler = DropBPHandler(model, self.drop_rate, **options)
+        if self.rates == "depth_linear":
+            self.handler.set_drop_rates(depth_linear_rates(self.handler.flops(), self.drop_rate))
+        elif self.rates.endswith(".json"):
+            self.handler.use_calibration(self.rates)
 
     def _handler(self) -> DropBPHandler:
         if self.handler is None:
