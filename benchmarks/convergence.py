@@ -29,12 +29,13 @@ from dropbp_kernels.cli.settings import Settings
 from dropbp_kernels.cli.training import Run
 
 from . import convergence_data
-from .convergence_methods import GROUPS, METHODS, Group, Point, Task, group_of
+from .convergence_methods import GROUPS, METHODS, Group, Point, Task, group_of, label
 from .rows import RESULTS, Machine, append_rows, machine, read_rows
 
 FILE = "convergence.csv"
 NUM_CURVE_POINTS = 20
 VALIDATE_AT = (0.5, 1.0)  # shares of the steps
+PACA_RANK = 16  # 221,184 trained parameters of the built-in model; LoRA of rank 8 has 217,088
 KEY = ("group", "adapter", "method", "drop_rate", "batch_size", "steps", "learning_rate", "seed")
 
 
@@ -75,11 +76,12 @@ class Wanted:
     seed: int
 
     def key(self) -> tuple[str, ...]:
-        values = {**vars(self), **asdict(self.point), "batch_size": self.batch_size, "steps": self.task.steps}
+        values = {**asdict(self.point), **vars(self), "steps": self.task.steps}
         return tuple(_text(values[name]) for name in KEY)
 
     def __str__(self) -> str:
-        return f"{self.group}, {self.adapter}: {self.point}, batch {self.batch_size}, seed {self.seed}"
+        size = f"batch {self.batch_size}, learning rate {self.learning_rate:g}, seed {self.seed}"
+        return f"{self.group}, {self.adapter}: {label(self.point.method, self.point.drop_rate)}, {size}"
 
 
 def wanted_runs(
@@ -91,18 +93,19 @@ def wanted_runs(
     timed: Sequence[dict[str, str]],
 ) -> Iterator[Wanted]:
     """All seeds' runs, seed by seed. A point whose batch size waits for a timing that is not there is left out."""
-    for seed in seeds:
-        for rate in learning_rates or (group.task.learning_rates[adapter],):
-            seen = set()
-            for point in group.points:
-                batch_size = batch_size_of(point, group.task, group_name, adapter, timed)
-                if batch_size is None:
-                    print(f"{group_name}, {adapter}: {point} waits for a timing", flush=True)
-                    continue
-                run = Wanted(group_name, adapter, group.task, point, batch_size, rate, seed)
-                if run.key() not in seen:  # two methods may be as fast as the same smaller batch
-                    seen.add(run.key())
-                    yield run
+    for seed, place in itertools.product(seeds, range(len(learning_rates) or 1)):
+        seen = set()
+        for point in group.points:
+            batch_size = batch_size_of(point, group.task, group_name, adapter, timed)
+            if batch_size is None:
+                print(f"{group_name}, {adapter}: {point} waits for a timing", flush=True)
+                continue
+            own = point.adapter or adapter
+            learning_rate = learning_rates[place] if learning_rates else group.task.learning_rates[own]
+            run = Wanted(group_name, own, group.task, point, batch_size, learning_rate, seed)
+            if run.key() not in seen:  # two methods may be as fast as the same smaller batch
+                seen.add(run.key())
+                yield run
 
 
 def batch_size_of(point: Point, task: Task, group: str, adapter: str, timed: Sequence[dict[str, str]]) -> int | None:
@@ -121,7 +124,7 @@ def settings_of(task: Task, adapter: str, learning_rate: float, seed: int) -> Se
     return Settings(
         model=str(folder),
         data=task.data,
-        adapter=adapter,
+        adapter="lora" if adapter == "lora" else "full",
         steps=task.steps,
         batch_size=task.batch_size,
         seq_len=task.seq_len,
@@ -144,10 +147,22 @@ def patch(model: nn.Module, point: Point, seed: int) -> DropBPHandler | None:
     return apply_dropbp(model, point.drop_rate, seed=seed, **options(point.drop_rate))
 
 
+def with_paca(model: nn.Module, seed: int) -> nn.Module:
+    """The model with PaCA on all linear layers, of about as many trained parameters as the command line's LoRA."""
+    from peft import get_peft_model
+
+    from dropbp_kernels.paca import PacaConfig
+
+    config = PacaConfig(r=PACA_RANK, alpha=64, target_modules="all-linear", seed=seed, task_type="CAUSAL_LM")
+    return get_peft_model(model, config).train()
+
+
 def make_run(task: Task, adapter: str, point: Point, batch_size: int, learning_rate: float, seed: int) -> Run:
     """A model patched by the point's method, before its first step."""
     settings, data = settings_of(task, adapter, learning_rate, seed), load(task, seed)
     model = models.load_model(settings, data)
+    if adapter == "paca":
+        model = with_paca(model, seed)
     return Run(point.method, model, patch(model, point, seed), batch_size, data, settings)
 
 
@@ -208,7 +223,7 @@ def _text(value: Any) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.convergence", description=__doc__.splitlines()[0])
     parser.add_argument("--group", choices=GROUPS)
-    parser.add_argument("--adapter", default="lora")
+    parser.add_argument("--adapter", choices=("lora", "full", "paca"), default="lora")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", metavar="POINT", help='only these points of the group: "published 0.75"')
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[], help="in place of the task's: a sweep")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .convergence_methods import GROUPS, Point, Task, label
+from .convergence_methods import GROUPS, Point, label
 from .convergence_timing import FILE as STEP_FILE
 from .rows import ROOT, read_rows
 
@@ -71,65 +71,69 @@ def difference(losses: dict[int, float], of: dict[int, float]) -> Difference | N
 
 
 def lines_of(group: str, adapter: str, rows: Rows, steps: Rows) -> list[Line]:
-    """The group's lines, in its order, as far as there are rows with the task's steps and learning rate."""
+    """The group's lines, in its order: undropped first, smaller batches last. None where undropped has no row.
+
+    Only rows with the task's steps and learning rate count.
+    """
     task = GROUPS[group].task
-    own = [row for row in rows if _is_of(row, group, adapter, task)]
-    timed = [row for row in steps if (row["group"], row["adapter"]) == (group, adapter)]
-    timed = [row for row in timed if row["date_utc"] == timed[-1]["date_utc"]]
-    lines: list[Line] = []
-    for point in GROUPS[group].points:
-        if point.as_fast_as is not None or (point.method == "undropped" and point.batch_size):
-            continue
-        lines += _lines_of_point(point, own, timed, task.batch_size)
-    sizes = sorted({int(row["batch_size"]) for row in own if row["method"] == "undropped"} - {task.batch_size})
-    for size in reversed(sizes):
-        lines += _lines_of_point(Point("undropped", batch_size=size), own, timed, task.batch_size)
-    return lines
-
-
-def _is_of(row: dict[str, str], group: str, adapter: str, task: Task) -> bool:
-    is_plain = float(row["learning_rate"]) == task.learning_rates.get(adapter) and int(row["steps"]) == task.steps
-    return (row["group"], row["adapter"]) == (group, adapter) and is_plain and int(row["seed"]) < FIRST_SWEEP_SEED
+    rows = [row for row in rows if row["group"] == group and int(row["seed"]) < FIRST_SWEEP_SEED]
+    rows = [row for row in rows if int(row["steps"]) == task.steps]
+    rows = [row for row in rows if float(row["learning_rate"]) == task.learning_rates.get(row["adapter"])]
+    timed = [row for row in steps if row["group"] == group]
+    dates = [row["date_utc"] for row in timed if row["adapter"] == adapter]
+    timed = [row for row in timed if dates and row["date_utc"] == dates[-1]]
+    undropped = [row for row in rows if (row["method"], row["adapter"]) == ("undropped", adapter)]
+    sizes = {int(row["batch_size"]) for row in undropped}
+    if task.batch_size not in sizes:
+        return []
+    points = [point for point in GROUPS[group].points if point.as_fast_as is None and point.batch_size is None]
+    points += [Point("undropped", batch_size=size) for size in sorted(sizes - {task.batch_size}, reverse=True)]
+    lines = [_line(point, adapter, rows, timed, task.batch_size) for point in points]
+    return [line for line in lines if line.losses]
 
 
 FIRST_SWEEP_SEED = 100  # seeds from here on are for choosing settings, and stand in no table
 
 
-def _lines_of_point(point: Point, rows: Rows, timed: Rows, full_batch: int) -> list[Line]:
-    batch_size = point.batch_size or full_batch
-    key = (point.method, point.drop_rate, batch_size)
-    chosen = [row for row in rows if (row["method"], float(row["drop_rate"]), int(row["batch_size"])) == key]
-    if not chosen:
-        return []
-    is_control = point.method == "undropped"
-    step, backward = _undropped_cost(batch_size, timed) if is_control else _cost(key, timed)
-    return [
-        Line(
-            name=label(point.method, point.drop_rate),
-            batch_size=batch_size,
-            losses={int(row["seed"]): float(row["validation_loss"]) for row in chosen},
-            step_over_undropped=step,
-            backward_over_undropped=backward,
-            rows=chosen,
-            is_control=is_control,
-        )
-    ]
+def _line(point: Point, adapter: str, rows: Rows, timed: Rows, full_batch: int) -> Line:
+    key = (point.adapter or adapter, point.method, point.drop_rate, point.batch_size or full_batch)
+    chosen = [row for row in rows if _key(row) == key]
+    is_control = point.method == "undropped" and key[0] == adapter
+    step, backward = _undropped_cost(key, timed) if is_control else _cost(key, timed, adapter)
+    return Line(
+        name=label(point.method, point.drop_rate) + (f", {point.adapter}" if point.adapter else ""),
+        batch_size=key[3],
+        losses={int(row["seed"]): float(row["validation_loss"]) for row in chosen},
+        step_over_undropped=step,
+        backward_over_undropped=backward,
+        rows=chosen,
+        is_control=is_control,
+    )
 
 
-def _cost(key: tuple[str, float, int], timed: Rows) -> tuple[float | None, float | None]:
+Key = tuple[str, str, float, int]
+
+
+def _key(row: dict[str, str]) -> Key:
+    return row["adapter"], row["method"], float(row["drop_rate"]), int(row["batch_size"])
+
+
+def _cost(key: Key, timed: Rows, adapter: str) -> tuple[float | None, float | None]:
     """(step time, backward FLOPs) over undropped's at the full batch."""
-    full = max((row for row in timed if row["method"] == "undropped"), key=lambda r: int(r["batch_size"]), default=None)
+    undropped = [row for row in timed if (row["method"], row["adapter"]) == ("undropped", adapter)]
+    full = max(undropped, key=lambda row: int(row["batch_size"]), default=None)
     for row in timed:
-        if full and (row["method"], float(row["drop_rate"]), int(row["batch_size"])) == key:
+        if full and _key(row) == key:
             backward = float(row["backward_gflop"]) / float(full["backward_gflop"])
             return float(row["step_over_undropped"]), backward
     return None, None
 
 
-def _undropped_cost(batch_size: int, timed: Rows) -> tuple[float | None, float | None]:
+def _undropped_cost(key: Key, timed: Rows) -> tuple[float | None, float | None]:
     """The same of undropped at any batch size, on the lines between those that were measured."""
-    sizes = sorted(int(row["batch_size"]) for row in timed if row["method"] == "undropped")
-    costs = [(size, *_cost(("undropped", 0.0, size), timed)) for size in sizes]
+    adapter, method, _, batch_size = key
+    sizes = {int(row["batch_size"]) for row in timed if (row["method"], row["adapter"]) == (method, adapter)}
+    costs = [(size, *_cost((adapter, method, 0.0, size), timed, adapter)) for size in sorted(sizes)]
     for (low, *low_costs), (high, *high_costs) in itertools.pairwise(costs):
         if low <= batch_size <= high:
             share = (batch_size - low) / (high - low)
@@ -155,16 +159,17 @@ def table(group: str, adapter: str, rows: Rows, steps: Rows) -> str:
     task, full = GROUPS[group].task, lines[0]
     published = {line.name: line for line in lines if line.name.startswith("published")}
     before = float(full.rows[0]["validation_before"])
+    rates = {f"{float(row['learning_rate']):g} ({row['adapter']})": None for line in lines for row in line.rows}
     out = [
-        f"{task.model}, {adapter}, {task.data}, {task.steps} steps of {task.batch_size} x {task.seq_len} bytes, "
-        f"learning rate {task.learning_rates[adapter]:g}; validation loss {before:.3f} before.\n",
+        f"{task.model}, {task.data}, {task.steps} steps of {task.batch_size} x {task.seq_len} bytes, learning rate "
+        f"{', '.join(rates)}; validation loss {before:.3f} before.\n",
         "| method | batch | step time | backward FLOPs | validation loss | - undropped | - smaller batch, equal time "
         "| of published's gap closed | seeds |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for line in lines:
         control = control_of(line, lines)
-        beside = None if control is None or control is full else difference(line.losses, control.losses)
+        beside = None if control is None else difference(line.losses, control.losses)
         gap = None if line.is_control else _gap_closed(line, full, published)
         beside_text = "" if beside is None or control is None else f"{beside} ({control.batch_size})"
         cells = [
@@ -184,8 +189,10 @@ def table(group: str, adapter: str, rows: Rows, steps: Rows) -> str:
 
 def _gap_closed(line: Line, full: Line, published: dict[str, Line]) -> float | None:
     """Share of the gap between published DropBP at the same rate (or the group's only one) and undropped."""
-    rate = line.name.rpartition(" ")[2]
-    peer = published.get(f"published {rate}") or (next(iter(published.values())) if len(published) == 1 else None)
+    rate = line.name.partition(",")[0].rpartition(" ")[2]
+    peer = next((p for name, p in published.items() if name.startswith(f"published {rate}")), None) or (
+        next(iter(published.values())) if len(published) == 1 else None
+    )
     if peer is None or peer is line:
         return None
     gap, ours = difference(peer.losses, full.losses), difference(line.losses, full.losses)
@@ -276,7 +283,11 @@ def write(folder: Path) -> int:
     """Write the tables into the pages, draw a picture of every group, and print all tables."""
     rows, steps = read_rows(folder / FILE), read_rows(folder / STEP_FILE)
     for group, adapter in dict.fromkeys((row["group"], row["adapter"]) for row in rows):
-        if group in GROUPS and (text := table(group, adapter, rows, steps)):
+        if (
+            group in GROUPS
+            and (GROUPS[group].points[0].adapter or adapter) == adapter
+            and (text := table(group, adapter, rows, steps))
+        ):
             print(f"{group}, {adapter}: {text}")
             draw(group, adapter, rows, steps, DOCS / f"convergence-{group}-{adapter}.png")
     for name in PAGES:

@@ -23,9 +23,9 @@ from .timing import quantile
 
 FILE = "convergence_step.csv"
 BATCH_SHARES = (1.0, 0.75, 0.5, 0.25)  # of the task's batch: undropped steps between which times are interpolated
-NUM_ROUNDS = {"full": 20, "tiny": 1}
+NUM_ROUNDS = {"full": 15, "tiny": 1}
 NUM_WARM_UP_ROUNDS = {"full": 2, "tiny": 0}
-NUM_COUNTED_STEPS = {"full": 8, "tiny": 1}
+NUM_COUNTED_STEPS = {"full": 4, "tiny": 1}
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,13 @@ def run(name: str, group: Group, adapter: str, out: Path, scale: str) -> int:
 
     task, where = group.task, machine(torch.device("cpu"))
     batches = [max(1, round(share * task.batch_size)) for share in BATCH_SHARES]
-    points = [Point("undropped", batch_size=batch) for batch in dict.fromkeys(batches)]
-    points += [point for point in group.points if point.method != "undropped"]
-    runs = {
-        p: make_run(task, adapter, p, p.batch_size or task.batch_size, task.learning_rates[adapter], 0) for p in points
-    }
+    undropped_points = [Point("undropped", batch_size=batch) for batch in dict.fromkeys(batches)]
+    others = [point for point in group.points if point.method != "undropped" or point.adapter not in (None, adapter)]
+    runs = {}
+    for point in [*undropped_points, *others]:
+        own = point.adapter or adapter
+        batch_size = point.batch_size or task.batch_size
+        runs[point] = make_run(task, own, point, batch_size, task.learning_rates[own], 0)
     flops = {point: _count_flops(run, NUM_COUNTED_STEPS[scale]) for point, run in runs.items()}
     order, num_warm_up = random.Random(0), NUM_WARM_UP_ROUNDS[scale]
     num_rounds = num_warm_up + NUM_ROUNDS[scale]
@@ -85,7 +87,7 @@ def run(name: str, group: Group, adapter: str, out: Path, scale: str) -> int:
         for run in order.sample(list(runs.values()), len(runs)):
             run.step(step)
     samples = {point: [1e3 * s for s in run.history.step_s[num_warm_up:]] for point, run in runs.items()}
-    undropped = {point.batch_size or 0: statistics.median(samples[point]) for point in points[: len(set(batches))]}
+    undropped = {point.batch_size or 0: statistics.median(samples[point]) for point in undropped_points}
     rows = []
     for point, run in runs.items():
         history, step_ms = run.history, statistics.median(samples[point])
@@ -96,7 +98,7 @@ def run(name: str, group: Group, adapter: str, out: Path, scale: str) -> int:
                 model=task.model,
                 data=task.data,
                 seq_len=task.seq_len,
-                adapter=adapter,
+                adapter=point.adapter or adapter,
                 method=point.method,
                 drop_rate=point.drop_rate,
                 batch_size=run.batch_size,
