@@ -13,6 +13,7 @@ saved.
 Parameter names are those of transformers' Llama layer, so ``block.load_state_dict(layer.state_dict())`` just works.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,29 @@ class Stream(NamedTuple):
     residual: Tensor
     branch: Tensor | None = None
     grad_scale: float = 1.0
+
+
+class SeenKeys:
+    """Keys and values of one block in one stage of a target plan: those that its rows see beside their own.
+
+    Args:
+        before: keys and values (batch, kv heads, rows, head_dim) of the stages before.
+        mask: bool (batch, 1, rows, all keys), which keys a row sees; None: plainly causal, in the first stage.
+        has_gradient: whether the stage's own keys and values get a gradient where its other tensors get none.
+    """
+
+    def __init__(self, before: Sequence[tuple[Tensor, Tensor]], mask: Tensor | None, has_gradient: bool = False):
+        self.before = tuple(before)  # as it is now: the list goes on
+        self.mask = mask
+        self.has_gradient = has_gradient
+        self.own: tuple[Tensor, Tensor] | None = None  # once the block has run; a recompute does not change it
+
+    def join(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """All that the stage's rows see: what came before, then their own key and value."""
+        if self.own is None:
+            self.own = key, value
+        keys, values = zip(*self.before, (key, value), strict=True)
+        return torch.cat(keys, dim=-2), torch.cat(values, dim=-2)
 
 
 class RMSNorm(nn.Module):
@@ -60,13 +84,20 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, num_kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(num_heads * head_dim, width, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], seen: SeenKeys | None = None) -> Tensor:
         batch_size, seq_len, _ = x.shape
         heads = (batch_size, seq_len, -1, self.head_dim)
         query = rotate(self.q_proj(x).view(heads).transpose(1, 2), rope)
-        key = rotate(self.k_proj(x).view(heads).transpose(1, 2), rope)
-        value = self.v_proj(x).view(heads).transpose(1, 2)
-        output = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        with torch.set_grad_enabled(torch.is_grad_enabled() or (seen is not None and seen.has_gradient)):
+            key = rotate(self.k_proj(x).view(heads).transpose(1, 2), rope)
+            value = self.v_proj(x).view(heads).transpose(1, 2)
+        mask = None
+        if seen is not None:
+            key, value = seen.join(key, value)
+            mask = seen.mask
+        output = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        )
         return self.o_proj(output.transpose(1, 2).reshape(batch_size, seq_len, -1))
 
     def flops(self, batch_size: int, seq_len: int) -> float:
@@ -108,7 +139,9 @@ class LlamaBlock(nn.Module):
         num_heads, num_kv_heads: query heads and key/value heads (a divisor of num_heads; default num_heads).
         head_dim: size of a head; default width / num_heads. eps: of both norms.
 
-    Shapes: stream.residual and stream.branch (batch, seq, D); rope two tensors (seq, head_dim).
+    Shapes: stream.residual and stream.branch (batch, seq, D); rope two tensors (seq, head_dim), or (batch, 1, seq,
+            head_dim) where samples have positions of their own. seen: what a stage of a target plan sees beside its
+            own rows (`staged_blocks`); None: the rows are whole sequences.
     Errors: ValueError when num_heads is no multiple of num_kv_heads, or width of num_heads while head_dim is not given.
     """
 
@@ -134,9 +167,9 @@ class LlamaBlock(nn.Module):
         self.gate_attention = DropBP(self.self_attn.flops, modules=(self.input_layernorm, self.self_attn))
         self.gate_mlp = DropBP(self.mlp.flops, modules=(self.post_attention_layernorm, self.mlp))
 
-    def forward(self, stream: Stream, rope: tuple[Tensor, Tensor]) -> Stream:
+    def forward(self, stream: Stream, rope: tuple[Tensor, Tensor], seen: SeenKeys | None = None) -> Stream:
         normed, residual = enter(stream, self.input_layernorm, self.gate_attention)
-        branch = self.gate_attention.run(normed, lambda x: self.self_attn(x, rope))
+        branch = self.gate_attention.run(normed, lambda x: self.self_attn(x, rope, seen))
         stream = Stream(residual, branch, self.gate_attention.grad_scale)
 
         normed, residual = enter(stream, self.post_attention_layernorm, self.gate_mlp)

@@ -37,6 +37,7 @@ LEVELS = {
     "simulation": 4,
     "calibration": 3,
     "sensitivity": 5,
+    "staged_blocks": 5,
     "handler": 6,
     "integrations": 7,
     "compat": 7,
