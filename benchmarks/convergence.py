@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dropbp_kernels import DropBPHandler, apply_dropbp
+from dropbp_kernels import apply_dropbp
 from dropbp_kernels.cli import builtin, models
-from dropbp_kernels.cli.data import Data
 from dropbp_kernels.cli.settings import Settings
 from dropbp_kernels.cli.training import Run
+from dropbp_kernels.coreset import CoresetSelector
 
 from . import convergence_data
 from .convergence_methods import GROUPS, METHODS, Group, Point, Task, group_of, label
@@ -59,6 +59,7 @@ class ConvergenceRow(Machine):
     validation_before: float
     validation_loss: float
     train_loss: float
+    validation_parts: str
     validation_curve: str
     train_curve: str
 
@@ -136,15 +137,8 @@ def settings_of(task: Task, adapter: str, learning_rate: float, seed: int) -> Se
     )
 
 
-def load(task: Task, seed: int) -> Data:
+def load(task: Task, seed: int) -> Any:
     return convergence_data.load(task.data, task.seq_len, seed)
-
-
-def patch(model: nn.Module, point: Point, seed: int) -> DropBPHandler | None:
-    options = METHODS[point.method]
-    if options is None:
-        return None
-    return apply_dropbp(model, point.drop_rate, seed=seed, **options(point.drop_rate))
 
 
 def with_paca(model: nn.Module, seed: int) -> nn.Module:
@@ -157,13 +151,33 @@ def with_paca(model: nn.Module, seed: int) -> nn.Module:
     return get_peft_model(model, config).train()
 
 
+class CoresetRun(Run):
+    """A run whose steps train on a part of each batch, chosen inside the step so that it counts into its time."""
+
+    def __init__(self, *args: Any, options: dict[str, Any]):
+        super().__init__(*args)
+        seed = self.settings.seed
+        self.selector = CoresetSelector(self.model, keep=0.5, sources=self.data.counts, seed=seed, **options)
+
+    def loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        if self.model.training:
+            batch, _ = self.selector.subset({"input_ids": input_ids, "labels": labels}, self.data.sources)
+            input_ids, labels = batch["input_ids"], batch["labels"]
+        return super().loss(input_ids, labels)
+
+
 def make_run(task: Task, adapter: str, point: Point, batch_size: int, learning_rate: float, seed: int) -> Run:
     """A model patched by the point's method, before its first step."""
     settings, data = settings_of(task, adapter, learning_rate, seed), load(task, seed)
     model = models.load_model(settings, data)
     if adapter == "paca":
         model = with_paca(model, seed)
-    return Run(point.method, model, patch(model, point, seed), batch_size, data, settings)
+    options = METHODS[point.method]
+    found = {} if options is None else options(point.drop_rate)
+    if "coreset" in found:
+        return CoresetRun(point.method, model, None, batch_size, data, settings, options=found["coreset"])
+    handler = None if options is None else apply_dropbp(model, point.drop_rate, seed=seed, **found)
+    return Run(point.method, model, handler, batch_size, data, settings)
 
 
 def train(wanted: Wanted, validation_before: dict[str, float], where: Machine) -> ConvergenceRow:
@@ -200,9 +214,22 @@ def train(wanted: Wanted, validation_before: dict[str, float], where: Machine) -
         validation_before=before,
         validation_loss=curve[-1][1],
         train_loss=_mean(losses[-max(1, len(losses) // 10) :]),
+        validation_parts=";".join(f"{source}:{loss:.5g}" for source, loss in validate_parts(run)),
         validation_curve=";".join(f"{step}:{loss:.5g}" for step, loss in curve),
         train_curve=";".join(f"{loss:.4g}" for loss in window_means(losses, NUM_CURVE_POINTS)),
     )
+
+
+@torch.no_grad()
+def validate_parts(run: Run) -> Iterator[tuple[str, float]]:
+    """(source, validation loss) of each source of a mixture; rows of a source have one length, so means are plain."""
+    if not isinstance(run.data, convergence_data.MixtureData):
+        return
+    run.model.eval()
+    for source in convergence_data.SOURCES:
+        batches = run.data.mixture.validation_batches(source, run.settings.batch_size)
+        yield source, _mean([loss for ids, labels in batches for loss in [run.loss(ids, labels).item()] * len(ids)])
+    run.model.train()
 
 
 def window_means(values: Sequence[float], num: int) -> list[float]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from dropbp_kernels.cli.builtin import Recipe
 
-Options = dict[str, Any]  # of apply_dropbp
+Options = dict[str, Any]  # of apply_dropbp; under "coreset" those of CoresetSelector
 BUILTIN = Recipe()
 
 
@@ -75,14 +75,20 @@ METHODS: dict[str, Callable[[float], Options] | None] = {
     "undropped": None,
     "published": _published,
     "branch": lambda rate: {},
+    "cyclic": lambda rate: {"sampler": "cyclic"},
     "target plan": lambda rate: {"context": "inference"},
     "target plan, one_hop": lambda rate: {"context": "inference", "context_gradient": "one_hop"},
-    "target plan, full": lambda rate: {"context": "inference", "context_gradient": "full"},
+    "coreset, one fixed direction": lambda rate: {"coreset": {"features": "spsa", "directions": 1, "fixed": True}},
+    "coreset, eight directions": lambda rate: {"coreset": {"features": "spsa", "directions": 8}},
+    "coreset, exact": lambda rate: {"coreset": {"features": "exact"}},
+    "coreset, stratified": lambda rate: {"coreset": {"method": "stratified"}},
+    "coreset, random": lambda rate: {"coreset": {"method": "random"}},
 }
 
 TARGETS = Task("builtin:docstrings", 192, 8, 60, {"lora": 8e-3, "full": 1e-3})
 TARGETS_LONG = Task("summaries", 512, 4, 40, {"lora": 8e-3, "full": 1e-3})
-TEXT = Task("builtin:docs", 64, 12, 60, {"lora": 8e-3, "full": 1e-3, "paca": 2e-3})
+TEXT = Task("builtin:docs", 48, 12, 50, {"lora": 8e-3, "full": 1e-3, "paca": 4e-3})
+MIXTURE = Task("mixture", 32, 32, 40, {"lora": 8e-3, "full": 1e-3})
 TINY = Recipe(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, steps=2, seq_len=32)
 
 
@@ -107,6 +113,7 @@ def _plan_points(rates: tuple[float, ...]) -> tuple[Point, ...]:
         points += [
             Point("published", rate),
             Point("branch", rate),
+            Point("cyclic", rate),
             Point("undropped", as_fast_as=("branch", rate)),
             Point("undropped", batch_size=max(1, round((1 - rate) * TEXT.batch_size))),
         ]
@@ -128,6 +135,16 @@ GROUPS = {
             Point("branch", 0.5, adapter="paca"),
         ),
     ),
+    "coreset": Group(
+        MIXTURE,
+        (
+            Point("undropped"),
+            *(Point(method) for method in METHODS if method.startswith("coreset")),
+            Point("published", 0.5),
+            Point("undropped", as_fast_as=("coreset, exact", 0.0)),
+            Point("undropped", batch_size=MIXTURE.batch_size // 2),
+        ),
+    ),
 }
 
 
@@ -136,5 +153,5 @@ def group_of(name: str, scale: str) -> Group:
     group = GROUPS[name]
     if scale == "full":
         return group
-    task = replace(group.task, batch_size=4, seq_len=32, steps=2, recipe=TINY)
+    task = replace(group.task, batch_size=8, seq_len=32, steps=2, recipe=TINY)
     return replace(group, task=task, points=tuple(replace(p, batch_size=p.batch_size and 2) for p in group.points))

@@ -12,7 +12,14 @@ if not (ROOT / "benchmarks").is_dir():
 pytest.importorskip("peft")
 sys.path.append(str(ROOT))
 
-from benchmarks import convergence, convergence_data, convergence_methods, convergence_report, convergence_timing  # noqa: E402
+from benchmarks import (  # noqa: E402
+    convergence,
+    convergence_data,
+    convergence_methods,
+    convergence_report,
+    convergence_timing,
+    coreset_data,
+)
 from benchmarks.convergence_methods import GROUPS, TINY, Group, Point  # noqa: E402
 from benchmarks.rows import RESULTS, append_rows, read_rows  # noqa: E402
 from dropbp_kernels.cli import builtin, corpus  # noqa: E402
@@ -21,6 +28,8 @@ from dropbp_kernels.cli.data import IGNORED, Data, Row  # noqa: E402
 
 def tiny_data(name, seq_len, seed):
     """Rows of random bytes, of unequal lengths, the last half of each with a loss."""
+    if name == "mixture":
+        return convergence_data.MixtureData(seq_len, seed)
     generator = torch.Generator().manual_seed(0)
     rows = []
     for length in (seq_len, seq_len - 8) * 10:
@@ -40,6 +49,7 @@ def tiny(tmp_path, monkeypatch):
     LlamaForCausalLM(builtin.config(TINY)).save_pretrained(tmp_path / "model")
     monkeypatch.setattr(builtin, "ensure_pretrained", lambda recipe, device: tmp_path / "model")
     monkeypatch.setattr(convergence_data, "load", tiny_data)
+    monkeypatch.setattr(coreset_data, "_text", lambda source: bytes(range(256)) * 300)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield tmp_path
@@ -215,7 +225,7 @@ def test_summaries_are_long_and_end_where_the_docstring_does(monkeypatch):
     decode = builtin.ByteTokenizer().decode
     targets = [decode([int(label) for label in row.labels if label != IGNORED]) for row in rows]
     assert targets == ['What it does."""', 'Short."""']
-    with pytest.raises(ValueError, match="expected a built-in name or summaries, got 'poems'"):
+    with pytest.raises(ValueError, match="expected a built-in name, mixture or summaries, got 'poems'"):
         convergence_data.load("poems", 32, 0)
 
 
