@@ -1,6 +1,6 @@
 """What a calibration measured and the drop rates it led to: a record to save, look at and use again.
 
-handler.calibrate(backprop)
+handler.calibrate(loss)
 handler.calibration.save("calibration.json")
 handler.calibration.draw("calibration.png")  # a bar per branch: sensitivity, FLOPs, drop rate
 ...
@@ -20,14 +20,15 @@ from .allocation import allocate
 class Calibration:
     """Sensitivities and FLOPs of the branches, by name and in model order, and the rates allocated from them.
 
-    definition: of the sensitivity, see `sensitivity`. drop_rate: the target. min_rate, allocation: what
-    `allocate` was told besides.
+    definition, method: of the sensitivity and of measuring it, see `calibrate`. drop_rate: the target. min_rate,
+    allocation: what `allocate` was told besides.
     """
 
     branches: tuple[str, ...]
     sensitivities: tuple[float, ...]
     flops: tuple[float, ...]
     definition: str
+    method: str
     drop_rate: float
     min_rate: float
     allocation: str

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from .allocation import allocate
 from .calibration import Calibration, check_branches
+from .exact_sensitivity import measure_sensitivity
 from .layer import DROPPED_RUNS, DropBP, checkpoint_branch
 from .plan import DropPlan, set_plan
 from .report import Report, make_report
 from .samplers import Sampler, draw_kept, get_sampler, with_one_kept
 from .schedules import Schedule, factor_at, get_schedule
-from .sensitivity import compute_sensitivity, mean_over_ranks
+from .sensitivity import mean_over_ranks
 from .targets import TargetRule
 
 STATE_VERSION = 1
@@ -235,25 +236,29 @@ class DropBPHandler:
 
     def calibrate(
         self,
-        backprop: Callable[[], Any],
+        loss: Callable[[], Any] | Sequence[Callable[[], Any]],
         *,
         definition: str = "norm",
+        method: str = "exact",
         allocation: str = "published",
         min_rate: float = 0.0,
         progress: bool = False,
     ) -> list[float]:
         """Measure the sensitivity of each branch and set the drop rates from it; return the rates.
 
-        backprop runs forward and backward on a fixed batch, nothing else (no optimizer step, no zero_grad).
+        loss: runs the forward on a fixed batch and returns the loss (no backward); or one such function for each of
+        several micro-batches, whose gradients are summed. method: "exact" shares that forward among all branches;
+        "estimate" takes one backward in all; "published" runs forward and backward for every branch, and its functions
+        may run the backward themselves.
         Gradients, RNG state, train/eval mode and plan are left as found. Where torch.distributed runs, every rank calls
         this on its own batch and all take the mean of the sensitivities, so that they draw the same plans.
-        Errors: those of `compute_sensitivity` and `allocate`; the rates are unchanged then.
-        Cost:   1 + num_branches forwards and backwards, and one extra set of gradients with definition="element".
+        Errors: those of `measure_sensitivity` and `allocate`; the rates are unchanged then.
+        Cost:   that of `exact_sensitivity`, `estimate_sensitivity` or `compute_sensitivity`.
         Source: DropBP (arXiv 2402.17812), section 3.3.
         """
         for gate in self.gates.values():
             gate.refresh()
-        sensitivities = mean_over_ranks(compute_sensitivity(self, backprop, definition, progress=progress))
+        sensitivities = mean_over_ranks(measure_sensitivity(self, loss, definition, method, progress))
         flops = self.flops()
         rates = allocate(sensitivities, flops, self.drop_rate, method=allocation, min_rate=min_rate)
         self.set_drop_rates(rates)
@@ -262,6 +267,7 @@ class DropBPHandler:
             sensitivities=tuple(sensitivities),
             flops=tuple(flops),
             definition=definition,
+            method=method,
             drop_rate=self.drop_rate,
             min_rate=min_rate,
             allocation=allocation,

@@ -70,6 +70,7 @@ class DropBP(nn.Module):
         kept: the plan entry; True until a handler says otherwise.
         checkpoint: None, or the function(branch, residual) that runs a kept branch in training mode so that it saves
             its input alone: `checkpoint_branch`, or what transformers was told to use.
+        watch: None, or a function that is shown what a kept branch returns, before it enters the stream (`calibrate`).
         was_called: whether the gate was called with gradients enabled since the handler last drew a plan.
         batch_size, seq_len: the first two dimensions of the residual in the last such call, 0 before it.
 
@@ -93,6 +94,7 @@ class DropBP(nn.Module):
         self.dropped_runs = dropped_runs
         self.kept = True
         self.checkpoint: Callable[..., Any] | None = None
+        self.watch: Callable[[Any], Any] | None = None
         self.was_called = False
         self.batch_size = 0
         self.seq_len = 0
@@ -123,12 +125,18 @@ class DropBP(nn.Module):
         if self.checkpoint is not None and self.kept and self.training and torch.is_grad_enabled():
             # What is computed again is the branch alone, never the gate: a plan drawn since then changes nothing.
             output: Tensor = self.checkpoint(branch, residual)
-            return output
+            return self.shown(output)
         if self.records_graph:
             output = branch(residual)
-            return output if self.kept else output.detach()
+            return self.shown(output) if self.kept else output.detach()
         with as_inference(residual.device.type):
             return branch(residual)
+
+    def shown(self, output: Any) -> Any:
+        """`output` of a kept branch, once whoever watches the gate has seen it."""
+        if self.watch is not None:
+            self.watch(output)
+        return output
 
     def note_call(self, residual: Tensor) -> None:
         """Note that the branch runs on `residual`, with gradients enabled.

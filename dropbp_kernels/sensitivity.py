@@ -7,11 +7,13 @@ One backward with nothing dropped gives g0, one more per branch gives g_i with o
 
 A parameter without a gradient counts as a zero gradient. "element" sees every change but keeps g0, one extra set of
 gradients; "norm" keeps one number per parameter, and is blind to a gradient that turns without changing its length.
+`exact_sensitivity` gives the same numbers for less; this is the published procedure, which also bears what that one
+does not (reentrant checkpointing), and its oracle.
 """
 
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -29,7 +31,7 @@ class HasGates(Protocol):
     gates: dict[str, Any]
 
 
-def _get_rng_state() -> tuple[Any, ...]:
+def get_rng_state() -> tuple[Any, ...]:
     numpy = sys.modules.get("numpy")
     return (
         random.getstate(),
@@ -39,7 +41,7 @@ def _get_rng_state() -> tuple[Any, ...]:
     )
 
 
-def _set_rng_state(state: tuple[Any, ...]) -> None:
+def set_rng_state(state: tuple[Any, ...]) -> None:
     python, numpy, cpu, cuda = state
     random.setstate(python)
     if numpy is not None:
@@ -61,7 +63,7 @@ def left_as_found(handler: HasGates) -> Iterator[None]:
         (gate, {name: value for name, value in vars(gate).items() if not name.startswith("_")})
         for gate in handler.gates.values()
     ]
-    rng_state = _get_rng_state()
+    rng_state = get_rng_state()
     try:
         yield
     finally:
@@ -72,13 +74,14 @@ def left_as_found(handler: HasGates) -> Iterator[None]:
         for gate, attributes in gates:
             for name, value in attributes.items():
                 setattr(gate, name, value)
-        _set_rng_state(rng_state)
+        set_rng_state(rng_state)
 
 
 def _take_gradients(handler: HasGates, backprop: Callable[[], Any], dropped: str | None) -> list[Tensor | None]:
     """Run backprop with only the branch `dropped` dropped; take the gradients off the parameters."""
     for name, gate in handler.gates.items():
         gate.kept = name != dropped
+        gate.grad_scale = 1.0  # what is asked is how much of the gradient is lost, not of the estimate of it
     parameters = dict(handler.model.named_parameters())
     versions = [parameter._version for parameter in parameters.values()]
     with torch.enable_grad():
@@ -92,7 +95,8 @@ def _take_gradients(handler: HasGates, backprop: Callable[[], Any], dropped: str
     return grads
 
 
-def _norm(tensor: Tensor | None) -> float:
+def norm(tensor: Tensor | None) -> float:
+    """The Euclidean norm, 0 of no gradient."""
     if tensor is None:
         return 0.0
     # Sums of half-precision squares overflow; float64 gradients stay float64.
@@ -103,15 +107,15 @@ def _measure(grads: list[Tensor | None], definition: str) -> list[Any]:
     """What is remembered of the undropped gradients: their norms, or the gradients themselves."""
     if all(grad is None for grad in grads):
         raise RuntimeError("backprop: expected gradients on the model's parameters, but it left none")
-    return [_norm(grad) for grad in grads] if definition == "norm" else grads
+    return [norm(grad) for grad in grads] if definition == "norm" else grads
 
 
 def _sensitivity(undropped: list[Any], grads: list[Tensor | None], definition: str) -> float:
     if definition == "norm":
-        changes = [before - _norm(grad) for before, grad in zip(undropped, grads, strict=True)]
+        changes = [before - norm(grad) for before, grad in zip(undropped, grads, strict=True)]
     else:
         changes = [
-            _norm(before - grad) if before is not None and grad is not None else _norm(before) + _norm(grad)
+            norm(before - grad) if before is not None and grad is not None else norm(before) + norm(grad)
             for before, grad in zip(undropped, grads, strict=True)
         ]
     return sum(change * change for change in changes)
@@ -126,15 +130,38 @@ def mean_over_ranks(values: list[float]) -> list[float]:
     return [sum(column) / len(gathered) for column in zip(*gathered, strict=True)]
 
 
-def _progress(names: Sequence[str], enabled: bool) -> Any:
-    """`names`, with a tqdm bar around it when that is wanted and tqdm is installed."""
-    if not enabled:
-        return names
+@contextmanager
+def with_progress(total: int, enabled: bool) -> Iterator[Callable[[], Any]]:
+    """A function to call after each of `total` branches; it moves a tqdm bar when wanted and tqdm is installed."""
+    bar = None
+    if enabled:
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            pass
+        else:
+            bar = tqdm(total=total, desc="sensitivity", unit="branch")
     try:
-        from tqdm import tqdm
-    except ImportError:
-        return names
-    return tqdm(names, desc="sensitivity", unit="branch")
+        yield (lambda: None) if bar is None else bar.update
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def check(handler: HasGates, definition: str) -> None:
+    """Errors: ValueError for an unknown definition or a handler without gates."""
+    if definition not in DEFINITIONS:
+        raise ValueError(f"definition: expected one of {', '.join(DEFINITIONS)}, got {definition!r}")
+    if not handler.gates:
+        raise ValueError("handler: expected at least one gate, got none")
+
+
+def check_finite(sensitivity: float, name: str) -> None:
+    """Errors: RuntimeError for a sensitivity that is not finite."""
+    if not sensitivity < float("inf"):
+        raise RuntimeError(
+            f"backprop: expected finite gradients, but the sensitivity of branch {name!r} is {sensitivity}"
+        )
 
 
 def compute_sensitivity(
@@ -143,9 +170,10 @@ def compute_sensitivity(
     """Return the sensitivity of each branch of `handler`, in model order.
 
     backprop runs one forward and backward on the same batch in every call; it may clear gradients, it must not change
-    parameters. Every call starts from the same RNG state, so dropout is the same in all of them. Gradients, RNG states
-    (Python, NumPy when loaded, torch), train/eval modes, the plan and the counters of the gates are left as found,
-    also when backprop raises. Buffers that a forward updates (running statistics) are not put back.
+    parameters. Gates count with grad_scale 1. Every call starts from the same RNG state, so dropout is the same in all
+    of them. Gradients, RNG states (Python, NumPy when loaded, torch), train/eval modes, the plan and the counters of
+    the gates are left as found, also when backprop raises. Buffers that a forward updates (running statistics) are not
+    put back.
 
     Dtypes: gradients of any dtype; summed in float32 or, for float64 gradients, in float64.
     Errors: ValueError for an unknown definition or a handler without gates; RuntimeError when backprop leaves no
@@ -154,24 +182,19 @@ def compute_sensitivity(
     Source: DropBP (arXiv 2402.17812), section 3.3 ("element"); github.com/WooSunghyeon/dropbp since October 2024
             ("norm").
     """
-    if definition not in DEFINITIONS:
-        raise ValueError(f"definition: expected one of {', '.join(DEFINITIONS)}, got {definition!r}")
-    if not handler.gates:
-        raise ValueError("handler: expected at least one gate, got none")
-
+    check(handler, definition)
     sensitivities: list[float] = []
     with left_as_found(handler):
-        rng_state = _get_rng_state()
+        rng_state = get_rng_state()
         for parameter in handler.model.parameters():
             parameter.grad = None
         undropped = _measure(_take_gradients(handler, backprop, None), definition)
-        for name in _progress(list(handler.gates), progress):
-            _set_rng_state(rng_state)
-            # Gradients are passed on without a name here: one that outlived its probe would be another set in memory.
-            sensitivity = _sensitivity(undropped, _take_gradients(handler, backprop, name), definition)
-            if not sensitivity < float("inf"):
-                raise RuntimeError(
-                    f"backprop: expected finite gradients, but the sensitivity of branch {name!r} is {sensitivity}"
-                )
-            sensitivities.append(sensitivity)
+        with with_progress(len(handler.gates), progress) as advance:
+            for name in handler.gates:
+                set_rng_state(rng_state)
+                # Gradients are passed on without a name: one that outlived its probe would be another set in memory.
+                sensitivity = _sensitivity(undropped, _take_gradients(handler, backprop, name), definition)
+                check_finite(sensitivity, name)
+                sensitivities.append(sensitivity)
+                advance()
     return sensitivities

@@ -14,6 +14,7 @@ def calibration():
         sensitivities=(4.0, 1.0, 0.5, 2.0),
         flops=(1e9, 4e9, 1e9, 4e9),
         definition="norm",
+        method="exact",
         drop_rate=0.5,
         min_rate=0.0,
         allocation="published",

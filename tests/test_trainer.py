@@ -278,7 +278,7 @@ def test_sensitivities_are_those_of_the_last_micro_batch(tmp_path):
     remove_dropbp(twin)
     twin._forward_pre_hooks.clear()
     handler = apply_dropbp(twin, 0.5)
-    handler.calibrate(lambda: twin(**batches[1]).loss.backward())
+    handler.calibrate(lambda: twin(**batches[1]).loss)
     assert handler.calibration.sensitivities == callback.handler.calibration.sensitivities
 
 
@@ -504,7 +504,7 @@ def test_a_model_that_cannot_be_patched(tmp_path):
     [
         ({"drop_rate": 1.0}, "drop_rate: expected 0 <= drop_rate < 1, got 1"),
         ({"drop_rate": 0.5, "calibrate_at": 1.0}, "calibrate_at: expected 0 <= calibrate_at < 1, got 1"),
-        ({"drop_rate": 0.5, "rates": "best"}, "rates: expected one of uniform, sensitivity, got 'best'"),
+        ({"drop_rate": 0.5, "rates": "best"}, "rates: expected one of uniform, depth_linear, sensitivity, got 'best'"),
         ({"drop_rate": 0.5, "plan": "epoch"}, "plan: expected one of optimizer_step, micro_batch, got 'epoch'"),
         ({"drop_rate": 0.5, "definition": "max"}, "definition: expected one of norm, element, got 'max'"),
     ],

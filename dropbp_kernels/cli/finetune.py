@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import samplers
+from ..allocation import METHODS
 from ..integrations.target_plans import CONTEXT_GRADIENTS
 from ..schedules import SCHEDULES
 from . import checkpoint, compare, hardware, models
@@ -64,6 +65,7 @@ def add_parser(commands: Any) -> None:
     add("--context", f"{' or '.join(CONTEXTS)}: how tokens without a loss run; inference: without a backward")
     add("--context-gradient", f"of what --context inference leaves out, keep {', '.join(CONTEXT_GRADIENTS)}")
     add("--rates", f"{', '.join(RATES)}: equal, rising with depth, or allocated after a tenth of the steps")
+    add("--allocation", f"rates from sensitivities: {', '.join(METHODS)}")
     add("--sampler", f"how plans are drawn: {', '.join(samplers.SAMPLERS)}")
     add("--schedule", f"the drop rate over the run: {', '.join(SCHEDULES)}, with a share of it as in recovery:0.2")
     add("--grad-scale", "factor on the gradient entering a kept branch, or 'unbiased'", type=parse_grad_scale)

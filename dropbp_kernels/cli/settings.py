@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..allocation import allocate
+from ..allocation import METHODS, allocate
 from ..integrations.target_plans import CONTEXT_GRADIENTS
 from ..samplers import SAMPLERS
 from ..schedules import get_schedule
@@ -40,6 +40,7 @@ class Settings:
     lora_rank: int = 8
     drop_rate: float | None = None
     rates: str = "uniform"
+    allocation: str = "published"
     sampler: str = "balanced"
     schedule: str | None = None
     grad_scale: float | str = 1.0
@@ -92,7 +93,7 @@ def resolve(settings: Settings) -> Settings:
 
 
 def _check(settings: Settings) -> None:
-    choices = {"adapter": ADAPTERS, "rates": RATES, "dtype": DTYPES, "sampler": tuple(SAMPLERS)}
+    choices = {"adapter": ADAPTERS, "rates": RATES, "dtype": DTYPES, "allocation": METHODS, "sampler": tuple(SAMPLERS)}
     choices |= {"context": CONTEXTS, "context_gradient": CONTEXT_GRADIENTS}
     for name, allowed in choices.items():
         if (value := getattr(settings, name)) not in allowed:
@@ -118,7 +119,7 @@ def _check(settings: Settings) -> None:
         raise UserError(f"--learning-rate: expected a positive number, got {settings.learning_rate}")
     if settings.rates == "sensitivity":
         try:  # FLOPs differ between branches, but the limit on the rate does not depend on them
-            allocate([1.0, 1.0], [1e9, 1e9], settings.drop_rate)
+            allocate([1.0, 1.0], [1e9, 1e9], settings.drop_rate, method=settings.allocation)
         except ValueError as error:
             raise UserError(f"--drop-rate with --rates sensitivity: {error}") from error
     if settings.model == builtin.NAME:

@@ -132,7 +132,7 @@ class Run:
     def _calibrate(self, batch: Sequence[Tensor]) -> None:
         assert self.handler is not None
         start = self.now()
-        self.handler.calibrate(lambda: self.loss(*batch).backward())
+        self.handler.calibrate(lambda: self.loss(*batch), allocation=self.settings.allocation)
         self.history.calibration_s += self.now() - start
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ Moving to the package proper, which drops before the forward and really saves th
     handler.set_dropped_layers()
         becomes   handler.step()
     handler.sensitivity_based_drop_bp(backprop, 0.75)
-        becomes   handler.calibrate(backprop)
+        becomes   handler.calibrate(loss)  # a function that returns the loss, without a backward
     if not handler.detact_non_grad(): loss.backward()
         becomes   loss.backward()
 """

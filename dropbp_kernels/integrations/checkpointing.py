@@ -61,16 +61,29 @@ def _checkpoint_block(block: nn.Module, function: Callable[..., Any], run: Calla
     recorded = [gate for gate in gates if gate.records_graph]
     if not recorded or any(gate.checkpoint is not None for gate in gates):
         return run(*args)
-    is_reentrant = getattr(function, "keywords", {}).get("use_reentrant") is not False
-    if is_reentrant:
+    may_be_reentrant = _may_be_reentrant(function)
+    if may_be_reentrant:
         _warn_of_reentrant()
     # torch.compile refuses the notes that gates take inside of what is checkpointed; by branch they stay outside.
     is_whole = len(recorded) == len(gates) and not torch.compiler.is_compiling()
     is_whole |= not all(gate.is_checkpointable for gate in recorded)
-    if is_reentrant or is_whole:
+    if may_be_reentrant or is_whole:
         return function(_with_this_plan(gates, run), *args)
     with _checkpointed(recorded, function):
         return run(*args)
+
+
+def _may_be_reentrant(function: Callable[..., Any]) -> bool:
+    return getattr(function, "keywords", {}).get("use_reentrant") is not False
+
+
+def is_reentrant(model: nn.Module) -> bool:
+    """Whether transformers checkpoints a part of `model` by reentrant checkpointing, or by a kind that is unknown."""
+    return any(
+        getattr(module, "gradient_checkpointing", False) and _may_be_reentrant(vars(module)[_FUNCTION])
+        for module in model.modules()
+        if _FUNCTION in vars(module)
+    )
 
 
 @contextmanager

@@ -64,6 +64,8 @@ class ModuleGate(DropBP):
 
     def pass_output(self, output: Any) -> Any:
         """What the branch's last module returned, as the stream shall see it: scaled when kept, constant when not."""
+        if self.kept:
+            self.shown(output)
         if self.kept and self.grad_scale == 1.0:
             return output
         return tree_map_only(Tensor, self._scale if self.kept else Tensor.detach, output)

@@ -16,12 +16,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..allocation import depth_linear_rates
+from ..allocation import METHODS, depth_linear_rates
 from ..handler import DropBPHandler, check_drop_rate, find_gates
 from ..sensitivity import DEFINITIONS
+from .checkpointing import is_reentrant
 from .meters import PlanMeter, TimeMeter, saved_bytes_by_branch
 from .transformers import apply_dropbp, remove_dropbp
 
@@ -47,6 +47,7 @@ class DropBPCallback(TrainerCallback, ExportableState):
             step); on the last micro-batch of that step, after its update, when no gradient is accumulated.
         plan: "optimizer_step" draws one plan for all micro-batches of a step, "micro_batch" one for each.
         definition: of the sensitivity, "norm" or "element".
+        allocation: how rates are made from sensitivities: "published", "optimal" or "variance" (see `allocate`).
         loss: (model, inputs) -> the loss that calibration differentiates; needed only where the model itself returns
             none, as with `compute_loss_func` or label smoothing.
         measure: also log forward, backward and step time and the peak of memory, and print their means at the end.
@@ -60,8 +61,9 @@ class DropBPCallback(TrainerCallback, ExportableState):
                 dropbp_forward_ms, dropbp_backward_ms, dropbp_step_ms, dropbp_peak_memory_mib.
     Errors:     ValueError for an argument out of range, a model that cannot be patched (when the Trainer is made; the
                 model is unchanged then), DDP without find_unused_parameters, or a checkpoint of other settings.
-    Cost:       one more forward in the first step, to count bytes; calibration takes 1 + num_branches forwards and
-                backwards on a micro-batch, with the memory of an undropped one.
+    Cost:       one more forward in the first step, to count bytes; calibration takes one forward, and half a backward
+                per branch, on a micro-batch, with the memory of an undropped one (with reentrant checkpointing 1 +
+                num_branches forwards and backwards).
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class DropBPCallback(TrainerCallback, ExportableState):
         calibrate_at: float = 0.1,
         plan: str = "optimizer_step",
         definition: str = "norm",
+        allocation: str = "published",
         loss: Callable[[nn.Module, dict[str, Any]], Tensor] | None = None,
         measure: bool = False,
         remove_at_end: bool = False,
@@ -84,6 +87,7 @@ class DropBPCallback(TrainerCallback, ExportableState):
             ("rates", "uniform" if is_file else rates, RATES),
             ("plan", plan, PLANS),
             ("definition", definition, DEFINITIONS),
+            ("allocation", allocation, METHODS),
         ]:
             if value not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
@@ -92,6 +96,7 @@ class DropBPCallback(TrainerCallback, ExportableState):
         self.calibrate_at = calibrate_at
         self.plan = plan
         self.definition = definition
+        self.allocation = allocation
         self.loss = loss
         self.measure = measure
         self.remove_at_end = remove_at_end
@@ -151,7 +156,7 @@ class DropBPCallback(TrainerCallback, ExportableState):
         if self.rates == "depth_linear":
             self.handler.set_drop_rates(depth_linear_rates(self.handler.flops(), self.drop_rate))
         elif self.rates.endswith(".json"):
-            self.handler.use_calibration(self.rates)
+            self.handler.use_calibration(self.rates, allocation=self.allocation)
 
     def _handler(self) -> DropBPHandler:
         if self.handler is None:
@@ -233,7 +238,13 @@ class DropBPCallback(TrainerCallback, ExportableState):
             self._plans.bytes_per_token = [size / num_tokens for size in num_bytes]
         due = max(1, round(self.calibrate_at * state.max_steps))
         if self.rates == "sensitivity" and not self._is_calibrated and state.global_step >= due:
-            handler.calibrate(lambda: _backprop(model, self._loss(model, inputs)), definition=self.definition)
+            # A reentrant checkpoint knows no backward from within: there every branch takes a forward and a backward.
+            handler.calibrate(
+                lambda: self._loss(model, inputs),
+                definition=self.definition,
+                allocation=self.allocation,
+                method="published" if is_reentrant(model) else "exact",
+            )
             self._is_calibrated = True
 
     def _loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -292,6 +303,7 @@ class DropBPCallback(TrainerCallback, ExportableState):
             "calibrate_at": self.calibrate_at,
             "plan": self.plan,
             "definition": self.definition,
+            "allocation": self.allocation,
             "measure": self.measure,
             "remove_at_end": self.remove_at_end,
             **self.options,
@@ -316,16 +328,6 @@ class DropBPCallback(TrainerCallback, ExportableState):
                 )
         self._handler().load_state_dict(state)
         self._is_calibrated = saved["attributes"]["_is_calibrated"]
-
-
-def _backprop(model: nn.Module, loss: Tensor) -> None:
-    """loss.backward(), which DDP's reducer does not notice: it would take the parameters for used in its next step."""
-    if not (dist.is_available() and dist.is_initialized()):
-        loss.backward()  # the only way through checkpointing with use_reentrant=True
-        return
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
-        parameter.grad = grad
 
 
 def _check_ddp(args: Any, model: nn.Module) -> None:
