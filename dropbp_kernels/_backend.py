@@ -35,10 +35,12 @@ LADDER = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 # Stems that csrc/cuda implements; the others are served by Triton on a GPU (docs/architecture.md says why).
 CUDA_STEMS = frozenset(
     {
+        "column_update",
         "gated_residual_add",
         "gated_residual_layer_norm",
         "gated_residual_rms_norm",
         "glu",
+        "partial_gather",
         "permuted_norm",
         "permuted_residual_add",
     }

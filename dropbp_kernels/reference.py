@@ -290,3 +290,35 @@ def glu_backward__reference(grad_output: Tensor, gate: Tensor, up: Tensor, activ
     grad_gate, grad_up = glu_backward_reference(grad_output, gate, up, activation)
     gate.copy_(grad_gate)
     up.copy_(grad_up)
+
+
+def _check_channels(index: Tensor, width: int, are_different: bool) -> None:
+    """The reference looks, where there is something to look at: a device without memory of its own, not meta."""
+    if index.device.type != "cpu":
+        return
+    if ((index < 0) | (index >= width)).any():
+        raise IndexError(f"index: expected numbers from 0 to {width - 1}")
+    if are_different and index.unique().numel() != index.numel():
+        raise IndexError("index: expected different numbers")
+
+
+def partial_gather_reference(input: Tensor, index: Tensor) -> Tensor:
+    """The channels index (r,) of input (..., D), as (..., r)."""
+    _check_channels(index, input.shape[-1], are_different=False)
+    return input.index_select(-1, index).contiguous()
+
+
+def column_update__reference(weight: Tensor, delta: Tensor, index: Tensor, scale: float) -> Tensor:
+    """weight[:, index] += scale * delta, rounded once; what those columns were, bit for bit."""
+    _check_channels(index, weight.shape[1], are_different=True)
+    wide = torch.promote_types(_wide(weight.dtype), _wide(delta.dtype))
+    original = weight.index_select(1, index).contiguous()
+    columns = original.to(wide) + delta.to(wide) * scale
+    weight.index_copy_(1, index, columns.to(weight.dtype))
+    return original
+
+
+def column_restore__reference(weight: Tensor, original: Tensor, index: Tensor) -> None:
+    """weight[:, index] = original."""
+    _check_channels(index, weight.shape[1], are_different=True)
+    weight.index_copy_(1, index, original)

@@ -17,7 +17,9 @@ static Index gridDim, blockDim, blockIdx, threadIdx;
 #define __device__
 #define __trap() std::abort()
 
+#include "../csrc/cuda/column_update_kernel.cuh"
 #include "../csrc/cuda/gated_residual_add_kernel.cuh"
+#include "../csrc/cuda/partial_gather_kernel.cuh"
 #include "../csrc/cuda/permuted_residual_add_kernel.cuh"
 
 namespace {
@@ -108,10 +110,47 @@ void check() {
   }
 }
 
+// Channels of a far row, and columns of a weight whose rows, or whose columns, are far apart.
+void check_channels() {
+  constexpr int64_t kChannels = 2;
+  float* input = reserve<float>(kCount);
+  float* output = reserve<float>(kRows * kChannels);
+  const int64_t index[kChannels] = {7, kWidth - 1}, row = kRows - 1;
+  const int64_t far = row * kWidth + kWidth - 1, compact = row * kChannels + 1;
+  const int64_t count = kRows * kChannels;
+  input[far] = 3;
+  be_thread_of<1>(compact);
+  gridDim = {static_cast<unsigned>((count + 255) / 256)};
+  dropbp::partial_gather_kernel<float>(output, input, index, kWidth, kWidth, kChannels, count);
+  expect("partial_gather, from far", output[compact], 3);
+
+  float* delta = reserve<float>(count);
+  delta[compact] = 5, output[compact] = 0;
+  const dropbp::Columns by_row{index, kRows, kChannels, kWidth, kWidth, 1};
+  dropbp::column_update_kernel<float, float, float>(input, output, delta, by_row, 2.0f, count);
+  expect("column_update, far row", input[far], 13);
+  expect("column_update, what was there", output[compact], 3);
+  dropbp::column_restore_kernel<float>(input, output, by_row, count);
+  expect("column_restore, far row", input[far], 3);
+
+  // The same place as the last column of a weight (kWidth, kRows) that lies transposed.
+  const int64_t columns[kChannels] = {7, kRows - 1};
+  const dropbp::Columns by_column{columns, kWidth, kChannels, kRows, 1, kWidth};
+  const int64_t last = 2 * kWidth - 1;  // element (kWidth - 1, 1), both by column and by row
+  delta[last] = 5;
+  be_thread_of<1>(last);
+  gridDim = {static_cast<unsigned>((2 * kWidth + 255) / 256)};
+  dropbp::column_update_kernel<float, float, float>(input, output, delta, by_column, 2.0f,
+                                                    kWidth * kChannels);
+  expect("column_update, far column", input[far], 13);
+  expect("column_update, what was there in it", output[last], 3);
+}
+
 }  // namespace
 
 int main() {
   check<1>();
   check<4>();
+  check_channels();
   return num_failures != 0;
 }

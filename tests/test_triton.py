@@ -25,17 +25,18 @@ import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from dropbp_kernels._triton import (
-    gated_residual_add as add, gated_residual_layer_norm as layer_norm, gated_residual_rms_norm as norm, glu,
-    permuted_norm, permuted_residual_add as permuted_add,
+    column_update, gated_residual_add as add, gated_residual_layer_norm as layer_norm, gated_residual_rms_norm as norm,
+    glu, partial_gather, permuted_norm, permuted_residual_add as permuted_add,
 )
 
-SCALARS = {"grad_scale": "fp32", "grad_scale_rest": "fp32", "eps": "fp32", "eps_rest": "fp32"}
+SCALARS = {name + rest: "fp32" for name in ("scale", "grad_scale", "eps") for rest in ("", "_rest")}
 
 def compile(name, kernel, element, wide, num_warps=8, **constants):
-    indices = {"rows_ptr": "*i64", "permutation_ptr": "*i64"}
+    indices = {"rows_ptr": "*i64", "permutation_ptr": "*i64", "index_ptr": "*i64"}
     types = {**indices, "row_scale_ptr": "*fp32", "rstd_ptr": "*" + wide, "partial_ptr": "*" + wide}
     types |= {name: "*" + wide for name in ("mean_ptr", "weight_partial_ptr", "bias_partial_ptr")}
-    constants["WIDE"] = {"fp32": tl.float32, "fp64": tl.float64}[wide]
+    if "WIDE" in kernel.arg_names:
+        constants["WIDE"] = {"fp32": tl.float32, "fp64": tl.float64}[wide]
     signature = {}
     for argument in kernel.arg_names:
         default = "*" + element if argument.endswith("_ptr") else "i32"
@@ -55,6 +56,11 @@ for element, wide in (("bf16", "fp32"), ("fp64", "fp64")):
         flags = dict(ACTIVATION=activation, BLOCK=1024)
         compile(f"glu backward {activation} {element}", glu._glu_backward_kernel, element, wide, **flags)
     compile(f"glu {element}", glu._glu_kernel, element, wide, **flags)
+    compile(f"gather {element}", partial_gather._partial_gather_kernel, element, wide, BLOCK=512)
+    for by_column in (True, False):
+        flags = dict(BY_COLUMN=by_column, BLOCK=512)
+        compile(f"update {element} {by_column}", column_update._column_update_kernel, element, wide, **flags)
+        compile(f"restore {element} {by_column}", column_update._column_restore_kernel, element, wide, **flags)
     compile(f"permuted add {element}", permuted_add._permuted_residual_add_kernel, element, wide, BLOCK=1024)
     for is_one in (True, False):
         flags = dict(D=1000 if is_one else 60000, GEMMA=False, IS_ONE_BLOCK=is_one, BLOCK=1024)
@@ -109,7 +115,7 @@ def test_kernels_compile_without_a_gpu(architecture, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
-    assert len(results) == 42
+    assert len(results) == 52
     for name, (source, num_bytes) in results.items():
         assert num_bytes > 0, name
         # Rows times their length is what passes 2^31: the only products of 32 bits left are of columns.

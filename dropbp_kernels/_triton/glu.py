@@ -5,15 +5,13 @@ read where they are; where all of them are contiguous, as one row of all element
 the other grid axes end at 65535 programs: program -> (row, block of BLOCK columns).
 """
 
-import itertools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..tuning import WIDEST, Config, LaunchTable, Row
-from .rows import device_guard, wide_of
+from .rows import device_guard, row_stride, wide_of
 
 # 8 elements a thread: one 16-byte access of bfloat16, two of float32.
 _ROWS = [Row(WIDEST, Config(block=1024, num_warps=4))]
@@ -94,21 +92,9 @@ def _glu_backward_kernel(
     tl.store(grad_up_ptr + row * grad_up_stride + columns, (grad * value).to(element), mask=mask)
 
 
-def _row_stride(tensor: Tensor) -> int | None:
-    """The distance between two rows in elements; None where `tensor` cannot be seen as rows."""
-    if tensor.dim() == 0 or tensor.is_contiguous():
-        return tensor.shape[-1] if tensor.dim() else 1
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        return None
-    leading = [(tensor.shape[d], tensor.stride(d)) for d in range(tensor.dim() - 1) if tensor.shape[d] != 1]
-    if any(outer[1] != inner[0] * inner[1] for outer, inner in itertools.pairwise(leading)):
-        return None
-    return leading[-1][1] if leading else tensor.shape[-1]
-
-
 def _as_rows(tensor: Tensor, *, is_written: bool = False) -> Tensor:
     """`tensor` where it can be seen as rows (that share no element, if it is written), else a contiguous copy."""
-    stride = _row_stride(tensor)
+    stride = row_stride(tensor)
     if stride is None or (is_written and tensor.dim() > 1 and stride < tensor.shape[-1]):
         return tensor.contiguous()
     return tensor
@@ -120,7 +106,7 @@ def _launch(kernel: triton.JITFunction, table: LaunchTable, activation: str, *op
     if gate.numel() == 0:
         return
     width = gate.shape[-1] if gate.dim() else 1
-    strides = [_row_stride(operand) for operand in operands]
+    strides = [row_stride(operand) for operand in operands]
     is_dense = all(stride == width for stride in strides)
     row_size = gate.numel() if is_dense else width
     config = table.at(width, gate.device)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 
 import torch
 import triton
@@ -40,6 +41,18 @@ def wide_of(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
 def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def row_stride(tensor: Tensor) -> int | None:
+    """The distance between two rows in elements; None where `tensor` cannot be seen as rows."""
+    if tensor.dim() == 0 or tensor.is_contiguous():
+        return tensor.shape[-1] if tensor.dim() else 1
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        return None
+    leading = [(tensor.shape[d], tensor.stride(d)) for d in range(tensor.dim() - 1) if tensor.shape[d] != 1]
+    if any(outer[1] != inner[0] * inner[1] for outer, inner in itertools.pairwise(leading)):
+        return None
+    return leading[-1][1] if leading else tensor.shape[-1]
 
 
 def split_eps(eps: float) -> tuple[float, float]:

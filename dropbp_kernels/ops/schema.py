@@ -79,4 +79,15 @@ SCHEMAS = {
         "glu_backward": "(Tensor grad_output, Tensor gate, Tensor up, str activation) -> (Tensor, Tensor)",
         "glu_backward_": "(Tensor grad_output, Tensor(a!) gate, Tensor(b!) up, str activation) -> ()",
     },
+    # Channels are places in the last dimension of an input, columns of a weight (out, in): index (r,) int64.
+    "partial_gather": {
+        # input (..., D) -> (..., r), contiguous.
+        "partial_gather": "(Tensor input, Tensor index) -> Tensor",
+    },
+    "column_update": {
+        # weight (out, in) of any strides gains scale * delta (out, r) in its columns index, all different, summed in
+        # the wider of both dtypes and rounded once -> what the columns were, (out, r) in weight's dtype.
+        "column_update_": "(Tensor(a!) weight, Tensor delta, Tensor index, float scale) -> Tensor",
+        "column_restore_": "(Tensor(a!) weight, Tensor original, Tensor index) -> ()",
+    },
 }
