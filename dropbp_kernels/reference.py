@@ -322,3 +322,9 @@ def column_restore__reference(weight: Tensor, original: Tensor, index: Tensor) -
     """weight[:, index] = original."""
     _check_channels(index, weight.shape[1], are_different=True)
     weight.index_copy_(1, index, original)
+
+
+def l1_distances_reference(features: Tensor) -> Tensor:
+    """The sums of absolute differences of all pairs of rows of features (B, h)."""
+    wide = features.to(_wide(features.dtype))
+    return torch.cdist(wide, wide, p=1.0)

@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from dropbp_kernels._triton import (
     column_update, gated_residual_add as add, gated_residual_layer_norm as layer_norm, gated_residual_rms_norm as norm,
-    glu, partial_gather, permuted_norm, permuted_residual_add as permuted_add,
+    glu, l1_distances, partial_gather, permuted_norm, permuted_residual_add as permuted_add,
 )
 
 SCALARS = {name + rest: "fp32" for name in ("scale", "grad_scale", "eps") for rest in ("", "_rest")}
@@ -57,6 +57,7 @@ for element, wide in (("bf16", "fp32"), ("fp64", "fp64")):
         compile(f"glu backward {activation} {element}", glu._glu_backward_kernel, element, wide, **flags)
     compile(f"glu {element}", glu._glu_kernel, element, wide, **flags)
     compile(f"gather {element}", partial_gather._partial_gather_kernel, element, wide, BLOCK=512)
+    compile(f"distances {element}", l1_distances._l1_distances_kernel, element, wide, num_warps=4, TILE=32, COLUMNS=8)
     for by_column in (True, False):
         flags = dict(BY_COLUMN=by_column, BLOCK=512)
         compile(f"update {element} {by_column}", column_update._column_update_kernel, element, wide, **flags)
@@ -115,7 +116,7 @@ def test_kernels_compile_without_a_gpu(architecture, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
-    assert len(results) == 52
+    assert len(results) == 54
     for name, (source, num_bytes) in results.items():
         assert num_bytes > 0, name
         # Rows times their length is what passes 2^31: the only products of 32 bits left are of columns.

@@ -90,4 +90,8 @@ SCHEMAS = {
         "column_update_": "(Tensor(a!) weight, Tensor delta, Tensor index, float scale) -> Tensor",
         "column_restore_": "(Tensor(a!) weight, Tensor original, Tensor index) -> ()",
     },
+    "l1_distances": {
+        # features (B, h) -> (B, B) in float32, float64 for float64 features.
+        "l1_distances": "(Tensor features) -> Tensor",
+    },
 }
