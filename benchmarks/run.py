@@ -21,7 +21,9 @@ from . import (
     bench_gated_residual_rms_norm,
     bench_glu,
     bench_host_overhead,
+    bench_l1_distances,
     bench_loss_step,
+    bench_partial_gather,
     bench_patched_step,
     bench_permuted_norm,
     bench_step,
@@ -43,6 +45,8 @@ SUITES: dict[str, Callable[[Settings], Iterator[list[Any]]]] = {
     "gated_residual_add": bench_gated_residual_add.run,
     "glu": bench_glu.run,
     "permuted_norm": bench_permuted_norm.run,
+    "partial_gather": bench_partial_gather.run,
+    "l1_distances": bench_l1_distances.run,
 }
 # Two threads that share a core with another program wait for each other for milliseconds at every kernel.
 BUSY_LOAD = 0.7

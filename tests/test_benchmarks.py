@@ -25,7 +25,9 @@ from benchmarks import (  # noqa: E402
     bench_gated_residual_layer_norm,
     bench_gated_residual_rms_norm,
     bench_host_overhead,
+    bench_l1_distances,
     bench_loss_step,
+    bench_partial_gather,
     bench_patched_step,
     bench_permuted_norm,
     bench_step,
@@ -48,7 +50,8 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def uncompiled(monkeypatch):
     """torch.compile's place is taken by the function itself: compiling is not what these tests are about."""
-    for bench in (bench_gated_residual_add, boundary_norms, bench_permuted_norm):
+    benches = bench_gated_residual_add, boundary_norms, bench_permuted_norm, bench_partial_gather, bench_l1_distances
+    for bench in benches:
         monkeypatch.setattr(bench, "compiled", lambda function: function)
 
 
@@ -259,6 +262,20 @@ def test_permuted_benchmark_runs_checked_variants_beside_the_unpermuted(uncompil
     whole = 16 * 64 * 2
     assert [rows[0].moved_bytes for rows in cases] == [2.25 * whole, whole, 3 * whole]
     assert all(rows[-1].backend == "unpermuted" for rows in cases)
+
+
+def test_benchmarks_of_channels_and_pairs_run_checked_variants(uncompiled, one_thread):
+    cases = list(bench_partial_gather.run(Settings(CPU, "tiny")))
+    columns = 16 * bench_partial_gather.NUM_CHANNELS * 2
+    assert {rows[0].case.rpartition(",")[0]: rows[0].moved_bytes for rows in cases} == {
+        "gather": 2 * columns,
+        "update": 4 * columns,
+        "restore": 2 * columns,
+        "norm, then gather": 4 * 16 * 64 * 2 + columns,
+        "gradient of columns": 16 * 64 * 2 + columns + 4 * columns,
+    }
+    cases = list(bench_l1_distances.run(Settings(CPU, "tiny")))
+    assert [(rows[0].op, rows[0].rows) for rows in cases] == [("l1_distances", 8), ("facility_location", 8)]
 
 
 @pytest.mark.parametrize("name", ["gated_residual_add", "gated_residual_layer_norm", "gated_residual_rms_norm"])
