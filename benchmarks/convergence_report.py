@@ -21,8 +21,8 @@ from .rows import ROOT, read_rows
 
 FILE = "convergence.csv"
 DOCS = ROOT / "docs"
-# Where the table of a group stands: between <!-- convergence: GROUP, ADAPTER --> and <!-- end -->.
-PAGES = ("target_plans.md", "row_plans.md", "plans.md", "paca.md", "coreset.md")
+# The table of a group stands there between <!-- convergence: GROUP, ADAPTER --> and <!-- end -->.
+PAGE = DOCS / "convergence.md"
 # Two-sided 5 % quantiles of Student's t, by degrees of freedom.
 T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
@@ -87,7 +87,8 @@ def lines_of(group: str, adapter: str, rows: Rows, steps: Rows) -> list[Line]:
     if task.batch_size not in sizes:
         return []
     points = [point for point in GROUPS[group].points if point.as_fast_as is None and point.batch_size is None]
-    points += [Point("undropped", batch_size=size) for size in sorted(sizes - {task.batch_size}, reverse=True)]
+    smaller = sorted((size for size in sizes if size < task.batch_size), reverse=True)
+    points += [Point("undropped", batch_size=size) for size in smaller]
     lines = [_line(point, adapter, rows, timed, task.batch_size) for point in points]
     return [line for line in lines if line.losses]
 
@@ -143,9 +144,14 @@ def _undropped_cost(key: Key, timed: Rows) -> tuple[float | None, float | None]:
 
 
 def control_of(line: Line, lines: Sequence[Line]) -> Line | None:
-    """The undropped line whose step takes as long as this one's, to half a sample of the batch; None without one."""
+    """The undropped line whose step takes as long as this one's, to half a sample of the batch; None without one.
+
+    For a step that takes longer than undropped's it is undropped itself.
+    """
     if line.is_control or line.step_over_undropped is None:
         return None
+    if line.step_over_undropped >= 1:
+        return lines[0]
     timed = [(abs(c.step_over_undropped - line.step_over_undropped), c) for c in lines if c.step_over_undropped]
     away, nearest = min((entry for entry in timed if entry[1].is_control), key=lambda entry: entry[0])
     return nearest if away <= 0.5 / lines[0].batch_size else None
@@ -262,7 +268,7 @@ def _train_curve(row: dict[str, str]) -> list[float]:
     return [float(value) for value in row["train_curve"].split(";")]
 
 
-# ---- pages
+# ---- the page
 
 
 def with_tables(page: str, rows: Rows, steps: Rows) -> str:
@@ -280,7 +286,7 @@ def with_tables(page: str, rows: Rows, steps: Rows) -> str:
 
 
 def write(folder: Path) -> int:
-    """Write the tables into the pages, draw a picture of every group, and print all tables."""
+    """Write the tables into the page, draw a picture of every group, and print all tables."""
     rows, steps = read_rows(folder / FILE), read_rows(folder / STEP_FILE)
     for group, adapter in dict.fromkeys((row["group"], row["adapter"]) for row in rows):
         if (
@@ -290,8 +296,5 @@ def write(folder: Path) -> int:
         ):
             print(f"{group}, {adapter}: {text}")
             draw(group, adapter, rows, steps, DOCS / f"convergence-{group}-{adapter}.png")
-    for name in PAGES:
-        page = DOCS / name
-        if page.exists():
-            page.write_text(with_tables(page.read_text(), rows, steps))
+    PAGE.write_text(with_tables(PAGE.read_text(), rows, steps))
     return 0

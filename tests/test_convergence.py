@@ -1,6 +1,8 @@
 """benchmarks.convergence: runs are trained once and recorded whole, controls follow from timings, tables add up."""
 
+import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from benchmarks import (  # noqa: E402
     coreset_data,
 )
 from benchmarks.convergence_methods import GROUPS, TINY, Group, Point  # noqa: E402
-from benchmarks.rows import RESULTS, append_rows, read_rows  # noqa: E402
+from benchmarks.rows import RESULTS, read_rows  # noqa: E402
 from dropbp_kernels.cli import builtin, corpus  # noqa: E402
 from dropbp_kernels.cli.data import IGNORED, Data, Row  # noqa: E402
 
@@ -204,15 +206,12 @@ def test_a_table_by_hand(tmp_path):
     assert (tmp_path / "plans.png").stat().st_size > 10_000
 
 
-def test_pages_say_what_the_committed_rows_say():
+def test_the_page_says_what_the_committed_rows_say():
     rows, steps = read_rows(RESULTS / convergence.FILE), read_rows(RESULTS / convergence_timing.FILE)
-    for name in convergence_report.PAGES:
-        page = convergence_report.DOCS / name
-        if page.exists():
-            text = page.read_text()
-            assert convergence_report.with_tables(text, rows, steps) == text, (
-                "run: python -m benchmarks.convergence --report"
-            )
+    text = convergence_report.PAGE.read_text()
+    assert convergence_report.with_tables(text, rows, steps) == text, "run: python -m benchmarks.convergence --report"
+    for group, adapter in re.findall("<!-- convergence: (\\w+), (\\w+) -->", text):
+        assert (convergence_report.DOCS / f"convergence-{group}-{adapter}.png").exists()
 
 
 def test_summaries_are_long_and_end_where_the_docstring_does(monkeypatch):
@@ -230,13 +229,14 @@ def test_summaries_are_long_and_end_where_the_docstring_does(monkeypatch):
 
 
 def test_committed_rows_have_the_columns_of_today():
-    for path, row_type in (
+    for file, row_type in (
         (convergence.FILE, convergence.ConvergenceRow),
         (convergence_timing.FILE, convergence_timing.ConvergenceStepRow),
     ):
-        if read_rows(RESULTS / path):
-            append_rows(RESULTS / path, [])
-            assert list(read_rows(RESULTS / path)[0]) == list(row_type.__dataclass_fields__)
+        rows = read_rows(RESULTS / file)
+        assert rows
+        assert list(rows[0]) == [column.name for column in fields(row_type)]
+        assert all(None not in row and None not in row.values() for row in rows)  # too long or too short a line
 
 
 def test_points_are_named_on_the_command_line(capsys):
