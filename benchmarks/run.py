@@ -16,6 +16,7 @@ import torch
 
 from . import (
     bench_checkpointed_step,
+    bench_coreset_step,
     bench_gated_residual_add,
     bench_gated_residual_layer_norm,
     bench_gated_residual_rms_norm,
@@ -40,6 +41,7 @@ SUITES: dict[str, Callable[[Settings], Iterator[list[Any]]]] = {
     "loss_step": bench_loss_step.run,
     "patched_step": bench_patched_step.run,
     "target_step": bench_target_step.run,
+    "coreset_step": bench_coreset_step.run,
     "gated_residual_rms_norm": bench_gated_residual_rms_norm.run,
     "gated_residual_layer_norm": bench_gated_residual_layer_norm.run,
     "gated_residual_add": bench_gated_residual_add.run,

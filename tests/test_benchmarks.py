@@ -21,6 +21,7 @@ sys.path.append(str(ROOT))
 from benchmarks import (  # noqa: E402
     baselines,
     bench_checkpointed_step,
+    bench_coreset_step,
     bench_gated_residual_add,
     bench_gated_residual_layer_norm,
     bench_gated_residual_rms_norm,
@@ -172,6 +173,7 @@ def test_committed_rows_have_the_columns_of_today():
             "loss_step": bench_loss_step.LossStepRow,
             "patched_step": bench_patched_step.PatchedStepRow,
             "target_step": bench_target_step.TargetStepRow,
+            "coreset_step": bench_coreset_step.CoresetStepRow,
         }
         row_type = own.get(path.stem, Row)
         with path.open(newline="") as file:

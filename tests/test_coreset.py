@@ -220,7 +220,7 @@ def test_picks_are_those_of_the_method_written_down_plainly():
             v = (0.999 * second + 0.001 * grads[rows] ** 2) / (1 - 0.999**step)
             updates = m / (v.sqrt() + 1e-8)
             places = updates.mean(0).abs().argsort(descending=True)[:40]
-            budget = plan_budgets(SOURCES, 0.5)[SOURCES[rows[0]]]
+            budget = plan_budgets(SOURCES, 8)[SOURCES[rows[0]]]
             expected |= {rows[pick] for pick in greedy(updates[:, places], budget)}
         first = 0.9 * first + 0.1 * grads[3:].mean(0)
         second = 0.999 * second + 0.001 * grads[3:].mean(0) ** 2

@@ -27,12 +27,12 @@ def members(*counts):
     ],
 )
 def test_by_hand(counts, keep, expected):
-    assert plan_budgets(members(*counts), keep) == dict(enumerate(expected))
+    assert plan_budgets(members(*counts), num_kept(sum(counts), keep)) == dict(enumerate(expected))
 
 
 def test_sizes_of_the_data_set_decide_what_is_small():
-    assert plan_budgets(members(9, 9), 0.7, {0: 900, 1: 100}) == {0: 4, 1: 9}
-    assert plan_budgets(members(9, 9), 0.7) == {0: 7, 1: 6}
+    assert plan_budgets(members(9, 9), 13, {0: 900, 1: 100}) == {0: 4, 1: 9}
+    assert plan_budgets(members(9, 9), 13) == {0: 7, 1: 6}
 
 
 @given(
@@ -44,12 +44,12 @@ def test_budgets_fill_the_subset_and_fit_the_sources(counts, keep):
     total = num_kept(len(sources), keep)
     if total < len(counts):
         with pytest.raises(ValueError, match="enlarge the batch or keep"):
-            plan_budgets(sources, keep)
+            plan_budgets(sources, total)
         return
-    budgets = plan_budgets(sources, keep)
+    budgets = plan_budgets(sources, total)
     assert sum(budgets.values()) == total
     assert all(1 <= budgets[source] <= counts[source] for source in budgets)
-    assert budgets == plan_budgets(sources[::-1], keep)
+    assert budgets == plan_budgets(sources[::-1], total)
     split = [source for source in budgets if budgets[source] < counts[source]]
     left = sum(budgets[source] for source in split)
     for source in split:  # in proportion, up to a whole number and the one that each gets at least
@@ -59,13 +59,13 @@ def test_budgets_fill_the_subset_and_fit_the_sources(counts, keep):
 
 def test_what_is_refused():
     with pytest.raises(ValueError, match=r"sources: expected at most 2, as many as examples are kept of 4, got 3"):
-        plan_budgets([1, 2, 3, 3], 0.5)
+        plan_budgets([1, 2, 3, 3], 2)
     with pytest.raises(ValueError, match=r"sources: expected those that the selector was told of \(a, b\), got c"):
-        plan_budgets(["a", "c"], 0.5, {"a": 1, "b": 2})
+        plan_budgets(["a", "c"], 1, {"a": 1, "b": 2})
     with pytest.raises(ValueError, match="batch: expected at least as many examples as there are sources, 3, got 2"):
-        plan_budgets(["a", "b"], 0.5, {"a": 1, "b": 2, "c": 3})
+        plan_budgets(["a", "b"], 1, {"a": 1, "b": 2, "c": 3})
     with pytest.raises(ValueError, match="but all 3 examples are from small ones: 1, 2"):
-        plan_budgets([1, 2, 1], 0.7, {1: 1, 2: 2, 3: 30})
+        plan_budgets([1, 2, 1], 2, {1: 1, 2: 2, 3: 30})
 
 
 def test_source_ids_are_the_same_in_every_process():

@@ -19,6 +19,8 @@ import torch
 from torch import nn
 
 from ..allocation import depth_linear_rates
+from ..coreset import CoresetSelector
+from ..coreset.budgets import num_kept
 from ..handler import DropBPHandler
 from ..integrations.target_plans import check_context
 from ..integrations.transformers import apply_dropbp
@@ -62,7 +64,8 @@ def make_runs(model: nn.Module, data: Data, settings: Settings, control_batch: i
     asked = by_targets if settings.context == "inference" else {}
     if not settings.compare:
         handler = gate(model, settings, settings.drop_rate, **asked)
-        return [Run(OURS, model, handler, settings.batch_size, data, settings, by_targets=bool(asked))]
+        coreset = _coreset(model, settings)
+        return [Run(OURS, model, handler, settings.batch_size, data, settings, bool(asked), coreset)]
     share = _count_targets(data, settings.batch_size, settings.steps).backward
     others = [FULL, SMALLER, PUBLISHED, *[TARGETS] * _is_of_use(model, settings, share)]
     models = {name: twin(model) for name in others} | {OURS: model}
@@ -84,8 +87,18 @@ def make_runs(model: nn.Module, data: Data, settings: Settings, control_batch: i
         name: Run(name, models[name], handlers.get(name), settings.batch_size, data, settings, name in by_plan)
         for name in models
     }
+    runs[OURS].coreset = _coreset(model, settings)
     runs[SMALLER].batch_size = control_batch or equal_time_batch(runs[FULL], runs[OURS])
     return list(runs.values())
+
+
+def _coreset(model: nn.Module, settings: Settings) -> CoresetSelector | None:
+    if settings.coreset is None:
+        return None
+    try:
+        return CoresetSelector(model, settings.coreset, seed=settings.seed)
+    except ValueError as error:
+        raise UserError(f"--coreset with --model {settings.model}: {error}") from error
 
 
 def _count_targets(data: Data, batch_size: int, steps: int) -> TargetShare:
@@ -112,6 +125,8 @@ def in_words(settings: Settings) -> str:
     if settings.context == "inference":
         words += ", tokens without a loss as inference"
         words += f" (context gradient {settings.context_gradient})" * (settings.context_gradient != "none")
+    if settings.coreset is not None:
+        words += f", coresets of {settings.coreset:g} of each batch"
     return words
 
 
@@ -151,7 +166,7 @@ def _measured_step(settings: Settings, number: int, total: int) -> int:
 def _time_backprop(run: Run, batch_size: int) -> float:
     batch = run.data.batch(0, batch_size)
     start = run.now()
-    loss = run.loss(*batch)
+    loss = run.loss(*run.chosen(batch, is_trial=True))
     if loss.requires_grad:
         loss.backward()
     seconds = run.now() - start
@@ -173,8 +188,9 @@ def measure_memory(run: Run) -> dict[str, float]:
     for index in range(NUM_MEASURED_PLANS if run.handler is not None else 1):
         if run.handler is not None:
             run.handler.set_plan(run.handler.draw(_measured_step(run.settings, index, NUM_MEASURED_PLANS)).kept)
+        chosen = run.chosen(batch, is_trial=True)
         with saved_bytes() as counted:
-            loss = run.loss(*batch)
+            loss = run.loss(*chosen)
         saved.append(counted.num_bytes)
         del loss
         peaks.append(_peak_bytes(run, batch))
@@ -186,7 +202,7 @@ def measure_memory(run: Run) -> dict[str, float]:
 
 def _peak_bytes(run: Run, batch: Sequence[torch.Tensor]) -> int:
     def backprop() -> None:
-        loss = run.loss(*batch)
+        loss = run.loss(*run.chosen(batch, is_trial=True))
         if loss.requires_grad:
             loss.backward()
 
@@ -215,6 +231,8 @@ def result(run: Run, with_memory: bool = True) -> dict[str, Any]:
             kept *= rows
         else:  # context has a part of its backward: not counted
             kept = None
+    if kept is not None and run.coreset is not None:
+        kept *= num_kept(run.batch_size, run.coreset.keep) / run.batch_size
     return {
         "batch_size": run.batch_size,
         "steps": len(history.step_s),

@@ -30,6 +30,7 @@ EXAMPLES = """examples:
   dropbp-kernels finetune --data builtin:docs --drop-rate 0.5
   dropbp-kernels finetune --data notes.txt --no-compare     one run of ours
   dropbp-kernels finetune --context inference               tokens without a loss run as inference, compared
+  dropbp-kernels finetune --coreset 0.5 --drop-rate 0        half of each batch, chosen by its gradients
   dropbp-kernels finetune --model owner/llama --data chats.jsonl --seq-len 1024 --batch-size 4
   dropbp-kernels finetune --resume runs/finetune-20250101-120000
 """
@@ -64,6 +65,7 @@ def add_parser(commands: Any) -> None:
     add("--drop-rate", rate, type=float)
     add("--context", f"{' or '.join(CONTEXTS)}: how tokens without a loss run; inference: without a backward")
     add("--context-gradient", f"of what --context inference leaves out, keep {', '.join(CONTEXT_GRADIENTS)}")
+    add("--coreset", "train on this share of each batch, chosen by its gradients, 0 < coreset <= 1", type=float)
     add("--rates", f"{', '.join(RATES)}: equal, rising with depth, or allocated after a tenth of the steps")
     add("--allocation", f"rates from sensitivities: {', '.join(METHODS)}")
     add("--sampler", f"how plans are drawn: {', '.join(samplers.SAMPLERS)}")

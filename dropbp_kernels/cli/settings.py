@@ -46,6 +46,7 @@ class Settings:
     grad_scale: float | str = 1.0
     context: str = "off"
     context_gradient: str = "none"
+    coreset: float | None = None
     steps: int = 120
     batch_size: int = 8
     seq_len: int = 256
@@ -113,6 +114,8 @@ def _check(settings: Settings) -> None:
         get_schedule(settings.schedule)
     except ValueError as error:
         raise UserError(f"--{error}") from error
+    if settings.coreset is not None and not 0.0 < settings.coreset <= 1.0:
+        raise UserError(f"--coreset: expected 0 < coreset <= 1, got {settings.coreset}")
     if settings.grad_scale != "unbiased" and not math.isfinite(settings.grad_scale):  # type: ignore[arg-type]
         raise UserError(f"--grad-scale: expected a finite number or 'unbiased', got {settings.grad_scale}")
     if settings.learning_rate is not None and not 0.0 < settings.learning_rate < float("inf"):

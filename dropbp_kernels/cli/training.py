@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..coreset import CoresetSelector
 from ..handler import DropBPHandler
 from . import progress
 from .builtin import scheduled
@@ -58,6 +59,7 @@ class Run:
         data: Data,
         settings: Settings,
         by_targets: bool = False,
+        coreset: CoresetSelector | None = None,
     ):
         self.name = name
         self.model = model
@@ -68,6 +70,7 @@ class Run:
         self.device = torch.device(settings.device)
         self.history = History()
         self.by_targets = by_targets
+        self.coreset = coreset
         self.num_tokens = 0
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         assert settings.learning_rate is not None
@@ -80,9 +83,24 @@ class Run:
 
     def loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         """Mean loss over the labelled tokens of a batch, which is moved to the device."""
-        is_mixed = self.settings.dtype != "float32"
-        with torch.autocast(self.device.type, self.settings.torch_dtype()) if is_mixed else contextlib.nullcontext():
+        with self._autocast():
             return self.model(input_ids=input_ids.to(self.device), labels=labels.to(self.device)).loss
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.settings.dtype == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.settings.torch_dtype())
+
+    def chosen(self, batch: Sequence[Tensor], *, is_trial: bool = False) -> list[Tensor]:
+        """The rows of a batch that are trained on: those of its coreset, or all. A trial leaves no trace."""
+        if self.coreset is None:
+            return list(batch)
+        state = self.coreset.state_dict()
+        with self._autocast():
+            subset, _ = self.coreset.subset(dict(zip(("input_ids", "labels"), batch, strict=True)))
+        if is_trial:
+            self.coreset.load_state_dict(state)
+        return list(subset.values())
 
     def step(self, step: int) -> None:
         """One optimizer step on batch `step`."""
@@ -96,6 +114,7 @@ class Run:
         start = self.now()
         if self.handler is not None:
             self.handler.step()
+        batch = self.chosen(batch)
         loss = self.loss(*batch)
         forward_done = self.now()
         if loss.requires_grad:  # the published way of drawing plans may drop every branch
@@ -154,6 +173,7 @@ class Run:
             "parameters": {name: parameter.detach() for name, parameter in self.parameters.items()},
             "optimizer": self.optimizer.state_dict(),
             "handler": None if self.handler is None else self.handler.state_dict(),
+            "coreset": None if self.coreset is None else self.coreset.state_dict(),
             "history": asdict(self.history),
         }
 
@@ -164,6 +184,8 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.handler is not None:
             self.handler.load_state_dict(state["handler"])
+        if self.coreset is not None:
+            self.coreset.load_state_dict(state["coreset"])
         self.history = History.from_dict(state["history"])
 
 

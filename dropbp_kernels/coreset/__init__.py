@@ -2,5 +2,6 @@
 
 from .facility_location import facility_location
 from .selector import CoresetSelector
+from .trainer import apply_coreset
 
-__all__ = ["CoresetSelector", "facility_location"]
+__all__ = ["CoresetSelector", "apply_coreset", "facility_location"]

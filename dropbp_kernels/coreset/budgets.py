@@ -27,12 +27,12 @@ def source_id(source: Hashable) -> int:
 
 
 def plan_budgets(
-    sources: Sequence[Hashable], keep: float, sizes: Mapping[Hashable, int] | None = None
+    sources: Sequence[Hashable], budget: int, sizes: Mapping[Hashable, int] | None = None
 ) -> dict[Hashable, int]:
-    """How many examples each source keeps; the sum is `num_kept`. A source that keeps all it has needs no selection.
+    """How many examples each source keeps; the sum is the budget. A source that keeps all it has needs no selection.
 
-    sources: that of each example of the batch. sizes: how many examples each source has in the data set; decides which
-    sources are small (below the mean size). None: the counts in this batch do.
+    sources: that of each example of the batch. budget: how many are kept, 1 to all of them. sizes: how many examples
+    each source has in the data set, which decides what is small (below the mean size); None: the counts in this batch.
 
     Errors: ValueError when sizes lacks a source of the batch, names more sources than the batch has examples, or calls
             all of the batch small; when the subset would have fewer examples than there are sources.
@@ -42,7 +42,7 @@ def plan_budgets(
     names = sorted(counts, key=source_id)  # the order in which ties are broken must not depend on that of the batch
     if sizes is not None:
         _check_sizes(sizes, counts)
-    budget = num_kept(len(sources), keep)
+    keep = budget / len(sources)
     if budget < len(names):
         raise ValueError(
             f"sources: expected at most {budget}, as many as examples are kept of {len(sources)}, got {len(names)}; "

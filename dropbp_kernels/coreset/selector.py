@@ -152,7 +152,8 @@ class CoresetSelector:
             raise ValueError(f"batch: expected as many examples on every rank, got {sizes}")
         ids = torch.cat(ranks.gather(torch.tensor([source_id(name) for name in names], device=device))).tolist()
         candidates = [known.get(number, number) for number in ids]
-        budgets = plan_budgets(candidates, self.keep, self.sources)
+        total = ranks.size * num_kept(size, self.keep)
+        budgets = plan_budgets(candidates, total, self.sources)
 
         rows_of: dict[Hashable, list[int]] = {}
         for row, name in enumerate(candidates):
@@ -161,7 +162,6 @@ class CoresetSelector:
         picks = {row: 1.0 for name, rows in rows_of.items() if budgets[name] == len(rows) for row in rows}
         large = {name: rows for name, rows in rows_of.items() if budgets[name] < len(rows)}
         if self.method == "random":
-            total = num_kept(len(candidates), self.keep)
             picks = dict.fromkeys(self._draw(range(len(candidates)), total, "random"), len(candidates) / total)
         elif self.method == "stratified":
             for name, rows in large.items():
@@ -172,8 +172,7 @@ class CoresetSelector:
         self.step += 1
 
         ordered = sorted(picks)
-        mine = ordered[ranks.rank :: ranks.size] if ranks.size > 1 else ordered
-        selected = torch.tensor(mine[: len(ordered) // ranks.size], device=device)
+        selected = torch.tensor(ordered[ranks.rank :: ranks.size], device=device)
         if self.weights == "uniform":
             return selected, torch.ones(len(selected), device=device)
         stands_for = torch.tensor([picks[row] for row in selected.tolist()], device=device)

@@ -1,0 +1,36 @@
+"""One rank that chooses a coreset with others. test_coreset_trainer.py starts two: python coreset_ranks.py FOLDER."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from models import tiny_causal_lm
+from test_coreset_trainer import ranks_batch
+
+from dropbp_kernels.coreset import CoresetSelector
+
+RUNS = {"exact": {}, "spsa": {"features": "spsa", "directions": 3}, "random": {"method": "random"}}
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    batch, sources = ranks_batch()
+    mine = slice(12 * rank, 12 * rank + 12)
+    width = 12 - 2 * rank
+    share = {name: value[mine, :width] for name, value in batch.items()}
+    results = {}
+    for name, options in RUNS.items():
+        selector = CoresetSelector(tiny_causal_lm(), num_coordinates=None, weights="cluster", **options)
+        steps = []
+        for _ in range(3):
+            twin = CoresetSelector(tiny_causal_lm(), num_coordinates=None, weights="cluster", **options)
+            twin.load_state_dict(selector.state_dict())
+            selected, weights = twin.select(share, sources[mine])
+            subset, _ = selector.subset(share, sources[mine])
+            steps.append({"selected": selected, "weights": weights, **subset})
+        results[name], results[name + " state"] = steps, selector.state_dict()
+    torch.save(results, Path(sys.argv[1], f"rank{os.environ['RANK']}.pt"))
+    dist.destroy_process_group()

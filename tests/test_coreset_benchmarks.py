@@ -1,0 +1,71 @@
+"""The benchmarks of coresets: what they measure and write is what they say."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny_causal_lm, with_lora
+
+ROOT = Path(__file__).resolve().parent.parent
+if not (ROOT / "benchmarks").is_dir():
+    pytest.skip("the benchmarks are not part of an installed package", allow_module_level=True)
+sys.path.append(str(ROOT))
+
+from benchmarks import bench_coreset_step, coreset_agreement, coreset_data  # noqa: E402
+from benchmarks.rows import append_rows, read_rows  # noqa: E402
+from benchmarks.settings import Settings  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors here are too small to share."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_coreset_step_rows():
+    (rows,) = bench_coreset_step.run(Settings(CPU, "tiny"))
+    assert [row.method for row in rows] == ["full", "half", "exact", "spsa"]
+    full, half, exact, spsa = rows
+    assert full.peak_over_full == full.step_over_full == half.step_over_half == 1
+    assert half.scoring_ms == half.selection_ms == 0
+    for row in (exact, spsa):
+        assert row.scoring_ms > row.selection_ms > 0
+        assert row.training_ms < full.training_ms + row.scoring_ms
+        assert row.peak_over_full <= 0.7  # nothing is micro-batched finer than an example
+    assert len(bench_coreset_step.verdicts(rows)) == 4
+
+
+def test_agreement_of_spsa_with_exact_gradients(tmp_path, monkeypatch):
+    monkeypatch.setattr(coreset_agreement, "DIRECTIONS", (1, 16))
+    model = with_lora(tiny_causal_lm(vocab_size=256, max_position_embeddings=64))
+    rows = coreset_agreement.run(model, "tiny", 16, 32, 1, [(torch.float32, 1e-3)])
+    assert [(row.kind, row.directions, row.steps) for row in rows] == [
+        *(("exact", 0, 1), ("fresh", 1, 1), ("fresh", 16, 1)),
+        *(("fresh", 1, 16), ("fixed", 1, 16)),
+    ]
+    assert rows[0].rank_correlation == pytest.approx(1)
+    assert rows[0].picks_quality == pytest.approx(1)
+    assert rows[2].rank_correlation > rows[1].rank_correlation
+    append_rows(tmp_path / "rows.csv", rows)
+    coreset_agreement.draw(read_rows(tmp_path / "rows.csv"), tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_the_mixture_is_the_same_everywhere_and_unequal():
+    mixture = coreset_data.Mixture(32, seed=0, num_rows=400)
+    assert {name: len(rows) for name, rows in mixture.train.items()} == {
+        "code": 200,
+        "documentation": 160,
+        "headers": 40,
+    }
+    epoch = [mixture.batch(step, 40) for step in range(10)]
+    assert torch.cat([sources for *_, sources in epoch]).bincount().tolist() == [200, 160, 40]
+    other = coreset_data.Mixture(32, seed=1, num_rows=400)
+    assert torch.equal(other.train["code"], mixture.train["code"])
+    assert not torch.equal(other.batch(0, 40)[0], epoch[0][0])

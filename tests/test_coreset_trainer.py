@@ -1,0 +1,171 @@
+"""Coresets in the Trainer: what it trains on, its loss, resumes bit for bit; and two ranks that choose together."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny_causal_lm, with_lora
+
+pytest.importorskip("accelerate")
+
+from transformers import Trainer, TrainingArguments
+
+from dropbp_kernels import DropBPCallback
+from dropbp_kernels.coreset import CoresetSelector, apply_coreset
+from dropbp_kernels.coreset.budgets import source_id
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors this small gain nothing from a second one."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+def data(num_rows=44):
+    generator = torch.Generator().manual_seed(3)
+    rows = [torch.randint(64, (12,), generator=generator) for _ in range(num_rows)]
+    names = ["code", "text", "code", "code", "rare", "text", "code", "text"]
+    return [{"input_ids": row, "labels": row, "source": names[i % 8]} for i, row in enumerate(rows)]
+
+
+def trainer_of(folder, rows=None, callbacks=(), coreset=True, options=None, **overrides):
+    defaults = {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+    }
+    args = TrainingArguments(**{**defaults, **overrides})
+    rows = data() if rows is None else rows
+    trainer = Trainer(
+        with_lora(tiny_causal_lm()), args, train_dataset=rows, eval_dataset=rows[:4], callbacks=list(callbacks)
+    )
+    if coreset:
+        apply_coreset(trainer, num_coordinates=20, **(options or {}))
+    return trainer
+
+
+def test_the_trainer_sees_the_subsets_that_a_selector_chooses(tmp_path):
+    trainer = trainer_of(tmp_path, gradient_accumulation_steps=2, eval_strategy="steps", eval_steps=2)
+    seen, chosen, original = [], [], trainer.coreset_selector.subset
+
+    def subset(batch, sources):
+        chosen.append((batch, sources, original(batch, sources)[0]))
+        return chosen[-1][2], None
+
+    trainer.coreset_selector.subset = subset
+    hook = trainer.model.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(kwargs) if torch.is_grad_enabled() else None, with_kwargs=True
+    )
+    trainer.train()
+    hook.remove()
+    source_of = {tuple(row["input_ids"].tolist()): source_id(row["source"]) for row in data()}
+    # Six micro-batches an epoch, the last one of four examples: it is kept whole.
+    assert [len(inputs["input_ids"]) for inputs in seen] == [4] * 8
+    assert len(chosen) == 7
+    for batch, sources, taken in chosen:
+        assert len(batch["input_ids"]) == len(sources) == 8
+        assert sources.tolist() == [source_of[tuple(row)] for row in batch["input_ids"].tolist()]
+        assert "source" not in taken
+    assert torch.equal(seen[0]["input_ids"], chosen[0][2]["input_ids"])
+    assert len([entry for entry in trainer.state.log_history if "eval_loss" in entry]) == 2
+    # The Trainer divides by the tokens of the subsets, not of the batches: a token more or less would show.
+    assert {int(inputs["num_items_in_batch"]) for inputs in seen} == {2 * 4 * 11}
+
+
+def test_keeping_everything_trains_as_without_it(tmp_path):
+    plain = trainer_of(tmp_path / "a", coreset=False)
+    whole = trainer_of(tmp_path / "b", options={"keep": 1.0})
+    for trainer in (plain, whole):
+        trainer.train()
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(whole.model.state_dict()[name], value), name
+
+
+def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path):
+    def make():
+        return trainer_of(tmp_path, callbacks=[DropBPCallback(0.5)], save_strategy="steps", save_steps=2)
+
+    whole = make()
+    whole.train()
+    resumed = make()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value), name
+    assert resumed.coreset_selector.step == whole.coreset_selector.step == 4
+    (tmp_path / "checkpoint-2" / "coreset.pt").unlink()
+    with pytest.warns(UserWarning, match=r"coreset\.pt: expected the state of the coreset, found none"):
+        make().train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_what_is_refused(tmp_path):
+    trainer = trainer_of(tmp_path)
+    with pytest.raises(ValueError, match="trainer: expected one without a coreset"):
+        apply_coreset(trainer)
+    with pytest.raises(ValueError, match="weights: expected 'uniform'"):
+        trainer_of(tmp_path, options={"weights": "cluster"})
+
+
+# ---- ranks
+
+
+def ranks_batch():
+    ids = torch.randint(64, (24, 12), generator=torch.Generator().manual_seed(5))
+    labels = ids.clone()
+    labels[::3, 7:] = -100
+    ids[12:, 10:], labels[12:, 10:] = 0, -100  # so the second rank's batch may be narrower
+    return {"input_ids": ids, "labels": labels}, ["a"] * 10 + ["b"] * 2 + ["a"] * 3 + ["c"] * 9
+
+
+def test_two_ranks_choose_what_one_would_of_all_candidates(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = Path(__file__).with_name("coreset_ranks.py")
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    paths = os.pathsep.join([str(script.parent), str(script.parent.parent), os.environ.get("PYTHONPATH", "")])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(tmp_path)],
+            env={**os.environ, **environment, "RANK": str(rank), "PYTHONPATH": paths},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+
+    batch, sources = ranks_batch()
+    for name, options in (("exact", {}), ("spsa", {"features": "spsa", "directions": 3}), ("random", {})):
+        options = {**options, **({"method": "random"} if name == "random" else {})}
+        selector = CoresetSelector(tiny_causal_lm(), num_coordinates=None, weights="cluster", **options)
+        for step in range(3):
+            selected, weights = selector.select(batch, sources)
+            ours = [rank[name][step] for rank in ranks]
+            assert [len(one["selected"]) for one in ours] == [6, 6]
+            assert torch.equal(torch.cat([one["selected"] for one in ours]).sort().values, selected)
+            for one in ours:
+                assert torch.equal(one["input_ids"], batch["input_ids"][one["selected"]])
+                assert torch.equal(one["labels"], batch["labels"][one["selected"]])
+                places = torch.searchsorted(selected, one["selected"])
+                torch.testing.assert_close(one["weights"], weights[places])
+        moments = [rank[name + " state"]["moments"]["first"] for rank in ranks]
+        if name != "random":
+            assert torch.equal(*moments)
+            torch.testing.assert_close(moments[0], selector.moments.first)
