@@ -1,6 +1,8 @@
 """The benchmarks of coresets: what they measure and write is what they say."""
 
+import csv
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ if not (ROOT / "benchmarks").is_dir():
 sys.path.append(str(ROOT))
 
 from benchmarks import bench_coreset_step, coreset_agreement, coreset_data  # noqa: E402
-from benchmarks.rows import append_rows, read_rows  # noqa: E402
+from benchmarks.rows import RESULTS, append_rows, read_rows  # noqa: E402
 from benchmarks.settings import Settings  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -26,6 +28,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def test_committed_rows_have_the_columns_of_today():
+    with (RESULTS / "coreset_agreement.csv").open(newline="") as file:
+        lines = list(csv.reader(file))
+    assert lines[0] == [column.name for column in fields(coreset_agreement.AgreementRow)]
+    assert {len(line) for line in lines} == {len(lines[0])}
 
 
 def test_coreset_step_rows():
