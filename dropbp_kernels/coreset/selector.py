@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.l1_distances import l1_distances
 from .budgets import num_kept, plan_budgets, source_id
 from .facility_location import facility_location
 from .moments import AdamMoments, largest_coordinates
@@ -281,7 +282,7 @@ class CoresetSelector:
         total = ranks.sum(features.sum(0))  # the mean times a number that moves no coordinate
         coordinates = largest_coordinates(total, self.num_coordinates)
         rows = torch.cat(ranks.gather(features[:, coordinates].contiguous()))
-        distances = torch.cdist(rows, rows, p=1)
+        distances = l1_distances(rows)
         picks, counts = facility_location(distances.max() - distances, num_picks)
         return picks.tolist(), counts.tolist()
 
