@@ -7,11 +7,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from models import tiny_causal_lm
-from test_coreset_trainer import ranks_batch
 
 from dropbp_kernels.coreset import CoresetSelector
 
 RUNS = {"exact": {}, "spsa": {"features": "spsa", "directions": 3}, "random": {"method": "random"}}
+
+
+def ranks_batch():
+    ids = torch.randint(64, (24, 12), generator=torch.Generator().manual_seed(5))
+    labels = ids.clone()
+    labels[::3, 7:] = -100
+    ids[12:, 10:], labels[12:, 10:] = 0, -100  # so the second rank's batch may be narrower
+    return {"input_ids": ids, "labels": labels}, ["a"] * 10 + ["b"] * 2 + ["a"] * 3 + ["c"] * 9
+
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from coreset_ranks import RUNS, ranks_batch
 from models import tiny_causal_lm, with_lora
 
 pytest.importorskip("accelerate")
@@ -122,14 +123,6 @@ def test_what_is_refused(tmp_path):
 # ---- ranks
 
 
-def ranks_batch():
-    ids = torch.randint(64, (24, 12), generator=torch.Generator().manual_seed(5))
-    labels = ids.clone()
-    labels[::3, 7:] = -100
-    ids[12:, 10:], labels[12:, 10:] = 0, -100  # so the second rank's batch may be narrower
-    return {"input_ids": ids, "labels": labels}, ["a"] * 10 + ["b"] * 2 + ["a"] * 3 + ["c"] * 9
-
-
 def test_two_ranks_choose_what_one_would_of_all_candidates(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -147,13 +140,16 @@ def test_two_ranks_choose_what_one_would_of_all_candidates(tmp_path):
         )
         for rank in range(2)
     ]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
 
     batch, sources = ranks_batch()
-    for name, options in (("exact", {}), ("spsa", {"features": "spsa", "directions": 3}), ("random", {})):
-        options = {**options, **({"method": "random"} if name == "random" else {})}
+    for name, options in RUNS.items():
         selector = CoresetSelector(tiny_causal_lm(), num_coordinates=None, weights="cluster", **options)
         for step in range(3):
             selected, weights = selector.select(batch, sources)

@@ -5,8 +5,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-Group = "dist.ProcessGroup | None"
-
 
 class Ranks:
     """The ranks of `group` (None: all there are) and their collectives. Not created before the first is needed."""

@@ -148,7 +148,7 @@ class CoresetSelector:
         names = _names(sources, size)
         device = next(value.device for value in batch.values() if isinstance(value, Tensor) and value.dim())
         known = {source_id(name): name for name in (*names, *(self.sources or ()))}
-        sizes = [len(part) for part in ranks.gather(torch.zeros(size, 1, device=device))]
+        sizes = torch.cat(ranks.gather(torch.tensor([size], device=device))).tolist()
         if min(sizes) != max(sizes):
             raise ValueError(f"batch: expected as many examples on every rank, got {sizes}")
         ids = torch.cat(ranks.gather(torch.tensor([source_id(name) for name in names], device=device))).tolist()

@@ -1,0 +1,38 @@
+"""Coresets in TRL's SFTTrainer: subsets by source, from a column that neither TRL nor the model knows."""
+
+import pytest
+
+pytest.importorskip("trl")
+
+from models import tiny_causal_lm
+from test_trainer import arguments, data, one_thread  # noqa: F401
+from test_trainer_trl import pytestmark, tokenizer  # noqa: F401
+from trl import SFTConfig, SFTTrainer
+
+from dropbp_kernels.coreset import apply_coreset
+
+
+def test_sft_trains_on_subsets(tmp_path):
+    from datasets import Dataset
+    from peft import LoraConfig
+
+    names = ["code", "text", "code", "code", "rare", "text", "code", "text"]
+    rows = [{"input_ids": row["input_ids"].tolist(), "source": names[place % 8]} for place, row in enumerate(data())]
+    settings = arguments(tmp_path, max_steps=3, per_device_train_batch_size=8, logging_steps=1).to_dict()
+    known = {field for field in SFTConfig.__dataclass_fields__ if field in settings}
+    config = SFTConfig(**{name: settings[name] for name in known - {"push_to_hub_token", "logging_dir"}}, max_length=16)
+    trainer = SFTTrainer(
+        tiny_causal_lm(),
+        config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+    )
+    selector = apply_coreset(trainer, 0.5)
+    sources, select = [], selector.select
+    selector.select = lambda batch, given: sources.append(given) or select(batch, given)
+    trainer.train()
+    assert len(sources) == selector.step == 3
+    assert all(len(given) == 8 and len(set(given.tolist())) > 1 for given in sources)
+    # Each step trained on 4 rows of 12 tokens.
+    assert [entry["num_tokens"] for entry in trainer.state.log_history if "loss" in entry] == [48, 96, 144]
