@@ -15,11 +15,12 @@ except ImportError as error:
     raise ImportError("dropbp_kernels.paca needs PEFT 0.18 or later: pip install 'peft>=0.18'") from error
 
 from .config import METHOD, PEFT_TYPE, PREFIX, PacaConfig
+from .convert import convert_to_lora
 from .gradient import select_columns
 from .layer import Linear, PacaLayer
 from .model import PacaModel
 
-__all__ = ["Linear", "PacaConfig", "PacaLayer", "PacaModel", "select_columns"]
+__all__ = ["Linear", "PacaConfig", "PacaLayer", "PacaModel", "convert_to_lora", "select_columns"]
 
 
 def _register() -> None:

@@ -14,8 +14,6 @@ from .config import PacaConfig
 from .linear import Columns, column_linear
 from .selection import NOT_CHOSEN, check_indices
 
-_KNOWN_FORWARDS = (nn.Linear.forward, Conv1D.forward)
-
 
 class PacaLayer(BaseTunerLayer):
     """What PEFT asks of a tuner's layer.
@@ -180,6 +178,8 @@ class PacaLayer(BaseTunerLayer):
 class Linear(nn.Module, PacaLayer):
     """nn.Linear or transformers' Conv1D with partial connections."""
 
+    known_forwards: tuple[Any, ...] = (nn.Linear.forward, Conv1D.forward)  # that this layer may stand in for
+
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         super().__init__()
         PacaLayer.__init__(self, base_layer)
@@ -216,14 +216,14 @@ class Linear(nn.Module, PacaLayer):
         base: Any = self.get_base_layer()
         return bool(
             torch.compiler.is_compiling()
-            or type(base).forward not in _KNOWN_FORWARDS
+            or type(base).forward not in self.known_forwards
             or "forward" in vars(base)
             or self.base_layer is not base
             or base._forward_hooks
             or base._forward_pre_hooks
             or base._backward_hooks
             or base._backward_pre_hooks
-            or type(base.weight) not in (nn.Parameter, Tensor)
+            or not is_plain(base.weight)
             or base.weight.requires_grad
         )
 
@@ -256,8 +256,16 @@ class Linear(nn.Module, PacaLayer):
 
     @torch.no_grad()
     def _merge(self, name: str, safe_merge: bool) -> Any:
+        """Merge one adapter; return what `_restore` needs."""
+        base: Any = self.get_base_layer()
+        if not is_plain(base.weight):
+            raise TypeError(f"merge: expected a dense weight or one of bitsandbytes, got {type(base.weight).__name__}")
+        return self._write(self._weight(), name, safe_merge)
+
+    def _write(self, weight: Tensor, name: str, safe_merge: bool) -> Any:
+        """Write the adapter's columns into `weight`; return the indices and what stood there."""
         self._check_alone([*self.merged_adapters, name])
-        weight, indices = self._weight(), self._indices(name)
+        indices = self._indices(name)
         original = weight.index_select(1, indices)
         columns = Columns(indices, (), self.scaling[name], self.published[name]).of(original, self.paca_columns[name])
         if safe_merge and not torch.isfinite(columns).all():
@@ -267,6 +275,7 @@ class Linear(nn.Module, PacaLayer):
 
     @torch.no_grad()
     def _restore(self, saved: Any) -> None:
+        """Put back what `_merge` returned."""
         indices, original = saved
         weight = self._weight()
         weight.index_copy_(1, indices.to(weight.device), original.to(weight))
@@ -285,5 +294,19 @@ def features(base: Any) -> tuple[int, int]:
 
 
 def out_by_in(base: Any) -> Tensor:
-    """The values of a linear layer's weight as (out, in), without a graph."""
+    """The values of a linear layer's weight as (out, in), without a graph; of a quantised one a new tensor."""
+    if is_quantised(base):
+        from .bnb import unpacked
+
+        return unpacked(base)
     return base.weight.data.t() if isinstance(base, Conv1D) else base.weight.data
+
+
+def is_quantised(base: Any) -> bool:
+    """Whether bitsandbytes holds the weight; asked by name, so that bitsandbytes is not imported for the answer."""
+    return type(base.weight).__name__ in ("Params4bit", "Int8Params")
+
+
+def is_plain(weight: Any) -> bool:
+    """Whether a weight is a tensor like any other, or one of bitsandbytes: no subclass with products of its own."""
+    return type(weight).__name__ in ("Parameter", "Tensor", "FakeTensor", "Params4bit", "Int8Params")

@@ -9,7 +9,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from .config import PREFIX, PacaConfig
-from .layer import Linear, PacaLayer, features, out_by_in
+from .layer import Linear, PacaLayer, features, is_quantised, out_by_in
 from .selection import NOT_CHOSEN, largest_columns, norms, random_columns
 
 
@@ -78,7 +78,13 @@ def layer_features(base: nn.Module, key: str) -> tuple[int, int]:
 
 
 def new_layer(target: nn.Module, adapter_name: str, **settings: Any) -> Linear:
-    return Linear(target, adapter_name, **settings)
+    kind: type[Linear] = Linear
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if is_quantised(base):
+        from .bnb import LAYERS
+
+        kind = next(ours for theirs, ours in LAYERS.items() if isinstance(base, theirs))
+    return kind(target, adapter_name, **settings)
 
 
 def _choose(config: PacaConfig, target: nn.Module, r: int, key: str) -> Tensor:
