@@ -28,6 +28,7 @@ from benchmarks import (  # noqa: E402
     bench_host_overhead,
     bench_l1_distances,
     bench_loss_step,
+    bench_paca_step,
     bench_partial_gather,
     bench_patched_step,
     bench_permuted_norm,
@@ -174,6 +175,7 @@ def test_committed_rows_have_the_columns_of_today():
             "patched_step": bench_patched_step.PatchedStepRow,
             "target_step": bench_target_step.TargetStepRow,
             "coreset_step": bench_coreset_step.CoresetStepRow,
+            "paca_step": bench_paca_step.PacaStepRow,
         }
         row_type = own.get(path.stem, Row)
         with path.open(newline="") as file:

@@ -79,7 +79,7 @@ def test_help_names_every_option_and_its_default(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--adapter", "dora"], "--adapter: expected one of lora, full, got 'dora'"),
+        (["--adapter", "dora"], "--adapter: expected one of lora, paca, full, got 'dora'"),
         (["--drop-rate", "1.0"], "--drop-rate: expected 0 <= drop_rate < 1, got 1.0"),
         (["--drop-rate", "-0.1"], "--drop-rate: expected 0 <= drop_rate < 1, got -0.1"),
         (["--drop-rate", "nan"], "--drop-rate: expected 0 <= drop_rate < 1, got nan"),

@@ -366,10 +366,12 @@ def test_loss_that_is_not_finite_ends_the_run(tmp_path, capsys, monkeypatch):
 
 
 def test_bfloat16_runs_under_autocast(tmp_path):
-    for adapter in ("lora", "full"):
+    for adapter in ("lora", "paca", "full"):
         assert finetune(adapter, "--no-compare", "--dtype", "bfloat16", "--adapter", adapter, "--steps", "4") == 0
         ours = report(tmp_path / adapter)["results"][compare.OURS]
         assert ours["validation_loss_after"] < ours["validation_loss_before"]
+    config = json.loads((tmp_path / "paca" / "adapter" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["alpha"]) == ("DROPBP_PACA", 8, 32)
 
 
 def test_interrupted_pretraining_leaves_nothing(tmp_path, monkeypatch):

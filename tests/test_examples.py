@@ -11,6 +11,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 RUNS = {
     "own_model": (["--drop-rate", "0.5", "--steps", "40"], [], 0.8 * math.log(256), "kept 50% of the branches'"),
     "huggingface": (["--steps", "20"], ["peft"], math.log(256), "kept 25% of the branches' backward FLOPs"),
+    "paca": (["--steps", "20"], ["peft"], math.log(256), "kept 25% of the branches' backward FLOPs"),
     "hf_trainer": (["--steps", "20", "--measure"], ["peft", "accelerate"], math.log(256), "20 steps, 8 branches"),
     "coreset_loop": (["--steps", "12"], ["peft"], math.log(128), "trained on 16 of 32 examples"),
     "coreset_trainer": (["--steps", "12"], ["peft", "accelerate"], math.log(256), "12 batches of 16, 50% of each"),

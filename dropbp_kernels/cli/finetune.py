@@ -1,7 +1,7 @@
 """dropbp-kernels finetune: options, the order of events, and what is left in the output folder.
 
 checkpoint.pt    to go on from (--resume)                      comparison.png   with --compare
-report.json      settings, machine, results                    adapter/         with --adapter lora, in PEFT's format
+report.json      settings, machine, results                    adapter/         with lora and paca, in PEFT's format
 losses.csv       one row per run and step                      model/           with --adapter full
 """
 
@@ -59,8 +59,8 @@ def add_parser(commands: Any) -> None:
         f"{', '.join(BUILTIN)}, a .txt or .jsonl file, or a folder of those; keys of .jsonl: text, or prompt "
         "and completion, or messages",
     )
-    add("--adapter", f"{' or '.join(ADAPTERS)}: LoRA on all linear layers, or train everything")
-    add("--lora-rank", "rank of the LoRA matrices", type=int)
+    add("--adapter", f"{', '.join(ADAPTERS)}: LoRA or PaCA on all linear layers, or train everything")
+    add("--lora-rank", "rank of LoRA; how many columns PaCA trains of each weight", type=int)
     rate = "share of the branches' backward to drop, 0 <= drop rate < 1 (default: 0.75; 0 with --context inference)"
     add("--drop-rate", rate, type=float)
     add("--context", f"{' or '.join(CONTEXTS)}: how tokens without a loss run; inference: without a backward")
@@ -222,7 +222,7 @@ def _write(folder: Path, report: dict[str, Any], runs: Sequence[Run]) -> None:
 
 def _save_model(run: Run, tokenizer: Any, folder: Path) -> None:
     """What was trained by ours, for from_pretrained of transformers or PEFT."""
-    target = folder / ("adapter" if run.settings.adapter == "lora" else "model")
+    target = folder / ("model" if run.settings.adapter == "full" else "adapter")
     run.model.save_pretrained(target)  # type: ignore[operator]
     if hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(target)

@@ -14,7 +14,7 @@ from .data import Data
 from .errors import UserError
 from .settings import Settings
 
-LORA_ALPHA_PER_RANK = 2
+LORA_ALPHA_PER_RANK, PACA_ALPHA_PER_RANK = 2, 4  # PaCA's as published
 FINGERPRINT_VALUES = 256
 
 
@@ -63,21 +63,23 @@ def load_model(settings: Settings, data: Data) -> nn.Module:
             f"--model {settings.model}: the tokenizer gives token {largest}, but the model has only "
             f"{model.get_input_embeddings().num_embeddings} embeddings"
         )
-    if settings.adapter == "lora":
-        model = _with_lora(model, settings)
+    if settings.adapter != "full":
+        model = _with_adapter(model, settings)
     return model.to(device).train()
 
 
-def _with_lora(model: Any, settings: Settings) -> Any:
+def _with_adapter(model: Any, settings: Settings) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(settings.seed)  # the initial adapter
-    config = LoraConfig(
-        r=settings.lora_rank,
-        lora_alpha=LORA_ALPHA_PER_RANK * settings.lora_rank,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
+    common: dict[str, Any] = {"r": settings.lora_rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    config: Any
+    if settings.adapter == "paca":
+        from ..paca import PacaConfig
+
+        config = PacaConfig(alpha=PACA_ALPHA_PER_RANK * settings.lora_rank, seed=settings.seed, **common)
+    else:
+        torch.manual_seed(settings.seed)  # the initial adapter
+        config = LoraConfig(lora_alpha=LORA_ALPHA_PER_RANK * settings.lora_rank, **common)
     with warnings.catch_warnings():  # PEFT asks transformers by a name that is on its way out
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
         return get_peft_model(model, config)

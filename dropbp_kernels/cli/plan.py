@@ -59,13 +59,15 @@ def add_parser(commands: Any) -> None:
     add("--seq-len", 2048, "tokens of a row", type=int)
     add("--batch-size", 1, "rows of a micro-batch", type=int)
     add(
-        "--adapter", "lora", f"{', '.join(ADAPTERS)}: LoRA on all linear layers, over a 4-bit base, or train everything"
+        "--adapter",
+        "lora",
+        f"{', '.join(ADAPTERS)}: LoRA on all linear layers, over a 4-bit base, PaCA, or train everything",
     )
-    add("--lora-rank", 8, "rank of the LoRA matrices", type=int)
+    add("--lora-rank", 8, "rank of LoRA; how many columns PaCA trains of each weight", type=int)
     add("--drop-rate", 0.75, "share of the branches' backward to drop, 0 <= drop rate < 1", type=float)
     add("--checkpoint", "none", f"{', '.join(CHECKPOINTS)}: gradient checkpointing")
     add("--dtype", "bfloat16", f"of weights and activations: {', '.join(DTYPES)}")
-    add("--adapter-dtype", "float32", f"of the LoRA matrices (PEFT's own choice is float32): {', '.join(DTYPES)}")
+    add("--adapter-dtype", "float32", f"of what the adapter trains (PEFT's own choice is float32): {', '.join(DTYPES)}")
     add("--optimizer", "adamw", f"whose state is counted: {', '.join(OPTIMIZERS)}")
     parser.add_argument(
         "--gradient-accumulation", action="store_true", help="gradients stay from one micro-batch to the next"

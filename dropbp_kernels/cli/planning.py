@@ -24,7 +24,7 @@ from ..simulation import GRADIENTS, Cost, extend, make_fake, simulate, total
 from . import four_bit
 from .errors import UserError
 
-ADAPTERS = ("lora", "qlora", "full")
+ADAPTERS = ("lora", "qlora", "paca", "full")
 CHECKPOINTS = ("none", "block", "kept")
 # Bytes of AdamW's two moments, as multiples of the parameter's; "adamw8bit": one byte each.
 OPTIMIZERS = ("adamw", "adamw8bit", "sgd")
@@ -65,9 +65,10 @@ class StepModel:
     """A causal LM with its adapter, of which only shapes exist.
 
     Args: config of transformers. adapter: one of ADAPTERS. dtype: of the frozen weights and the activations.
-    adapter_dtype: of the LoRA matrices; None: float32, as PEFT does. accumulation: gradients of all trained parameters
-    stay from one micro-batch to the next. use_cache: keep keys and values, as configs ask for and trainers switch off.
-    cut: simulate few of the blocks where they are alike.
+    lora_rank: of LoRA, or how many columns PaCA trains of each weight.
+    adapter_dtype: of what the adapter trains; None: float32, as PEFT does. accumulation: gradients of all trained
+    parameters stay from one micro-batch to the next. use_cache: keep keys and values, as configs ask for and trainers
+    switch off. cut: simulate few of the blocks where they are alike.
     Errors: UserError when transformers or PEFT cannot build it, or `apply_dropbp` cannot gate it.
     """
 
@@ -247,8 +248,13 @@ def _on_meta(
                 return model.train()
             from peft import LoraConfig, get_peft_model
 
-            lora = LoraConfig(r=lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
-            model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+            kind: Any = LoraConfig
+            if adapter == "paca":
+                from ..paca import PacaConfig
+
+                kind = PacaConfig
+            wanted = kind(r=lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
+            model = get_peft_model(model, wanted, autocast_adapter_dtype=False)
     except (ValueError, KeyError, AttributeError, RuntimeError, ZeroDivisionError, TypeError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise UserError(f"--model: transformers cannot build a causal LM of this config: {first_line}") from error

@@ -15,7 +15,7 @@ from . import builtin
 from .data import check_data_path
 from .errors import UserError
 
-ADAPTERS = ("lora", "full")
+ADAPTERS = ("lora", "paca", "full")
 RATES = ("uniform", "depth_linear", "sensitivity")
 DTYPES = ("auto", "float32", "bfloat16")
 CONTEXTS = ("off", "inference")
@@ -23,7 +23,9 @@ DROP_RATES = {"off": 0.75, "inference": 0.0}  # by context: with a target plan, 
 LEARNING_RATES = {  # (is built-in, adapter): the built-in model is small and takes larger steps
     (True, "lora"): 4e-3,
     (True, "full"): 1e-3,
+    (True, "paca"): 2e-3,
     (False, "lora"): 2e-4,
+    (False, "paca"): 1e-4,
     (False, "full"): 2e-5,
 }
 # What a resumed run may have different without being another run.
