@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.column_update import column_restore, column_update
 from ..ops.derivative import first_derivative
+from ..ops.partial_gather import partial_gather
 
 
 @dataclass(frozen=True)
@@ -85,12 +87,12 @@ _last = _Last()
 def _channels(x: Tensor, columns: Columns, dtype: torch.dtype) -> Tensor:
     """The chosen channels of x. Query, key and value ask for the same of the same tensor, one after another."""
     if x.is_inference():  # without a version
-        return x.index_select(-1, columns.indices).to(dtype)
+        return partial_gather(x, columns.indices).to(dtype)
     if _last.entry is not None:
         source, version, key, last_dtype, result = _last.entry
         if source() is x and version == x._version and last_dtype == dtype and key == columns.key:
             return result[0]
-    result = [x.detach().index_select(-1, columns.indices).to(dtype)]
+    result = [partial_gather(x.detach(), columns.indices).to(dtype)]
     _last.entry = weakref.ref(x, lambda _: result.clear()), x._version, columns.key, dtype, result
     return result[0]
 
@@ -104,19 +106,22 @@ def _weight_with(
     Written into the weight itself where it has the right dtype, past its version counter: values are the same again
     before anyone else reads them, and graphs that saved this weight must not be told otherwise.
     """
-    data = weight.data if unpack is None else unpack()
-    original = data.index_select(1, columns.indices)
-    changed = columns.of(original, trained.detach()).to(dtype)
+    data, trained = weight.data if unpack is None else unpack(), trained.detach()
     if unpack is not None or data.dtype != dtype:  # a tensor of our own: nothing to restore
+        changed = columns.of(data.index_select(1, columns.indices), trained)
         own = data.to(dtype)
-        own.index_copy_(1, columns.indices, changed)
+        own.index_copy_(1, columns.indices, changed.to(dtype))
         yield own
         return
+    if columns.replace:
+        original = data.index_select(1, columns.indices)
+        data.index_copy_(1, columns.indices, columns.of(original, trained).to(dtype))
+    else:
+        original = column_update(data, trained, columns.indices, scale=columns.scaling)
     try:
-        data.index_copy_(1, columns.indices, changed)
         yield data
     finally:
-        data.index_copy_(1, columns.indices, original)
+        column_restore(data, original, columns.indices)
 
 
 class _ColumnLinear(torch.autograd.Function):
