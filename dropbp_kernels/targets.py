@@ -125,6 +125,7 @@ class TargetPlan:
     shift_labels: int64 (B, S), the label that a row's logits are compared with.
     num_context, num_target, num_skipped: how many rows run without autograd, predict a label, and do not run; padding
         is not counted. num_kept: how many context rows run once more, with autograd.
+    is_packed: whether a sample holds several documents.
     """
 
     stages: tuple[Stage, ...]
@@ -134,6 +135,7 @@ class TargetPlan:
     num_target: int
     num_skipped: int
     num_kept: int = 0
+    is_packed: bool = False
 
     @property
     def is_dense(self) -> bool:
@@ -257,6 +259,7 @@ def plan_targets(
         num_target,
         int(is_real.sum()) - num_context - num_target,
         int(is_kept.sum()),
+        bool(documents.any()),
     )
 
 

@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import DynamicCache, T5Config, T5ForConditionalGeneration
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.tiny_models import tiny_causal_lm
-from dropbp_kernels import apply_dropbp, remove_dropbp
+from dropbp_kernels import DropBPHandler, apply_dropbp, remove_dropbp
 from dropbp_kernels.measure import saved_bytes
 from dropbp_kernels.targets import IGNORED, plan_targets
 
@@ -138,9 +138,9 @@ def test_a_sliding_window_slides_over_places_and_not_over_stages():
     assert_same(backward(model, batch), dense, **CLOSE)
 
 
-def runs_again(labels, **keep):
+def runs_again(labels, mask=None, **keep):
     """Which context rows run with autograd all the same, (B, S)."""
-    plan = plan_targets(labels, **keep)
+    plan = plan_targets(labels, mask, **keep)
     kept = torch.zeros_like(labels, dtype=torch.bool)
     for stage in plan.stages:
         if stage.is_target:
@@ -287,6 +287,11 @@ def test_a_batch_without_a_target_has_no_gradient_and_says_so():
     apply_dropbp(model, 0.0, context="inference")
     with pytest.warns(UserWarning, match="no target in a batch"):
         assert not model(**batch).loss.requires_grad
+    assert not model(**batch).loss.requires_grad  # and once
+    labels = batch.pop("labels")
+    DropBPHandler(model, 0.0).step(labels=labels)
+    assert not model(**batch).logits.requires_grad
+    assert not model.model(**batch).last_hidden_state.requires_grad
 
 
 def test_saved_bytes_are_those_of_the_target_rows():
@@ -341,6 +346,15 @@ def test_lora(is_applied_first):
         apply_dropbp(model, 0.0, context="inference", context_gradient="full")
     assert_same(backward(model, batch), expected, **CLOSE)
     assert model(**batch).logits.shape[1] < 16  # it did run in stages
+
+
+def test_prompts_that_an_adapter_learns_are_refused():
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model = peft.get_peft_model(tiny(dtype=torch.float32), config)
+    apply_dropbp(model, 0.0, context="inference")
+    with pytest.raises(ValueError, match=r"expected the shape of labels, \(3, 16\), got \(3, 18\); prompts that"):
+        model(**chat())
 
 
 @pytest.mark.parametrize("checkpoint", ["transformers", "kept"])
@@ -434,7 +448,10 @@ def test_removed_without_a_trace():
         (lambda: tiny("bloom"), "takes no position_ids"),
         (lambda: tiny("falcon", alibi=True), "ALiBi"),
         (lambda: tiny_t5(), "encoder-decoder|expected a causal LM"),
-        (lambda: with_flash_attention(tiny()), "uses attention 'flash_attention_2'"),
+        (lambda: with_attention(tiny(), "flex_attention"), "uses attention 'flex_attention'"),
+        (lambda: with_batch_norm(tiny()), "normalises over the batch"),
+        (lambda: tiny("gemma3_text", use_bidirectional_attention=True), "attends in both directions"),
+        (lambda: tiny("lfm2", layer_types=["conv", "full_attention"]), "has layers with a state of their own"),
         (lambda: tiny().model, "expected a causal LM"),
     ],
 )
@@ -450,8 +467,13 @@ def tiny_t5():
     return T5ForConditionalGeneration(T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4))
 
 
-def with_flash_attention(model):
-    model.config._attn_implementation = "flash_attention_2"
+def with_attention(model, name):
+    model.config._attn_implementation = name
+    return model
+
+
+def with_batch_norm(model):
+    model.model.layers[0].mlp.norm = nn.BatchNorm1d(32)
     return model
 
 
@@ -478,12 +500,16 @@ def test_bad_options(options, message):
     ("extra", "message"),
     [
         ({"output_hidden_states": True}, "output_hidden_states: expected False"),
-        ({"attention_mask": torch.ones(3, 1, 16, 16, dtype=torch.bool)}, "attention_mask: expected"),
+        ({"output_router_logits": True}, "output_router_logits: expected False"),
+        ({"attention_mask": torch.ones(3, 1, 16, 16, dtype=torch.bool)}, "attention_mask: expected shape"),
+        ({"past_key_values": DynamicCache()}, "past_key_values: expected None with labels and context, got a cache"),
+        ({"token_type_ids": torch.ones(3, 16)}, "token_type_ids: expected no further input by token"),
+        ({"labels": torch.ones(3, 15, dtype=torch.long)}, r"labels: expected the shape of input_ids, \(3, 16\), got"),
     ],
 )
 def test_bad_calls(extra, message):
     model = tiny()
     apply_dropbp(model, 0.0, context="inference")
     with pytest.raises(ValueError, match=message):
-        model(**chat(), **extra)
+        model(**{**chat(), **extra})
     backward(model, chat())  # and nothing is left behind

@@ -35,27 +35,49 @@ class StageKeys(Cache):
         self.num_before = num_before
         self.stage = stage
         self._own: dict[int, _Keys] | None = {}
+        self._parts: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}  # of layers that ran sample by sample
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Keys and values (B, H, rows, D) of this stage's rows behind those of the stages before."""
         sample_of = None if self.stage is None else self.stage.sample_of
         if self._own is not None:
             self._own[layer_idx] = key_states, value_states, sample_of
+        return self._behind_others(key_states, value_states, layer_idx)
+
+    def _behind_others(self, key_states: Tensor, value_states: Tensor, layer_idx: int, which: Any = None) -> Any:
+        """Keys and values (num, H, rows, D) of the samples `which` (None: all) behind those of the stages before."""
         if layer_idx not in self.before:
             return key_states, value_states
-        # Context that samples share is spread here and not before: kept, it is as large as what ran.
-        pairs = [
-            (keys, values)
-            if shared_by is None or sample_of is not None
-            else (keys.index_select(0, shared_by), values.index_select(0, shared_by))
-            for keys, values, shared_by in self.before[layer_idx]
-        ]
-        keys, values = zip(*pairs, strict=True)
-        return torch.cat([*keys, key_states], dim=-2), torch.cat([*values, value_states], dim=-2)
+        is_shared = self.stage is not None and self.stage.sample_of is not None
+        pairs = []
+        for keys, values, shared_by in self.before[layer_idx]:
+            # Context that samples share is spread here and not before: kept, it is as large as what ran.
+            index = which if shared_by is None or is_shared else shared_by if which is None else shared_by[which]
+            pairs.append(
+                (keys, values) if index is None else (keys.index_select(0, index), values.index_select(0, index))
+            )
+        own = key_states, value_states
+        return tuple(torch.cat([*(pair[i] for pair in pairs), own[i]], dim=-2) for i in range(2))
+
+    def of_samples(self, which: Tensor) -> "KeysOfSamples":
+        """This cache for a call on the samples `which`, int64 (num,); calls that together have all fill it."""
+        return KeysOfSamples(self, which)
+
+    def add_samples(self, which: Tensor, key_states: Tensor, value_states: Tensor, layer_idx: int) -> Any:
+        """`update` for the samples `which`."""
+        if self._own is not None:
+            self._parts.setdefault(layer_idx, []).append((which, key_states, value_states))
+        return self._behind_others(key_states, value_states, layer_idx, which)
 
     def of_next(self, stage: Stage) -> "StageKeys":
         """What `stage` sees, which runs after this one; a recompute of this one keeps nothing more."""
         own, self._own = self._own or {}, None
+        for layer, parts in self._parts.items():
+            which, keys, values = (torch.cat(part) for part in zip(*parts, strict=True))
+            order = which.argsort()
+            sample_of = None if self.stage is None else self.stage.sample_of
+            own[layer] = keys.index_select(0, order), values.index_select(0, order), sample_of
+        self._parts = {}
         num_own = 0 if self.stage is None else self.stage.rows.shape[1]
         # Stage by stage and not joined: what a context stage joins has no graph, and keys of targets need theirs.
         before = {layer: [*self.before.get(layer, []), keys] for layer, keys in own.items()}
@@ -70,6 +92,30 @@ class StageKeys(Cache):
         return self.num_before + query_length, 0
 
 
+class KeysOfSamples(Cache):
+    """`StageKeys` in a call on some samples of a batch, where a plan keeps a branch for a part of them."""
+
+    is_recomputable = True
+
+    def __init__(self, keys: StageKeys, which: Tensor):
+        super().__init__(layer_class_to_replicate=DynamicLayer)
+        self.keys = keys
+        self.which = which
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Keys and values (num, H, rows, D) of these samples' rows behind those of the stages before."""
+        return self.keys.add_samples(self.which, key_states, value_states, layer_idx)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Rows of the stages before, padding included."""
+        return self.keys.num_before
+
+
+def is_flash(config: Any) -> bool:
+    """Whether a model attends by flash attention, which takes no mask of ours."""
+    return str(config._attn_implementation).startswith("flash_attention_")
+
+
 class StageMasks:
     """Who may attend to whom, stage by stage.
 
@@ -81,15 +127,21 @@ class StageMasks:
     def __init__(self, config: Any, documents: Tensor):
         self.documents = documents
         self.is_additive = config._attn_implementation == "eager"
+        self.is_flash = is_flash(config)
         layer_types = set(getattr(config, "layer_types", None) or ())
         self.is_mixed = "sliding_attention" in layer_types
         self.window = getattr(config, "sliding_window", None) if self.is_mixed or not layer_types else None
         self._places: list[Tensor] = []  # of the keys so far, (B, L) a stage
         self._documents: list[Tensor] = []
+        self._is_row: list[Tensor] = []
 
     def add(self, stage: Stage, dtype: torch.dtype) -> Any:
-        """The mask (B, 1, L, keys so far) of a stage's rows, or one for each type of layer; None: plainly causal."""
+        """The mask (B, 1, L, keys so far) of a stage's rows, or one for each type of layer; None: plainly causal.
+
+        For flash attention: which keys so far are no padding, (B, keys so far).
+        """
         is_first = not self._places
+        self._is_row.append(stage.is_row)
         if stage.targets is not None:  # it runs kept context again: what ran of that before is not seen any more
             kept = torch.where(stage.is_row, stage.rows, -2).unsqueeze(1)
             self._places = [places.masked_fill((places.unsqueeze(2) == kept).any(2), -1) for places in self._places]
@@ -99,6 +151,8 @@ class StageMasks:
         self._documents.append(documents)
         if is_first and stage.is_prefix:  # a causal mask does
             return None
+        if self.is_flash:  # its last query sees the last key, so stages of one document follow each other by themselves
+            return stage.running(torch.cat(self._is_row, dim=1))
         places = torch.cat(self._places, dim=1).unsqueeze(1)
         of_keys = torch.cat(self._documents, dim=1).unsqueeze(1)
         rows, documents, places, of_keys = map(stage.running, (rows, documents, places, of_keys))

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from ..handler import find_gates
 from ..layer import as_inference
 from ..targets import TargetPlan, TargetRule
 from .stage_keys import StageKeys, StageMasks
 
-# Context runs at most as many rows at a time as a target stage has, and not fewer than these. A row without autograd
-# needs less memory than one with, so context never decides about the peak; below this many rows the GEMMs get slow.
-MIN_ROWS = 256
+MIN_ROWS = 1024  # of context that run at a time; with fewer the GEMMs get slow, and so many hold little
 _BY_ROW = ("input_ids", "inputs_embeds", "position_ids")
 _REPLACED = {*_BY_ROW, "attention_mask", "past_key_values", "use_cache"}
 
@@ -32,7 +31,8 @@ def run_in_stages(decoder: Any, run: Callable[..., Any], inputs: dict[str, Any],
     inputs["position_ids"] = inputs["position_ids"].expand_as(plan.documents)
     parameter = next(p for p in decoder.parameters() if p.is_floating_point())
     if rule.context_gradient != "full":
-        plan = plan.with_slices(max(MIN_ROWS, *(stage.rows.numel() for stage in plan.stages if stage.is_target)))
+        num_rows = max(stage.rows.numel() for stage in plan.stages if stage.is_target)
+        plan = plan.with_slices(rows_at_once(decoder, num_rows))
     masks = StageMasks(decoder.config, plan.documents)
     keys, hidden = StageKeys(), []
     output: Any = None
@@ -48,6 +48,21 @@ def run_in_stages(decoder: Any, run: Callable[..., Any], inputs: dict[str, Any],
     output.last_hidden_state = torch.cat(hidden, dim=1)
     output.past_key_values = None
     return output
+
+
+def rows_at_once(decoder: Any, num_target_rows: int) -> int:
+    """How many context rows run at a time, so that the peak of memory is that of the targets.
+
+    A context row holds what its branch makes at that moment, about 12 times the hidden size; so does a target row, and
+    in addition what every kept branch saved, 3 to 12 times the hidden size, or once under checkpointing. That is taken
+    with a margin, since a branch may be kept for a part of its rows.
+    """
+    gates = find_gates(decoder).values()
+    if getattr(decoder, "is_gradient_checkpointing", False) or any(gate.checkpoint is not None for gate in gates):
+        times = 1 + len(gates) // 32
+    else:
+        times = 1 + sum(gate.kept for gate in gates) // 8
+    return max(MIN_ROWS, times * num_target_rows)
 
 
 @contextmanager

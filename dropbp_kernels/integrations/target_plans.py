@@ -36,7 +36,8 @@ from ..targets import IGNORED, TargetPlan, TargetRule, plan_targets
 from .swapping import is_swapped, subclass, swap_back
 
 CONTEXT_GRADIENTS = ("none", "one_hop", "full")
-ATTENTION = ("sdpa", "eager")  # implementations that take a mask of our own
+ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+TAKES_MASKS = ATTENTION[:2]  # of our own; what the others can do, stages of one document a sample need
 _PLAN = "_dropbp_target_plan"
 _ORIGINAL = "_dropbp_before_targets"  # a name of its own: the class swapped here may be one that `gating` made
 
@@ -59,7 +60,13 @@ def check_context(
     if not isinstance(shared_context, bool):
         raise TypeError(f"shared_context: expected True or False, got {shared_context!r}")
     if context is not None:
-        _check_decoder(find_decoder(model))
+        decoder: Any = find_decoder(model)
+        _check_decoder(decoder)
+        if context_keep and (attention := decoder.config._attn_implementation) not in TAKES_MASKS:
+            raise ValueError(
+                f"context_keep: expected 0 with attention {attention!r}, in which no row can skip a key, got "
+                f"{context_keep}; load the model with attn_implementation in {TAKES_MASKS}"
+            )
     elif context_keep or shared_context:
         name, value = ("context_keep", context_keep) if context_keep else ("shared_context", shared_context)
         raise ValueError(f'context: expected "inference" with {name}={value}, got None')
@@ -161,7 +168,7 @@ def _call_with_labels(self: Any, run: Callable[..., Any], *args: Any, **kwargs: 
     # A hook sees the head's labels; who calls the model again with what a hook saw means the same batch.
     plan: TargetPlan | None = getattr(labels, _PLAN, None)
     if plan is None:
-        plan = _make_plan(rule, labels, _named(self, args, kwargs))
+        plan = _make_plan(decoder, rule, labels, _named(self, args, kwargs))
     if plan.is_dense:
         return run(*args, **kwargs)
     if plan.num_target == 0:
@@ -199,7 +206,7 @@ def _call_decoder(self: Any, run: Callable[..., Any], *args: Any, **kwargs: Any)
     rule = TargetRule.on(self)  # called by itself, by a caller who takes the loss of the hidden states
     if rule.labels is None or not (self.training and torch.is_grad_enabled()):
         return run(*args, **kwargs)
-    plan = _make_plan(rule, rule.labels, inputs)
+    plan = _make_plan(self, rule, rule.labels, inputs)
     if plan.is_dense:
         return run(*args, **kwargs)
     if plan.num_target == 0:
@@ -215,7 +222,7 @@ def _named(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, An
     return {**inspect.signature(module.forward).bind_partial(*args).arguments, **kwargs}
 
 
-def _make_plan(rule: TargetRule, labels: Tensor, inputs: dict[str, Any]) -> TargetPlan:
+def _make_plan(decoder: Any, rule: TargetRule, labels: Tensor, inputs: dict[str, Any]) -> TargetPlan:
     tokens, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
     for name, values in (("input_ids", tokens), ("inputs_embeds", embeds)):
         if values is not None and labels.shape != values.shape[:2]:
@@ -224,6 +231,7 @@ def _make_plan(rule: TargetRule, labels: Tensor, inputs: dict[str, Any]) -> Targ
                 + ("; labels given to step hold until the next step" if labels is rule.labels else "")
             )
     position_ids = inputs.get("position_ids")
+    attention = decoder.config._attn_implementation
     plan = plan_targets(
         labels,
         _check_mask(inputs.get("attention_mask")),
@@ -232,6 +240,11 @@ def _make_plan(rule: TargetRule, labels: Tensor, inputs: dict[str, Any]) -> Targ
         seed=rule.seed,
         step=rule.step,
     )
+    if plan.is_packed and attention not in TAKES_MASKS:
+        raise ValueError(
+            f"position_ids: expected one document a sample with context and attention {attention!r}, got packed ones; "
+            f"load the model with attn_implementation in {TAKES_MASKS}, or do not pack"
+        )
     if not rule.shared_context:
         return plan
     if tokens is None:

@@ -1,0 +1,241 @@
+"""How the stages of a target plan run: contexts that samples share, in slices, by flash attention."""
+
+import copy
+
+import pytest
+import torch
+from test_target_plans import CLOSE, assert_same, backward, chat, cut_attention, is_target, runs_again, tiny  # noqa: F401
+from transformers import modeling_flash_attention_utils as flash
+
+from dropbp_kernels import apply_dropbp
+from dropbp_kernels.integrations import staged_decoder
+from dropbp_kernels.integrations.stage_keys import StageKeys
+from dropbp_kernels.measure import PeakLiveBytes
+from dropbp_kernels.targets import IGNORED, plan_targets
+
+
+def pairs(padding_side="right"):
+    """Two completions each of two prompts of 7 and 5 tokens, as trainers of preferences and of groups batch them."""
+    tokens = torch.randint(3, 96, (4, 16), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(tokens)
+    starts = [0, 2, 0, 2] if padding_side == "left" else [0, 0, 0, 0]
+    firsts = [7, 7, 7, 7] if padding_side == "left" else [7, 5, 7, 5]
+    ends = [16, 12, 13, 16]
+    labels = torch.full_like(tokens, IGNORED)
+    for sample, (start, first, end) in enumerate(zip(starts, firsts, ends, strict=True)):
+        tokens[sample, start:first] = tokens[sample % 2, start:first]
+        mask[sample, :start] = mask[sample, end:] = 0
+        labels[sample, first:end] = tokens[sample, first:end]
+    return {"input_ids": tokens, "attention_mask": mask, "labels": labels, "use_cache": False}
+
+
+def context_rows(model, batch):
+    """The rows of each pass through the decoder that was without autograd."""
+    shapes = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(
+        lambda module, args: None if torch.is_grad_enabled() else shapes.append(tuple(args[0].shape))
+    )
+    model(**batch)
+    hook.remove()
+    return shapes
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_a_shared_context_is_exact_with_its_whole_gradient(model_type, padding_side):
+    model, batch = tiny(model_type), pairs(padding_side)
+    dense = backward(copy.deepcopy(model), batch)
+    apply_dropbp(model, 0.0, context="inference", context_gradient="full", shared_context=True)
+    assert_same(backward(model, batch), dense, **CLOSE)
+
+
+@pytest.mark.parametrize("options", [{}, {"context_keep": 0.5}])
+@pytest.mark.parametrize("max_rows", [2, 256])
+@pytest.mark.parametrize("model_type", ["gemma3_text", "mistral"])  # of which one has both windows and none
+def test_a_shared_context_runs_once_and_is_a_constant(
+    model_type,
+    max_rows,
+    options,
+    cut_attention,  # noqa: F811
+    monkeypatch,
+):
+    monkeypatch.setattr(staged_decoder, "rows_at_once", lambda *_: max_rows)
+    model, batch = tiny(model_type, attn_implementation="sdpa", sliding_window=4), pairs()
+    kept = runs_again(batch["labels"], batch["attention_mask"], **options)
+    dense = backward(cut_attention(copy.deepcopy(model), is_target(batch["labels"]) | kept), batch)
+    apply_dropbp(model, 0.0, context="inference", shared_context=True, **options).step()
+    assert_same(backward(model, batch), dense, **CLOSE)
+    assert context_rows(model, batch) == ([(2, 1)] * 6 if max_rows == 2 else [(2, 6)])  # of 4 samples
+
+
+def test_rows_of_a_shared_context_are_counted():
+    batch = pairs()
+    plan = plan_targets(batch["labels"], batch["attention_mask"])
+    shared = plan.with_shared_context(batch["input_ids"], torch.arange(16).unsqueeze(0))
+    assert (plan.num_context, shared.num_context) == (2 * (6 + 4), 6 + 4)
+    assert shared.stages[0].samples.tolist() in ([0, 1], [1, 0])
+    assert [shared.stages[0].samples[index].item() for index in shared.stages[0].sample_of] == [0, 1, 0, 1]
+    assert shared.num_target == plan.num_target
+
+
+def test_contexts_that_differ_are_not_shared():
+    batch = pairs()
+    places = torch.arange(16).unsqueeze(0)
+    plan = plan_targets(batch["labels"], batch["attention_mask"])
+    assert plan.with_shared_context(torch.arange(64).reshape(4, 16), places) is plan
+    shifted = places + torch.tensor([[0], [0], [1], [1]])
+    assert plan.with_shared_context(batch["input_ids"], shifted) is plan
+    longer = batch["labels"].clone()
+    longer[2, 7] = longer[3, 5] = IGNORED
+    longer = plan_targets(longer, batch["attention_mask"])
+    assert longer.with_shared_context(batch["input_ids"], places) is longer
+    packed = plan_targets(longer.shift_labels, position_ids=torch.tensor([[0, 1, 0, 1, *range(12)]]).repeat(4, 1))
+    mixed = packed.with_shared_context(torch.zeros(4, 16, dtype=torch.long), torch.zeros(1, 16, dtype=torch.long))
+    assert mixed.num_context < packed.num_context
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_samples_may_run_apart(is_shared):
+    batch = pairs()
+    plan = plan_targets(batch["labels"], batch["attention_mask"])
+    if is_shared:
+        plan = plan.with_shared_context(batch["input_ids"], torch.arange(16).unsqueeze(0))
+    context, targets = plan.stages
+    first = StageKeys().of_next(context)
+    values = [torch.randn(len(context.running(context.rows)), 2, context.rows.shape[1], 3) for _ in range(2)]
+    first.update(*values, 0)
+    own = [torch.randn(4, 2, targets.rows.shape[1], 3, requires_grad=True) for _ in range(2)]
+    whole = first.of_next(targets)
+    parts = StageKeys(whole.before, whole.num_before, targets)
+    expected = whole.update(*own, 0)
+    for which in (torch.tensor([3, 1]), torch.tensor([0, 2])):
+        for seen, theirs in zip(parts.of_samples(which).update(*(x[which] for x in own), 0), expected, strict=True):
+            assert torch.equal(seen, theirs[which])
+    after, expected = (keys.of_next(targets).before[0][-1][:2] for keys in (parts, whole))
+    for ours, theirs in zip(after, expected, strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.requires_grad
+
+
+def test_a_shared_context_needs_tokens():
+    model, batch = tiny(), pairs()
+    apply_dropbp(model, 0.0, context="inference", shared_context=True)
+    batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids"))
+    with pytest.raises(ValueError, match="input_ids: expected token ids with shared_context"):
+        model(**batch)
+
+
+@pytest.mark.parametrize("context_gradient", ["none", "one_hop"])
+def test_slices_of_the_context_change_no_gradient(context_gradient, monkeypatch):
+    model, batch = tiny(), chat()
+    expected = copy.deepcopy(model)
+    apply_dropbp(expected, 0.0, context="inference", context_gradient=context_gradient)
+    expected = backward(expected, batch)
+    monkeypatch.setattr(staged_decoder, "rows_at_once", lambda *_: 6)
+    apply_dropbp(model, 0.0, context="inference", context_gradient=context_gradient)
+    assert context_rows(model, batch) == [*[(3, 2)] * 4, (3, 1), *[(3, 2)] * 2, (3, 1)]
+    assert_same(backward(model, batch), expected, **CLOSE)
+
+
+@pytest.mark.parametrize(("checkpoint", "num_slices"), [(None, 3), ("kept", 8)])
+def test_context_needs_less_memory_than_targets(checkpoint, num_slices, monkeypatch):
+    monkeypatch.setattr(staged_decoder, "MIN_ROWS", 1)
+    tokens = torch.randint(3, 96, (1, 256))
+    labels = tokens.clone()
+    labels[:, :225] = IGNORED
+    model = tiny(dtype=torch.float32, max_position_embeddings=256, intermediate_size=112, num_hidden_layers=8)
+    apply_dropbp(model, 0.0, context="inference", checkpoint=checkpoint)
+    at_passes = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda *_: at_passes.append(live.peak_bytes))
+    with PeakLiveBytes() as live:
+        model(input_ids=tokens, labels=labels).loss.backward()
+    assert len(at_passes) == num_slices + 1
+    assert at_passes[-1] < 0.8 * live.peak_bytes
+    sliced = at_passes[-1]
+    monkeypatch.setattr(staged_decoder, "rows_at_once", lambda *_: 225)
+    at_passes.clear()
+    with PeakLiveBytes() as live:
+        model(input_ids=tokens, labels=labels)
+    assert at_passes[-1] > 1.3 * sliced
+
+
+# ---- flash attention, by stand-ins for its two functions
+
+
+def attend(query, key, value, causal, softmax_scale, window):
+    """Attention of one sequence, (rows, heads, head_dim), whose last query sees the last key."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query, key) * softmax_scale
+    places = torch.arange(len(query))[:, None] + len(key) - len(query)
+    distance = places - torch.arange(len(key))
+    sees = (distance >= 0) if causal else torch.ones_like(distance, dtype=torch.bool)
+    if window[0] >= 0:
+        sees &= distance <= window[0]
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~sees, -torch.inf).softmax(-1), value)
+
+
+def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1)):
+    return torch.stack([attend(*qkv, causal, softmax_scale, window_size) for qkv in zip(q, k, v, strict=True)])
+
+
+def flash_attn_varlen_func(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+):
+    parts = [x.split(ends.diff().tolist()) for x, ends in ((q, cu_seqlens_q), (k, cu_seqlens_k), (v, cu_seqlens_k))]
+    return torch.cat([attend(*qkv, causal, softmax_scale, window_size) for qkv in zip(*parts, strict=True)])
+
+
+@pytest.fixture
+def with_flash(monkeypatch):
+    """Lets a model attend by transformers' flash attention, down to the functions of the package."""
+    values = {
+        "_loaded_implementation": "flash_attention_2",
+        "_flash_fn": flash_attn_func,
+        "_flash_varlen_fn": flash_attn_varlen_func,
+        "_pad_fn": flash._pad_input,
+        "_unpad_fn": flash._unpad_input,
+        "_process_flash_kwargs_fn": flash._lazy_define_process_function(flash_attn_varlen_func),
+        "_process_with_kvcache_kwargs_fn": dict,
+    }
+    for name, value in values.items():
+        monkeypatch.setattr(flash, name, value)
+
+    def attend_by_flash(model):
+        model.config._attn_implementation = "flash_attention_2"
+        return model
+
+    return attend_by_flash
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("sliding_window", [4, 64])
+@pytest.mark.parametrize("context_gradient", ["none", "full"])
+def test_flash_attention(with_flash, padding_side, sliding_window, context_gradient, monkeypatch):
+    monkeypatch.setattr(staged_decoder, "rows_at_once", lambda *_: 8)
+    model, batch = tiny("mistral", sliding_window=sliding_window), pairs(padding_side)
+    batch["labels"][0, 9:13] = IGNORED  # a second turn
+    options = {"context": "inference", "context_gradient": context_gradient, "shared_context": True}
+    by_flash = with_flash(copy.deepcopy(model))
+    apply_dropbp(model, 0.0, **options)
+    apply_dropbp(by_flash, 0.0, **options)
+    assert_same(backward(by_flash, batch), backward(model, batch), **CLOSE)
+
+
+def test_flash_attention_cannot_tell_documents_apart(with_flash):
+    model, batch = with_flash(tiny()), chat()
+    with pytest.raises(ValueError, match="context_keep: expected 0 with attention 'flash_attention_2'"):
+        apply_dropbp(model, 0.0, context="inference", context_keep=0.1)
+    apply_dropbp(model, 0.0, context="inference")
+    batch["position_ids"] = torch.cat([torch.arange(9), torch.arange(7)]).unsqueeze(0)
+    with pytest.raises(ValueError, match="position_ids: expected one document a sample"):
+        model(**batch)
