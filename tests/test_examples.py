@@ -16,6 +16,8 @@ RUNS = {
     "coreset_loop": (["--steps", "12"], ["peft"], math.log(128), "trained on 16 of 32 examples"),
     "coreset_trainer": (["--steps", "12"], ["peft", "accelerate"], math.log(256), "12 batches of 16, 50% of each"),
     "trl_sft": (["--steps", "12"], ["trl"], 0.95 * math.log(98), "12 steps, 8 branches"),
+    "trl_dpo": (["--steps", "20"], ["trl"], 0.95 * math.log(2), "20 steps, 8 branches"),
+    "trl_grpo": (["--steps", "15"], ["trl"], 0.8, "15 steps, 8 branches"),
     "fabric_loop": (["--steps", "20"], ["lightning"], 0.8 * math.log(256), "backward FLOPs kept 25.0%"),
     "litgpt_block": (["--steps", "30"], [], 0.8 * math.log(256), "backward FLOPs kept 50.0%"),
     "litgpt_block parallel": (["--steps", "30", "--parallel-residual"], [], 0.8 * math.log(256), "30 steps, 8"),

@@ -1,4 +1,4 @@
-"""DropBPCallback in TRL's SFTTrainer, whose loss does not pass through the model's head."""
+"""DropBPCallback in TRL's trainers, whose losses do not pass through the model's own loss function."""
 
 import pytest
 import torch
@@ -7,9 +7,10 @@ pytest.importorskip("trl")
 
 from models import tiny_causal_lm
 from test_trainer import arguments, assert_same, data, one_thread, weights  # noqa: F401
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from dropbp_kernels import DropBPCallback
+from dropbp_kernels.targets import TargetPlan
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*:FutureWarning"),
@@ -62,3 +63,82 @@ def test_plans_calibration_logs_and_an_exact_resume(tmp_path):
         resumed, other = train(tmp_path, str(tmp_path / f"checkpoint-{step}"), **options)
         assert other.handler.state_dict() == handler.state_dict()
         assert_same(weights(resumed), weights(whole))
+
+
+ON_CPU = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "bf16": False,
+    "use_cpu": True,
+    "gradient_checkpointing": False,
+    "dataloader_pin_memory": False,
+}
+
+
+def supervised(folder, model, callback):
+    rows = [{"prompt": f"w{n} w5 w6 w7 w8", "completion": f"w{n} w9"} for n in range(3, 11)]
+    return SFTTrainer(model, SFTConfig(folder, **ON_CPU), **with_data(rows, callback))
+
+
+def preferences(folder, model, callback):
+    rows = [{"prompt": f"w{n} w5 w6", "chosen": f"w{n} w7 w9", "rejected": f"w4 w{n}"} for n in range(3, 11)]
+    return DPOTrainer(model, args=DPOConfig(folder, **ON_CPU), **with_data(rows, callback))
+
+
+def groups(folder, model, callback):
+    def length(completions, **kwargs):
+        return [float(len(text.replace("w1", ""))) for text in completions]
+
+    rows = [{"prompt": f"w{n} w5 w6" + " w7" * (n % 3)} for n in range(3, 11)]
+    config = GRPOConfig(folder, num_generations=2, max_completion_length=4, **ON_CPU)
+    return GRPOTrainer(model, length, args=config, **with_data(rows, callback))
+
+
+def with_data(rows, callback):
+    from datasets import Dataset
+    from peft import LoraConfig
+    from tokenizers import pre_tokenizers
+
+    words = tokenizer()
+    words.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return {
+        "train_dataset": Dataset.from_list(rows),
+        "processing_class": words,
+        "peft_config": LoraConfig(r=4, target_modules="all-linear"),
+        "callbacks": [callback],
+    }
+
+
+@pytest.mark.parametrize("make", [supervised, preferences, groups])
+def test_a_shared_context_is_exact_in_their_losses(make, tmp_path, monkeypatch):
+    num_context = []
+    share = TargetPlan.with_shared_context
+    monkeypatch.setattr(
+        TargetPlan,
+        "with_shared_context",
+        lambda plan, *args: num_context.append((plan.num_context, (new := share(plan, *args)).num_context)) or new,
+    )
+    logs = []
+    options = {"context": "inference", "context_gradient": "full", "shared_context": True}
+    for chosen in ({}, options):
+        trainer = make(str(tmp_path), tiny_causal_lm(), DropBPCallback(0.0, **chosen))
+        trainer.train()
+        names = {"loss", "grad_norm", "entropy", "mean_token_accuracy"}
+        logs += [
+            [
+                {name: value for name, value in entry.items() if name in names}
+                for entry in trainer.state.log_history
+                if "loss" in entry
+            ]
+        ]
+    for dense, ours in zip(*logs, strict=True):
+        assert ours == pytest.approx(dense, rel=1e-3, abs=1e-5)
+        assert dense["grad_norm"] > 0.0
+    assert len(num_context) >= 2
+    if make is not supervised:
+        assert all(2 * shared == unshared for unshared, shared in num_context)

@@ -1,0 +1,91 @@
+"""Preferences with TRL's DPOTrainer and a target plan: one callback.
+
+The context pass runs once for each prompt and its keys and values serve the chosen and the rejected
+completion: `context="inference", shared_context=True`.
+With `--context-gradient full` the gradient is exact. Runs in seconds on a CPU. Uses a tiny random Llama and a tokenizer
+of characters, so that nothing is downloaded; put your own model, tokenizer and data in their place.
+
+python examples/trl_dpo.py --context-gradient none
+"""
+
+import argparse
+import copy
+import tempfile
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import DPOConfig, DPOTrainer
+
+from dropbp_kernels import DropBPCallback
+
+
+def tokenizer_of_characters() -> PreTrainedTokenizerFast:
+    characters = ["<pad>", "</s>", "?", *map(chr, range(32, 127))]
+    vocabulary = {character: index for index, character in enumerate(dict.fromkeys(characters))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="?")
+
+
+def main(argv: list[str] | None = None) -> float:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--drop-rate", type=float, default=0.0, help="share of branch backwards to drop")
+    parser.add_argument("--context-gradient", choices=("none", "one_hop", "full"), default="none")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
+    args = parser.parse_args(argv)
+
+    torch.manual_seed(0)
+    tokenizer = tokenizer_of_characters()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    data = Dataset.from_list(
+        [{"prompt": f"{n} + 1 = ", "chosen": f"{n + 1}", "rejected": "who knows"} for n in range(96)]
+    )
+
+    callback = DropBPCallback(
+        drop_rate=args.drop_rate,
+        context="inference",
+        context_gradient=args.context_gradient,
+        shared_context=True,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        settings = DPOConfig(
+            output_dir=folder,
+            max_steps=args.steps,
+            per_device_train_batch_size=8,
+            learning_rate=1e-2,
+            lr_scheduler_type="constant",
+            max_length=32,
+            logging_steps=5,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+        model = LlamaForCausalLM(config)
+        trainer = DPOTrainer(
+            model,
+            ref_model=copy.deepcopy(model),
+            args=settings,
+            train_dataset=data,
+            processing_class=tokenizer,
+            callbacks=[callback],
+        )
+        trainer.train()
+    print(callback.handler.report())
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1]
+
+
+if __name__ == "__main__":
+    main()
