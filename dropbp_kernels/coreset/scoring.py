@@ -80,8 +80,8 @@ class Scorer:
         return chosen
 
     def _width(self, batch: Mapping[str, Any]) -> int:
-        tensors = [batch[name] for name in ("labels", "attention_mask", "input_ids") if name in batch]
-        return tensors[0].shape[1] if tensors and tensors[0].dim() > 1 else -1
+        names = ("labels", "attention_mask", "input_ids")
+        return next((batch[name].shape[1] for name in names if name in batch and batch[name].dim() > 1), -1)
 
     def _lengths(self, batch: Mapping[str, Any]) -> list[int]:
         """How many columns of each row its loss depends on.
