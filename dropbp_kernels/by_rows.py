@@ -7,11 +7,17 @@ x = add_by_rows(x, permutation, num_kept, norm, lambda rows, places: self.mlp(ro
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map
 
+from .ops.derivative import first_derivative
 from .ops.permuted_residual_add import permuted_residual_add
+from .ownership import owns_gradient
+from .row_plan import Batch, Rows
 
 Norm = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
 Branch = Callable[[Tensor, Tensor], Tensor]
@@ -52,3 +58,178 @@ def add_by_rows(
     if not num_kept:
         kept = kept.to(dropped.dtype)
     return permuted_residual_add(residual, kept, dropped, permutation, grad_scale=grad_scale)
+
+
+class RowSplit:
+    """How one call of a branch is taken apart by rows, and put together.
+
+    A branch that works on samples is called with tensors of fewer samples; one that works on tokens with a batch of one
+    sample that consists of the chosen tokens. Where the stream (B, S, D) comes flattened, (B * S, D), so do the parts.
+    """
+
+    def __init__(self, rows: Rows, batch: Batch, stream: Tensor):
+        self.rows = rows
+        self.batch = batch
+        lead = (batch.num_samples, batch.seq_len)
+        self.is_flat = tuple(stream.shape[:2]) != lead and stream.shape[0] == lead[0] * lead[1]
+        self.stream_shape = stream.shape
+        self.kept = rows.permutation[: rows.num_kept]
+        self.dropped = rows.permutation[rows.num_kept :]
+
+    def row_shape(self, x: Tensor) -> tuple[int, ...]:
+        """The shape of x with a dimension of all rows in front."""
+        num_samples, seq_len = self.batch[:2]
+        if self.rows.by_token:
+            return (num_samples * seq_len, *x.shape[1 if self.is_flat else 2 :])
+        return (num_samples, seq_len, *x.shape[1:]) if self.is_flat else tuple(x.shape)
+
+    def shaped(self, rows: Tensor) -> Tensor:
+        """Some rows of the stream as the branch takes them."""
+        if self.is_flat:
+            return rows if self.rows.by_token else rows.flatten(0, 1)
+        return rows.unsqueeze(0) if self.rows.by_token else rows
+
+    def rows_of_output(self, output: Tensor, num_rows: int) -> Tensor | None:
+        """What the branch made of num_rows rows, a row at a time; None for a tensor that has no such rows."""
+        shape = tuple(output.shape)
+        if self.rows.by_token:
+            lead = (num_rows,) if self.is_flat else (1, num_rows)
+            return output.reshape(num_rows, *shape[len(lead) :]) if shape[: len(lead)] == lead else None
+        if self.is_flat and shape[:1] == (num_rows * self.batch.seq_len,):
+            return output.unflatten(0, (num_rows, self.batch.seq_len))
+        return output if shape[:1] == (num_rows,) else None
+
+    def take(self, stream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(kept, dropped, stream): the rows of the stream as the branch takes them, and the stream to go on with.
+
+        The backward adds the gradient of the kept rows into that of the stream and touches no other row.
+        """
+        kept, stream = _TakeRows.apply(stream, self.kept, self.row_shape(stream))
+        return self.shaped(kept), self.shaped(self._select(stream.detach(), self.dropped)), stream
+
+    def arguments(self, tree: Any, which: Tensor) -> Any:
+        """What else the branch is called with, for the rows `which`: see the rules of `_has_rows`; no caches."""
+        return tree_map(lambda leaf: self._argument(leaf, which), tree)
+
+    def _argument(self, leaf: Any, which: Tensor) -> Any:
+        if not isinstance(leaf, Tensor):
+            return None if hasattr(leaf, "get_seq_length") and hasattr(leaf, "update") else leaf  # a key/value cache
+        if not self._has_rows(leaf):
+            return leaf
+        return self.shaped(self._select(leaf, which)) if self.rows.by_token or self.is_flat else leaf[which]
+
+    def _has_rows(self, x: Tensor) -> bool:
+        """Whether x belongs to the rows, by its shape: a mask or a table of positions of batch 1 is shared.
+
+        A sample's tensors have three dimensions or more (masks, states, rotary tables) or two of whole numbers (ids,
+        masks). A table of (seq_len, width) is not taken for one, even if seq_len is the batch size.
+        """
+        if x.shape == self.stream_shape:
+            return True
+        lead = tuple(x.shape[:2])
+        if self.rows.by_token or self.is_flat:
+            whole = (self.batch.num_samples, self.batch.seq_len)
+            return lead[:1] == (whole[0] * whole[1],) if self.is_flat else lead == whole
+        return lead[:1] == (self.batch.num_samples,) and (x.dim() > 2 or (x.dim() == 2 and not x.is_floating_point()))
+
+    def _select(self, x: Tensor, which: Tensor) -> Tensor:
+        return x.reshape(self.row_shape(x)).index_select(0, which)
+
+    def merge(self, kept: Any, dropped: Any, grad_scale: float = 1.0) -> Any:
+        """What the branch returned for kept and for dropped rows, as it would have returned it for all.
+
+        Tensors that have no rows (a table that all samples share) are those of the kept rows.
+        """
+        return tree_map(lambda one, other: self._merge(one, other, grad_scale), kept, dropped)
+
+    def _merge(self, kept: Any, dropped: Any, grad_scale: float) -> Any:
+        if not isinstance(kept, Tensor) or not isinstance(dropped, Tensor):
+            return kept
+        kept_rows = self.rows_of_output(kept, len(self.kept))
+        dropped_rows = self.rows_of_output(dropped, len(self.dropped))
+        if kept_rows is None or dropped_rows is None:
+            return kept
+        rest = tuple(kept_rows.shape[1:])
+        num_samples, seq_len = self.batch[:2]
+        if self.rows.by_token:
+            shape = (num_samples * seq_len, *rest) if self.is_flat else (num_samples, seq_len, *rest)
+        else:
+            shape = (num_samples * seq_len, *rest[1:]) if self.is_flat else (num_samples, *rest)
+        return _MergeRows.apply(kept_rows, dropped_rows.detach(), self.kept, self.dropped, shape, grad_scale)
+
+    def add(self, residual: Tensor, kept: Tensor, dropped: Tensor, grad_scale: float | Tensor) -> Tensor:
+        """residual + the output of the branch, which is given by rows."""
+        shape = self.row_shape(residual)
+        dropped = dropped.detach()
+        parts = []
+        for name, part, count in (("kept", kept, len(self.kept)), ("dropped", dropped, len(self.dropped))):
+            rows = self.rows_of_output(part, count)
+            if rows is None or tuple(rows.shape[1:]) != shape[1:]:
+                raise ValueError(
+                    f"branch: expected {count} {name} rows of the residual's shape {tuple(residual.shape)}, got "
+                    f"{tuple(part.shape)}; what it needs of each sample (a mask) is to be passed through the gate"
+                )
+            parts.append(rows)
+        dtype = torch.promote_types(residual.dtype, parts[0].dtype)
+        output = permuted_residual_add(
+            residual.to(dtype).reshape(shape), parts[0], parts[1], self.rows.permutation, grad_scale=grad_scale
+        )
+        return output.view(residual.shape)
+
+
+class _TakeRows(torch.autograd.Function):
+    """(rows of the stream, the stream): so the stream's gradient arrives here and the rows' is added into it."""
+
+    @staticmethod
+    def forward(ctx: Any, stream: Tensor, which: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(which)
+        ctx.shape = shape
+        ctx.stream_shape = stream.shape
+        return stream.reshape(shape).index_select(0, which), stream
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_rows: Tensor | None, grad_stream: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if grad_rows is None:
+            return grad_stream, None, None
+        (which,) = ctx.saved_tensors
+        if grad_stream is None:
+            grad_stream = grad_rows.new_zeros(ctx.stream_shape)
+        elif not owns_gradient(grad_stream):
+            grad_stream = grad_stream.clone(memory_format=torch.contiguous_format)
+        grad_stream.view(ctx.shape).index_add_(0, which, grad_rows)
+        return grad_stream, None, None
+
+
+class _MergeRows(torch.autograd.Function):
+    """Kept and dropped rows in the places of one tensor; the backward reads the places of the kept ones."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kept: Tensor,
+        dropped: Tensor,
+        kept_places: Tensor,
+        dropped_places: Tensor,
+        shape: tuple[int, ...],
+        grad_scale: float,
+    ) -> Tensor:
+        ctx.save_for_backward(kept_places)
+        ctx.row_shape = (len(kept) + len(dropped), *kept.shape[1:])
+        ctx.grad_scale = grad_scale
+        # Whole and not a view, so that a block may add to it in place.
+        merged = kept.new_empty(shape, dtype=torch.promote_types(kept.dtype, dropped.dtype))
+        rows = merged.view(ctx.row_shape)
+        rows[kept_places] = kept.to(merged.dtype)
+        rows[dropped_places] = dropped.to(merged.dtype)
+        return merged
+
+    @staticmethod
+    @first_derivative
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (kept_places,) = ctx.saved_tensors
+        grad_kept = grad.reshape(ctx.row_shape).index_select(0, kept_places)
+        if ctx.grad_scale != 1.0:
+            grad_kept *= ctx.grad_scale
+        return grad_kept, None, None, None, None, None

@@ -20,8 +20,9 @@ from .allocation import allocate
 from .calibration import Calibration, check_branches
 from .exact_sensitivity import measure_sensitivity
 from .layer import DROPPED_RUNS, DropBP, checkpoint_branch
-from .plan import DropPlan, set_plan
+from .plan import DropPlan, as_entry, set_plan
 from .report import Report, make_report
+from .row_plan import GRANULARITIES, RowPlan, RowsOfBranch
 from .samplers import Sampler, draw_kept, get_sampler, with_one_kept
 from .schedules import Schedule, factor_at, get_schedule
 from .sensitivity import mean_over_ranks
@@ -67,6 +68,11 @@ class DropBPHandler:
         dropped_runs: how dropped branches run, see `DropBP`.
         checkpoint: None, or "kept": kept branches save only their inputs and are computed again in the backward (by
             torch's non-reentrant checkpoint, dropout included). Dropped branches save nothing either way.
+        granularity: what a branch sends a gradient for. "branch": all rows or none. "sample": its share of the samples
+            of the batch. "token": its share of the tokens where it treats each for itself (MLPs; see `DropBP`), of
+            the samples elsewhere. The sampler then rounds shares that are not whole, and keep_one lets every sample
+            have a branch that keeps it, as far as shares reach.
+        aligned: which branches keep the same rows: False, each its own; True, all; n, those of n blocks in a row.
 
     Errors: ValueError without gates (the message names the module types found), for a drop_rate outside [0, 1) or an
     unknown sampler; TypeError for arguments of a wrong type. The model is unchanged then.
@@ -87,6 +93,8 @@ class DropBPHandler:
         strict: bool = True,
         dropped_runs: str = "inference",
         checkpoint: str | None = None,
+        granularity: str = "branch",
+        aligned: bool | int = False,
     ):
         gates = find_gates(model)
         if not gates:
@@ -105,8 +113,14 @@ class DropBPHandler:
             isinstance(total_steps, bool) or total_steps != int(total_steps) or total_steps < 1
         ):
             raise ValueError(f"total_steps: expected a number of steps, at least 1, got {total_steps!r}")
+        if granularity not in GRANULARITIES:
+            raise ValueError(f"granularity: expected one of {', '.join(GRANULARITIES)}, got {granularity!r}")
+        if not isinstance(aligned, int) or aligned < 0:
+            raise ValueError(f"aligned: expected True, False or a number of blocks, got {aligned!r}")
         self.model = model
         self.gates = gates
+        self.granularity = granularity
+        self.aligned = aligned
         self.drop_rate = check_drop_rate(drop_rate)
         self.sampler = get_sampler(sampler)
         self.schedule = get_schedule(schedule)
@@ -119,6 +133,8 @@ class DropBPHandler:
         self.calibration: Calibration | None = None
         self.plan = DropPlan((True,) * len(gates), seed=seed)
         self._num_kept = [0] * len(gates)
+        self._num_rows = [0] * len(gates)
+        self._is_booked = True  # whether the rows of the plan of now are in these two
         self._awaits_call = False
         self.targets = TargetRule.of(model)
         self._tell_targets()
@@ -144,11 +160,14 @@ class DropBPHandler:
             raise ValueError('labels: expected None, since the model was not patched with context="inference"')
         if self.strict and self._awaits_call:
             self._check_called()
+        self._book()
         self.plan = self.draw(self.num_steps)
         set_plan(self.gates, self.plan.kept)
         self._scale_gradients(self.rates_at(self.num_steps))
-        for index, (gate, is_kept) in enumerate(zip(self.gates.values(), self.plan, strict=True)):
-            self._num_kept[index] += is_kept
+        self._is_booked = False
+        if self.granularity == "branch":
+            self._book()
+        for gate in self.gates.values():
             gate.was_called = False
         self.num_steps += 1
         self._awaits_call = True
@@ -165,19 +184,46 @@ class DropBPHandler:
         Errors: TypeError or ValueError when a sampler or schedule of the user's returns something else than it should.
         """
         rates = self.rates_at(step)
+        if self.granularity != "branch":
+            return self._draw_rows(rates, step)
         kept = draw_kept(self.sampler, rates, self.flops(), self.seed, step)
         if self.keep_one:
             is_trainable = [gate.is_trainable() for gate in self.gates.values()]
             kept = with_one_kept(kept, is_trainable, rates, self.seed, step)
         return DropPlan(kept, step, self.seed)
 
-    def set_plan(self, kept: Sequence[bool]) -> DropPlan:
-        """Set a plan by hand until the next `step`: one bool per branch, True = kept. It does not count as a step.
+    def _draw_rows(self, rates: Sequence[float], step: int) -> DropPlan:
+        flops = self.flops()
+        rows = RowPlan(
+            rates,
+            by_token=[self.granularity == "token" and gate.per_token for gate in self.gates.values()],
+            run_of=self._runs(),
+            covering=[self.keep_one and gate.is_trainable() for gate in self.gates.values()],
+            round_up=lambda shares: draw_kept(self.sampler, shares, flops, self.seed, step),
+            seed=self.seed,
+            step=step,
+        )
+        return DropPlan(tuple(RowsOfBranch(rows, branch) for branch in range(len(self.gates))), step, self.seed)
 
-        Errors: ValueError for a wrong length, TypeError for entries that are not bool; the old plan stays.
+    def _runs(self) -> list[int]:
+        """For each branch, the number of the run of branches that keeps the same rows."""
+        if not self.aligned:
+            return list(range(len(self.gates)))
+        blocks = [name.rpartition(".")[0] for name in self.gates]
+        number = {block: place for place, block in enumerate(dict.fromkeys(blocks))}
+        return [0 if self.aligned is True else number[block] // self.aligned for block in blocks]
+
+    def set_plan(self, kept: Sequence[Any]) -> DropPlan:
+        """Set a plan by hand until the next `step`: for each branch a bool, True = kept, or a bool tensor over rows.
+
+        Rows are the samples of the next batch or, for a branch that treats each for itself, its tokens. It does not
+        count as a step.
+        Errors: ValueError for a wrong length, TypeError for other entries; the old plan stays.
         """
-        set_plan(self.gates, tuple(kept))
-        self.plan = DropPlan(tuple(kept), seed=self.seed)
+        self._book()
+        entries = tuple(map(as_entry, kept))
+        set_plan(self.gates, entries)
+        self.plan = DropPlan(entries, seed=self.seed)
         return self.plan
 
     def _check_called(self) -> None:
@@ -293,17 +339,39 @@ class DropBPHandler:
 
     # ---- books
 
+    def _book(self) -> None:
+        """Count what the plan of now keeps, once: rows of its last batch, or calls of branches."""
+        if self._is_booked:
+            return
+        self._is_booked = True
+        for index, entry in enumerate(self.plan):
+            if isinstance(entry, bool):
+                num_kept, num_rows = int(entry), 1
+            else:
+                num_kept, num_rows = entry.counts()
+            self._num_kept[index] += num_kept
+            self._num_rows[index] += num_rows
+
     def report(self) -> Report:
         """What was dropped so far: realised rate and FLOPs kept, overall and per branch (`branches`, model order).
 
-        A dict; `print` and rich show it as a table, `draw(path)` as a picture.
+        A dict; `print` and rich show it as a table, `draw(path)` as a picture. Counts are those of steps or, under
+        plans that differ from row to row, of rows: samples or tokens.
         """
+        self._book()
         return make_report(
-            list(self.gates), self.drop_rate, self.drop_rates, self.flops(), self._num_kept, self.num_steps
+            list(self.gates),
+            self.drop_rate,
+            self.drop_rates,
+            self.flops(),
+            self._num_kept,
+            self._num_rows,
+            self.num_steps,
         )
 
     def state_dict(self) -> dict[str, Any]:
         """Rates, calibration, step, seed and counts, as plain Python values; also good as a JSON file."""
+        self._book()
         return {
             "version": STATE_VERSION,
             "branches": list(self.gates),
@@ -312,27 +380,39 @@ class DropBPHandler:
             "calibration": None if self.calibration is None else self.calibration.to_dict(),
             "num_steps": self.num_steps,
             "seed": self.seed,
-            "plan": list(self.plan.kept),
+            "granularity": self.granularity,
+            "aligned": self.aligned,
+            "plan": [entry if isinstance(entry, bool) else entry.as_list() for entry in self.plan],
             "plan_step": self.plan.step,
             "num_kept": list(self._num_kept),
+            "num_rows": list(self._num_rows),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on exactly where the handler that saved `state` stood.
 
-        Errors: ValueError when the state is of another version or of a model with other branches; nothing is changed.
+        Errors: ValueError when the state is of another version, of a model with other branches or of another
+                granularity; nothing is changed.
         """
         if state.get("version") != STATE_VERSION:
             raise ValueError(f"state: expected version {STATE_VERSION}, got {state.get('version')!r}")
         check_branches(state["branches"], list(self.gates), "state")
+        for name, default in (("granularity", "branch"), ("aligned", False)):  # what a state lacks that is older
+            if (theirs := state.get(name, default)) != getattr(self, name):
+                raise ValueError(f"state: expected {name} {getattr(self, name)!r}, as this handler has, got {theirs!r}")
         calibration = state["calibration"]
         self.set_drop_rates(state["drop_rates"])
-        set_plan(self.gates, tuple(state["plan"]))
         self.drop_rate = state["drop_rate"]
         self.calibration = None if calibration is None else Calibration.from_dict(calibration, "state")
         self.num_steps = state["num_steps"]
         self.seed = state["seed"]
-        self.plan = DropPlan(tuple(state["plan"]), state["plan_step"], self.seed)
+        if None in state["plan"]:  # rows that are drawn
+            self.plan = self.draw(state["plan_step"])
+        else:
+            self.plan = DropPlan(tuple(map(as_entry, state["plan"])), state["plan_step"], self.seed)
+        set_plan(self.gates, self.plan.kept)
         self._num_kept = list(state["num_kept"])
+        self._num_rows = list(state.get("num_rows", [self.num_steps] * len(self.gates)))
+        self._is_booked = True
         self._awaits_call = False
         self._tell_targets()

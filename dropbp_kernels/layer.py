@@ -11,7 +11,7 @@ a `DropBPHandler` draws the plan of a step and writes it into all gates of a mod
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .by_rows import RowSplit
 from .ops.gated_residual_add import gated_residual_add
+from .row_plan import Batch, ChosenRows, Rows, RowsOfBranch
+
+# What a plan holds for a branch: kept, dropped, or which of its rows are kept.
+Entry = bool | RowsOfBranch | ChosenRows
 
 DROPPED_RUNS = ("inference", "detach")
 
@@ -65,9 +70,14 @@ class DropBP(nn.Module):
         grad_scale: factor on the gradient entering the branch when it is kept; 1 is DropBP as published.
         dropped_runs: how a dropped branch runs. "inference" (default): under no_grad. "detach": with autograd and
             detached afterwards, as the published code does; the same gradients, nothing saved. Kept as a control.
+        per_token: whether the branch treats each token for itself, as an MLP does and an attention does not. Then a
+            plan of granularity "token" keeps a share of its tokens; else a share of the samples.
 
     Attributes:
-        kept: the plan entry; True until a handler says otherwise.
+        kept: the plan entry, a bool or, where a plan differs from row to row, which rows are kept; True until a handler
+            says otherwise.
+        num_samples, is_real: the batch size of the model and which of its tokens, bool (batch, seq), are not padding,
+            where somebody knows and tells the gate; 0 and None: unknown, and all are real.
         checkpoint: None, or the function(branch, residual) that runs a kept branch in training mode so that it saves
             its input alone: `checkpoint_branch`, or what transformers was told to use.
         watch: None, or a function that is shown what a kept branch returns, before it enters the stream (`calibrate`).
@@ -84,6 +94,7 @@ class DropBP(nn.Module):
         modules: Sequence[nn.Module] = (),
         grad_scale: float = 1.0,
         dropped_runs: str = "inference",
+        per_token: bool = False,
     ):
         super().__init__()
         if dropped_runs not in DROPPED_RUNS:
@@ -92,45 +103,115 @@ class DropBP(nn.Module):
         self.modules_of_branch = tuple(modules)  # a tuple, so that nn.Module does not register them
         self.grad_scale = grad_scale
         self.dropped_runs = dropped_runs
-        self.kept = True
+        self.per_token = per_token
+        self.kept: Entry = True
+        self.num_samples = 0
+        self.is_real: Tensor | None = None
         self.checkpoint: Callable[..., Any] | None = None
         self.watch: Callable[[Any], Any] | None = None
         self.was_called = False
         self.batch_size = 0
         self.seq_len = 0
 
-    def forward(self, residual: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(self, residual: Tensor, branch: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Same as `residual_add`; here so that module hooks and `torch.compile` of the gate work."""
-        return self.residual_add(residual, branch)
+        return self.residual_add(residual, branch, *args, **kwargs)
 
-    def residual_add(self, residual: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return residual + branch(residual); in a dropped branch only the residual gets a gradient.
+    def residual_add(self, residual: Tensor, branch: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Return residual + branch(residual, ...); in a dropped branch only the residual gets a gradient.
+
+        Where the plan differs from row to row, the branch is called twice, with the dropped and with the kept rows, and
+        must treat each row for itself. What it needs of each sample (a mask, positions) is passed through args and
+        kwargs, which are taken apart like the residual: tensors whose first dimension is the batch. Tokens are passed
+        as a batch of one sample.
 
         Shapes: residual (batch, ..., D); branch maps it to the same shape.
         Dtypes: those of `ops.gated_residual_add`; a branch wider than the residual promotes it, as x + y does.
-        Errors: those of `ops.gated_residual_add`.
+        Errors: those of `ops.gated_residual_add`; ValueError when the plan was made for another number of rows, or the
+                branch returns another number than it was given.
         Cost:   kept: the branch and one add. Dropped: the branch under no_grad and one add; 0 bytes saved, 0 autograd
-                nodes of its own (the residual's add is one node that saves nothing and runs no backward kernel).
+                nodes of its own (the residual's add is one node that saves nothing and runs no backward kernel). By
+                rows: the branch in two calls, one copy of the residual's rows, one add; saves what kept rows save.
         Source: DropBP (arXiv 2402.17812), x + D(f(norm(x))).
         """
-        return add_branch(residual, self.run(residual, branch), self.grad_scale)
+        split = self.split(residual)
+        if split is None:
+            return add_branch(residual, self.run(residual, branch, *args, **kwargs), self.grad_scale)
+        kept, dropped, residual = split.take(residual)
+        kept, dropped = self.run_rows(split, branch, args, kwargs, ((kept,), (dropped,)))
+        return split.add(residual, kept, dropped, self.grad_scale)
 
-    def run(self, residual: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return branch(residual) without the add, for blocks that fuse the add into the next norm.
+    def run(self, residual: Tensor, branch: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Return branch(residual, ...) without the add, for blocks that fuse the add into the next norm.
 
-        The only place where a gate chooses how a branch runs: as written, checkpointed or like inference.
+        The only place where a gate chooses how a whole branch runs: as written, checkpointed or like inference. By
+        rows `run_rows` does, and what it returns is put together here: grad_scale is the add's.
         """
+        split = self.split(residual)
+        if split is not None:
+            kept, dropped, _ = split.take(residual)
+            output: Tensor = split.merge(*self.run_rows(split, branch, args, kwargs, ((kept,), (dropped,))))
+            return output
         if torch.is_grad_enabled():
             self.note_call(residual)
-        if self.checkpoint is not None and self.kept and self.training and torch.is_grad_enabled():
+        entry = self.entry(residual)
+        if self.checkpoint is not None and entry and self.training and torch.is_grad_enabled():
             # What is computed again is the branch alone, never the gate: a plan drawn since then changes nothing.
-            output: Tensor = self.checkpoint(branch, residual)
+            output = self.checkpoint(branch, residual, *args, **kwargs)
             return self.shown(output)
-        if self.records_graph:
-            output = branch(residual)
-            return self.shown(output) if self.kept else output.detach()
+        if entry or self.dropped_runs == "detach":
+            output = branch(residual, *args, **kwargs)
+            return self.shown(output) if entry else output.detach()
         with as_inference(residual.device.type):
-            return branch(residual)
+            return branch(residual, *args, **kwargs)
+
+    def run_rows(
+        self, split: RowSplit, branch: Callable[..., Any], args: Any, kwargs: Any, parts: Any = ((), ())
+    ) -> tuple[Any, Any]:
+        """What the branch makes of the kept and of the dropped rows of a plan that differs from row to row.
+
+        args and kwargs are those of a whole call, which are taken apart here; parts are arguments before them that
+        are apart already. The dropped rows run first: what they need in passing is freed before the kept rows save
+        anything.
+        """
+        is_inference = self.dropped_runs == "inference"
+        with as_inference(split.batch.device.type) if is_inference else nullcontext():
+            args_dropped, kwargs_dropped = split.arguments((args, kwargs), split.dropped)
+            dropped = branch(*parts[1], *args_dropped, **kwargs_dropped)
+        args, kwargs = split.arguments((args, kwargs), split.kept)
+        run = branch
+        if self.checkpoint is not None and self.training:
+            run = partial(self.checkpoint, branch)
+        return run(*parts[0], *args, **kwargs), dropped
+
+    def entry(self, stream: Tensor) -> bool | Rows:
+        """The plan entry for a call on `stream`: whether the branch is kept, or the rows of it that are."""
+        if isinstance(self.kept, bool):
+            return self.kept
+        if not torch.is_grad_enabled():
+            return True
+        rows = self.kept.rows(self.batch_of(stream), per_token=self.per_token)
+        return rows if 0 < rows.num_kept < rows.num_rows else rows.num_kept > 0
+
+    def split(self, stream: Tensor) -> RowSplit | None:
+        """How to take a call on `stream` apart; None where the branch is kept or dropped as a whole."""
+        if isinstance(self.kept, bool):
+            return None
+        entry = self.entry(stream)
+        if isinstance(entry, bool):
+            return None
+        self.note_call(stream)
+        return RowSplit(entry, self.batch_of(stream), stream)
+
+    def batch_of(self, stream: Tensor) -> Batch:
+        """The batch of which `stream`, (batch, seq, ..., D) or flattened to (batch * seq, D), holds the tokens."""
+        num_samples, seq_len = stream.shape[0], stream.shape[1] if stream.dim() > 2 else 1
+        if stream.dim() == 2 and self.num_samples and num_samples % self.num_samples == 0:
+            num_samples, seq_len = self.num_samples, num_samples // self.num_samples
+        is_real = self.is_real
+        if is_real is not None and tuple(is_real.shape) != (num_samples, seq_len):
+            is_real = None
+        return Batch(num_samples, seq_len, stream.device, is_real)
 
     def shown(self, output: Any) -> Any:
         """`output` of a kept branch, once whoever watches the gate has seen it."""
@@ -157,8 +238,8 @@ class DropBP(nn.Module):
 
     @property
     def records_graph(self) -> bool:
-        """Whether autograd records the branch under the present plan: it is kept, or dropped by detach."""
-        return self.kept or self.dropped_runs == "detach"
+        """Whether autograd records the branch, or some of its rows, under the present plan."""
+        return bool(self.kept) or self.dropped_runs == "detach"
 
     def is_trainable(self) -> bool:
         """Whether the branch has a parameter to train, as far as the gate knows its modules."""
@@ -167,4 +248,5 @@ class DropBP(nn.Module):
         return any(p.requires_grad for module in self.modules_of_branch for p in module.parameters())
 
     def extra_repr(self) -> str:
-        return f"kept={self.kept}" + (f", grad_scale={self.grad_scale:g}" if self.grad_scale != 1.0 else "")
+        kept = self.kept if isinstance(self.kept, bool) else f"{self.kept.kept_share:.3g} of the rows"
+        return f"kept={kept}" + (f", grad_scale={self.grad_scale:g}" if self.grad_scale != 1.0 else "")

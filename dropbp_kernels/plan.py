@@ -1,47 +1,71 @@
-"""The drop plan: which branches send a gradient in this step. Fixed before the forward, until the next step."""
+"""The drop plan: which branches, or which of their rows, send a gradient in this step. Fixed before the forward."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from .layer import DropBP
+import torch
+from torch import Tensor
+
+from .layer import DropBP, Entry
+from .row_plan import ChosenRows, RowsOfBranch
 
 
 @dataclass(frozen=True)
 class DropPlan:
     """One step's decision for every branch, in model order.
 
-    kept: True where the backward of the branch runs, False where the branch runs like inference.
+    kept: True where the backward of the branch runs, False where the branch runs like inference; under a plan that
+        differs from row to row, the entry that says which rows are kept.
     step: number of the step the plan was drawn for, from 0; -1 for a plan that was set by hand.
     seed: seed of the handler that drew it.
     """
 
-    kept: tuple[bool, ...]
+    kept: tuple[Entry, ...]
     step: int = -1
     seed: int = 0
 
     def __len__(self) -> int:
         return len(self.kept)
 
-    def __iter__(self) -> Iterator[bool]:
+    def __iter__(self) -> Iterator[Entry]:
         return iter(self.kept)
 
     @property
+    def kept_shares(self) -> list[float]:
+        """The share of each branch that is kept: 1 or 0, or of its rows in the last batch (before it: by its rate)."""
+        return [float(entry) if isinstance(entry, bool) else entry.kept_share for entry in self.kept]
+
+    @property
     def drop_rate(self) -> float:
-        """Share of the branches whose backward this plan drops."""
-        return 1.0 - sum(self.kept) / len(self.kept)
+        """Share of the backward that this plan drops, all branches counted alike."""
+        return 1.0 - sum(self.kept_shares) / len(self.kept)
 
 
-def set_plan(gates: dict[str, DropBP], kept: tuple[bool, ...]) -> None:
+def as_entry(entry: Any) -> Entry:
+    """The plan entry that `entry` stands for: a bool, a bool tensor or list over rows, or an entry already.
+
+    Errors: TypeError for anything else, or a tensor of another dtype; ValueError for one of another shape than (N,).
+    """
+    if isinstance(entry, Tensor | list):
+        return ChosenRows(torch.as_tensor(entry))
+    if not isinstance(entry, bool | RowsOfBranch | ChosenRows):
+        raise TypeError(
+            f"plan: expected bool entries (True = kept) or bool tensors over rows, got {entry!r} of type "
+            f"{type(entry).__name__}"
+        )
+    return entry
+
+
+def set_plan(gates: dict[str, DropBP], kept: Sequence[Entry]) -> None:
     """Tell every gate of `gates` (in model order) its entry of the plan.
 
-    Errors: ValueError when the plan has another length than there are gates; TypeError when an entry is not a bool.
-    No gate is changed then.
+    Errors: ValueError when the plan has another length than there are gates; TypeError when an entry is none. No gate
+    is changed then.
     """
     if len(kept) != len(gates):
         raise ValueError(f"plan: expected one entry for each of the {len(gates)} branches, got {len(kept)}")
-    wrong = next((entry for entry in kept if not isinstance(entry, bool)), None)
-    if wrong is not None:
-        raise TypeError(f"plan: expected bool entries (True = kept), got {wrong!r} of type {type(wrong).__name__}")
-    for gate, is_kept in zip(gates.values(), kept, strict=True):
+    entries = [as_entry(entry) for entry in kept]
+    for gate, entry in zip(gates.values(), entries, strict=True):
         gate.refresh()
-        gate.kept = is_kept
+        gate.kept = entry

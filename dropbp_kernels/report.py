@@ -38,7 +38,7 @@ class Report(dict[str, Any]):
 
     def summary(self) -> str:
         """One line on all branches together."""
-        if not self["num_steps"]:
+        if self["realised_drop_rate"] is None:
             return f"no step yet, {len(self['branches'])} branches, drop rate {self['drop_rate']:g}"
         return (
             f"{self['num_steps']} steps, {len(self['branches'])} branches, drop rate {self['drop_rate']:g} "
@@ -90,26 +90,29 @@ def make_report(
     drop_rates: Sequence[float],
     flops: Sequence[float],
     num_kept: Sequence[int],
+    num_rows: Sequence[int],
     num_steps: int,
 ) -> Report:
-    """The report of num_steps plans, in num_kept of which each branch was kept."""
+    """The report of num_steps plans, under which each branch kept num_kept of num_rows: of steps, samples or tokens."""
+    shares = [kept / number if number else None for kept, number in zip(num_kept, num_rows, strict=True)]
     branches = [
         {
             "name": name,
             "drop_rate": rate,
             "num_kept": kept,
-            "num_dropped": num_steps - kept,
-            "realised_drop_rate": 1.0 - kept / num_steps if num_steps else None,
+            "num_dropped": number - kept,
+            "realised_drop_rate": None if share is None else 1.0 - share,
             "flops": branch_flops,
         }
-        for name, rate, kept, branch_flops in zip(names, drop_rates, num_kept, flops, strict=True)
+        for name, rate, kept, number, share, branch_flops in zip(
+            names, drop_rates, num_kept, num_rows, shares, flops, strict=True
+        )
     ]
-    kept_flops = sum(n * f for n, f in zip(num_kept, flops, strict=True))
-    num_calls = num_steps * len(flops)
+    known = [(share, cost) for share, cost in zip(shares, flops, strict=True) if share is not None]
     return Report(
         num_steps=num_steps,
         drop_rate=drop_rate,
-        realised_drop_rate=1.0 - sum(num_kept) / num_calls if num_calls else None,
-        flops_kept=kept_flops / (num_steps * sum(flops)) if num_calls else None,
+        realised_drop_rate=1.0 - sum(share for share, _ in known) / len(known) if known else None,
+        flops_kept=sum(share * cost for share, cost in known) / sum(cost for _, cost in known) if known else None,
         branches=branches,
     )

@@ -72,7 +72,7 @@ def trace_branches(handler: DropBPHandler, step: Callable[[], Any]) -> list[Bran
     return [
         BranchTrace(
             name,
-            kept,
+            bool(kept),
             saved[name],
             forward_us.get(name, 0.0) / 1e3,
             sum(backward.get(name, [])) / 1e3,

@@ -21,6 +21,8 @@ What is computed again follows the plan of its forward, also when the next plan 
 """
 
 import functools
+import itertools
+import operator
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,7 +67,8 @@ def _checkpoint_block(block: nn.Module, function: Callable[..., Any], run: Calla
     if may_be_reentrant:
         _warn_of_reentrant()
     # torch.compile refuses the notes that gates take inside of what is checkpointed; by branch they stay outside.
-    is_whole = len(recorded) == len(gates) and not torch.compiler.is_compiling()
+    is_whole = all(gate.kept is True for gate in recorded) and len(recorded) == len(gates)
+    is_whole &= not torch.compiler.is_compiling()
     is_whole |= not all(gate.is_checkpointable for gate in recorded)
     if may_be_reentrant or is_whole:
         return function(_with_this_plan(gates, run), *args)
@@ -99,11 +102,11 @@ def _checkpointed(gates: list[DropBP], function: Callable[..., Any]) -> Iterator
 
 def _with_this_plan(gates: list[DropBP], run: Callable[..., Any]) -> Callable[..., Any]:
     """`run` under the plan of now, whenever it is called. Only a recompute can meet another plan, and puts it back."""
-    plan = [gate.kept for gate in gates]
+    plan = _plan_of(gates)
 
     def run_with_this_plan(*args: Any) -> Any:
-        found = [gate.kept for gate in gates]
-        if found == plan:
+        found = _plan_of(gates)
+        if all(map(operator.is_, itertools.chain(*found), itertools.chain(*plan))):
             return run(*args)
         _set(gates, plan)
         try:
@@ -114,9 +117,14 @@ def _with_this_plan(gates: list[DropBP], run: Callable[..., Any]) -> Callable[..
     return run_with_this_plan
 
 
-def _set(gates: list[DropBP], plan: list[bool]) -> None:
-    for gate, is_kept in zip(gates, plan, strict=True):
-        gate.kept = is_kept
+def _plan_of(gates: list[DropBP]) -> list[tuple[Any, ...]]:
+    """What decides which rows are kept, gate by gate: the plan entry, and what is known of the batch."""
+    return [(gate.kept, gate.num_samples, gate.is_real) for gate in gates]
+
+
+def _set(gates: list[DropBP], plan: list[tuple[Any, ...]]) -> None:
+    for gate, entry in zip(gates, plan, strict=True):
+        gate.kept, gate.num_samples, gate.is_real = entry
 
 
 @functools.cache  # once a process
@@ -131,23 +139,30 @@ def _warn_of_reentrant() -> None:
 
 
 def without_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` of a block that passes no key/value cache on while its gates checkpoint.
+    """`forward` of a block that passes no key/value cache on while its gates checkpoint or go by rows.
 
     A branch that is computed again would append its keys twice, unless the cache `is_recomputable`. transformers takes
-    the cache away from the blocks that it checkpoints; this is for apply_dropbp(..., checkpoint="kept").
+    the cache away from the blocks that it checkpoints; this is for apply_dropbp(..., checkpoint="kept"). A branch by
+    rows would append those of some samples, and then those of others.
     """
 
     @functools.wraps(forward)
     def forward_without_cache(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         caches = [kwargs[name] for name in _CACHES if kwargs.get(name) is not None]
         is_safe = all(getattr(cache, "is_recomputable", False) for cache in caches)
-        if self.training and not is_safe and _checkpoints(self):
+        if not is_safe and ((self.training and _checkpoints(self)) or _goes_by_rows(self)):
             kwargs.update(dict.fromkeys(_CACHES & kwargs.keys()))
             if "use_cache" in kwargs:
                 kwargs["use_cache"] = False
         return forward(self, *args, **kwargs)
 
     return forward_without_cache
+
+
+def _goes_by_rows(block: nn.Module) -> bool:
+    """Whether a branch is called with some rows at a time, whose keys a cache of the batch cannot take."""
+    gates = (gate for gate in block.modules() if isinstance(gate, DropBP))
+    return torch.is_grad_enabled() and any(not isinstance(gate.kept, bool) for gate in gates)
 
 
 def _checkpoints(block: nn.Module) -> bool:

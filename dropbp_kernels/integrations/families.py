@@ -34,12 +34,14 @@ class Family:
     when: tells blocks of one class apart that their configuration lays out differently; None: all are alike.
     forward: a forward of the block that does the adds itself, through `gate_<branch>.run`, so that they can wait for
         the next norm (`fusing`, "fused"). None: the branches are gated by their modules (`gating`, "generic").
+    per_token: the branches that treat each token for itself, of which granularity "token" keeps a share of the tokens.
     """
 
     block: tuple[str, ...]
     branches: Mapping[str, tuple[str, ...]]
     when: Callable[[Any], bool] | None = None
     forward: Callable[..., Tensor] | None = None
+    per_token: tuple[str, ...] = ("mlp",)
 
     def fits(self, block: nn.Module) -> bool:
         """Whether `block` is one of this family's."""
@@ -61,10 +63,12 @@ class Family:
         gates: dict[str, DropBP] = {}
         for branch, paths in self.paths(block).items():
             flops = BranchFlops(block, paths, is_attention="attention" in branch)
+            per_token = branch in self.per_token
             if self.forward is None:
-                gates[branch] = ModuleGate(block, paths, flops)
+                gates[branch] = ModuleGate(block, paths, flops, per_token=per_token)
             else:
-                gates[branch] = DropBP(flops, modules=[block.get_submodule(path) for path in paths])
+                modules = [block.get_submodule(path) for path in paths]
+                gates[branch] = DropBP(flops, modules=modules, per_token=per_token)
         return gates
 
 
@@ -232,7 +236,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "doge": Family(("DogeDecoderLayer",), _LLAMA),  # scales the stream by parameters, which stay with the stream
     "minimax": Family(("MiniMaxDecoderLayer",), _layout("self_attn", "mlp")),  # its norms are in the stream
-    "rwkv": Family(("RwkvBlock",), _layout("ln1 attention", "ln2 feed_forward")),
+    "rwkv": Family(("RwkvBlock",), _layout("ln1 attention", "ln2 feed_forward"), per_token=()),  # shifts tokens
     "vit": Family(("ViTLayer",), _layout("layernorm_before attention", "layernorm_after mlp")),
     "whisper": Family(("WhisperEncoderLayer", "WhisperDecoderLayer"), _WHISPER),
     "t5": Family(
@@ -246,11 +250,18 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def register_family(name: str, block: str | Iterable[str], branches: Mapping[str, Sequence[str]]) -> Family:
+def register_family(
+    name: str,
+    block: str | Iterable[str],
+    branches: Mapping[str, Sequence[str]],
+    *,
+    per_token: Iterable[str] = ("mlp",),
+) -> Family:
     """Make `apply_dropbp` know the blocks of your model; return the entry, which `families=[...]` takes too.
 
     block: class name (or names) of the blocks. branches: by branch name, its modules in the order in which they run,
-    written as this module's docstring says. An entry of the same name is replaced.
+    written as this module's docstring says. An entry of the same name is replaced. per_token: the branches that treat
+    each token for itself, which granularity="token" may keep tokens of.
 
     Errors: TypeError for a string in place of a sequence of module names; ValueError for a branch without modules, a
             branch name that is no identifier, or a block class that another entry has already.
@@ -266,5 +277,6 @@ def register_family(name: str, block: str | Iterable[str], branches: Mapping[str
     for other, entry in FAMILIES.items():
         if other != name and (common := set(blocks) & set(entry.block)):
             raise ValueError(f"block: expected one that no family has, but {other!r} has {', '.join(sorted(common))}")
-    FAMILIES[name] = Family(blocks, {branch: tuple(names) for branch, names in branches.items()})
+    modules = {branch: tuple(names) for branch, names in branches.items()}
+    FAMILIES[name] = Family(blocks, modules, per_token=tuple(per_token))
     return FAMILIES[name]

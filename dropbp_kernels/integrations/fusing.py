@@ -23,7 +23,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import _backend
 from ..blocks import Stream
-from ..layer import add_branch
+from ..layer import DropBP, add_branch
 from ..ops.gated_residual_rms_norm import gated_residual_rms_norm
 from .swapping import subclass
 
@@ -99,8 +99,11 @@ class _Branch:
     def extend(self, block: nn.Module, pending: Pending, args: Any, kwargs: Any, is_fused: bool) -> None:
         """Add what is pending and run the branch on it; then the branch's output is pending."""
         gate, norm = getattr(block, self.gate), getattr(block, self.norm)
-        run = functools.partial(self.run, block, args, kwargs)
         stream = pending.take()
+        if not isinstance(gate.kept, bool) and torch.is_grad_enabled():
+            pending.put(Stream(self.add_by_rows(block, gate, _add(stream), norm, args, kwargs)))
+            return
+        run = functools.partial(self.run, block, args, kwargs)
         casting = _casting(norm, stream) if is_fused else None
         if casting is None:
             residual = _add(stream)
@@ -111,6 +114,16 @@ class _Branch:
             del stream
             output = gate.run(normed, run)
         pending.put(Stream(residual, output, gate.grad_scale))
+
+    def add_by_rows(
+        self, block: nn.Module, gate: DropBP, residual: Tensor, norm: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Tensor:
+        """The residual and the branch, under a plan that differs from row to row: the add is the gate's."""
+
+        def run(rows: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return self.run(block, args, kwargs, norm(rows))
+
+        return gate.residual_add(residual, run, *args, **kwargs) if self.takes_arguments else gate(residual, run)
 
 
 def pre_norm_forward(

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from ..by_rows import RowSplit
 from ..layer import DropBP, as_inference
+from ..row_plan import Rows
 from .swapping import is_swapped, subclass, swap_back
 
 
@@ -28,14 +30,21 @@ class ModuleGate(DropBP):
     Args:
         block: the module below which the branch's modules live. paths: their names, dotted, first to last; the last
             one's output enters the residual stream (a constant factor or dropout may stand between).
-        flops: as in `DropBP`.
+        flops, per_token: as in `DropBP`.
 
     A module may be replaced after the gate was made (PEFT puts an adapter around a linear): `refresh` finds and gates
     the one that bears the name now. It is called with every plan.
     """
 
-    def __init__(self, block: nn.Module, paths: Sequence[str], flops: Callable[[int, int], float] | None = None):
-        super().__init__(flops)
+    def __init__(
+        self,
+        block: nn.Module,
+        paths: Sequence[str],
+        flops: Callable[[int, int], float] | None = None,
+        *,
+        per_token: bool = False,
+    ):
+        super().__init__(flops, per_token=per_token)
         self.paths = tuple(paths)
         self._block = (block,)  # in a tuple, so that nn.Module does not register its own parent
         self.refresh()
@@ -62,13 +71,13 @@ class ModuleGate(DropBP):
         """Whether one module does the work, so that checkpointing each module keeps hardly more than the input."""
         return sum(any(p.dim() > 1 for p in module.parameters()) for module in self.modules_of_branch) < 2
 
-    def pass_output(self, output: Any) -> Any:
+    def pass_output(self, output: Any, *, is_kept: bool) -> Any:
         """What the branch's last module returned, as the stream shall see it: scaled when kept, constant when not."""
-        if self.kept:
+        if is_kept:
             self.shown(output)
-        if self.kept and self.grad_scale == 1.0:
+        if is_kept and self.grad_scale == 1.0:
             return output
-        return tree_map_only(Tensor, self._scale if self.kept else Tensor.detach, output)
+        return tree_map_only(Tensor, self._scale if is_kept else Tensor.detach, output)
 
     def _scale(self, output: Tensor) -> Tensor:
         if output.requires_grad:
@@ -115,19 +124,45 @@ def _gated_class(original: Any) -> Any:
         if stream is not None:
             for gate in gates:
                 gate.note_call(stream)
-        if not any(gate.records_graph for gate in gates):
+        entries = [bool(gate.kept) if stream is None else gate.entry(stream) for gate in gates]
+        if stream is not None and (split := _common_split(gates, entries, stream)) is not None:
+            return _call_by_rows(self, functools.partial(original.__call__, self), split, args, kwargs)
+        if not any(entry or gate.dropped_runs == "detach" for gate, entry in zip(gates, entries, strict=True)):
             with as_inference("cpu" if stream is None else stream.device.type):
                 return original.__call__(self, *args, **kwargs)
-        checkpoint = next((gate.checkpoint for gate in gates if gate.kept), None)
+        checkpoint = next((gate.checkpoint for gate, entry in zip(gates, entries, strict=True) if entry), None)
         if checkpoint is not None and self.training:
             # What is computed again is the module alone, never the gate: a plan drawn since then changes nothing.
             output = checkpoint(functools.partial(original.__call__, self), *args, **kwargs)
         else:
             output = original.__call__(self, *args, **kwargs)
         last_of = vars(self).get("_dropbp_last_of")
-        return output if last_of is None else last_of.pass_output(output)
+        if last_of is None:
+            return output
+        return last_of.pass_output(output, is_kept=bool(entries[gates.index(last_of)]))
 
     return subclass(original, __call__=__call__)
+
+
+def _common_split(gates: Sequence[ModuleGate], entries: Sequence[bool | Rows], stream: Tensor) -> RowSplit | None:
+    """How to take the call of a module of these branches apart by rows; None where it runs as a whole.
+
+    A norm of two branches that keep different rows runs as a whole, with autograd: its rows get a gradient from the
+    branches behind it, or none.
+    """
+    kept = [entry for entry in entries if entry]
+    first = kept[0] if kept else False
+    if isinstance(first, bool) or not all(first.is_like(entry) for entry in kept):
+        return None
+    return RowSplit(first, gates[0].batch_of(stream), stream)
+
+
+def _call_by_rows(module: Any, call: Callable[..., Any], split: RowSplit, args: Any, kwargs: Any) -> Any:
+    """The module's output for all rows, of which the kept ones have a graph."""
+    last_of = vars(module).get("_dropbp_last_of")
+    gate = last_of or module._dropbp_gates[0]
+    kept, dropped = gate.run_rows(split, call, args, kwargs)
+    return split.merge(kept, dropped, 1.0 if last_of is None else last_of.grad_scale)
 
 
 def first_tensor(*candidates: Any) -> Tensor | None:

@@ -87,8 +87,8 @@ class PlanMeter:
         self._clear()
 
     def _clear(self) -> None:
-        self._num_plans = self._num_tokens = self._num_dropped = 0
-        self._flops_kept = self._flops = self._seconds = self._bytes_not_saved = 0.0
+        self._num_plans = self._num_tokens = 0
+        self._num_dropped = self._flops_kept = self._flops = self._seconds = self._bytes_not_saved = 0.0
         self._started: float | None = None
 
     def start_step(self) -> None:
@@ -97,16 +97,16 @@ class PlanMeter:
 
     def count_forward(self) -> None:
         """One forward and backward ran under the plan of now; the gates know at which shape."""
-        kept, flops = self.handler.plan.kept, self.handler.flops()
+        kept, flops = self.handler.plan.kept_shares, self.handler.flops()
         gate = next(iter(self.handler.gates.values()))
         num_tokens = gate.batch_size * gate.seq_len
         self._num_plans += 1
         self._num_tokens += num_tokens
         self._num_dropped += len(kept) - sum(kept)
         self._flops += sum(flops)
-        self._flops_kept += sum(cost for cost, is_kept in zip(flops, kept, strict=True) if is_kept)
+        self._flops_kept += sum(cost * share for cost, share in zip(flops, kept, strict=True))
         if self.bytes_per_token is not None:
-            dropped = (size for size, is_kept in zip(self.bytes_per_token, kept, strict=True) if not is_kept)
+            dropped = (size * (1.0 - share) for size, share in zip(self.bytes_per_token, kept, strict=True))
             self._bytes_not_saved += num_tokens * sum(dropped)
 
     def end_step(self) -> None:

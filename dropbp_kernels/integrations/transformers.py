@@ -26,6 +26,7 @@ from .discovery import discover, example_inputs, prove
 from .families import FAMILIES, Family
 from .fused_loss import check_fused_loss, patch_head, unpatch_head
 from .gating import ModuleGate
+from .row_batches import stop_telling, tell_gates_of_batches
 from .swapping import is_swapped, subclass, swap_back
 from .target_plans import check_context, patch_targets, unpatch_targets
 
@@ -62,7 +63,8 @@ def apply_dropbp(
     context_gradient: what the keys and values of such tokens contribute to the gradient: "none", "one_hop" or "full".
     context_keep: share of such tokens, drawn at random in each step, that run with autograd all the same.
     shared_context: run a context that several samples of a batch begin with once for all of them.
-    options: those of `DropBPHandler`: sampler, grad_scale, seed, keep_one, strict, dropped_runs, checkpoint.
+    options: those of `DropBPHandler`: sampler, grad_scale, seed, keep_one, strict, dropped_runs, checkpoint,
+        granularity, aligned.
 
     Errors: ValueError when the model is patched already, has no branch that is known or can be found and proved (the
             message says why, and how to register a family) or an option is out of range; TypeError for a wrong type;
@@ -75,6 +77,11 @@ def apply_dropbp(
         raise ValueError(f'fused: expected True, False or "auto", got {fused!r}')
     check_fused_loss(fused_loss)
     check_context(model, context, context_gradient, context_keep, shared_context)
+    if context is not None and options.get("granularity", "branch") != "branch":
+        raise ValueError(
+            f'granularity: expected "branch" with context, whose stages share keys of whole samples, got '
+            f"{options['granularity']!r}"
+        )
     if find_gates(model):
         raise ValueError("model: expected one without DropBP gates, got one that has them; call remove_dropbp first")
     known = _known(families)
@@ -101,10 +108,13 @@ def apply_dropbp(
         patch_head(model, fused_loss)
         if context is not None:
             patch_targets(model, TargetRule(context_gradient, context_keep, shared_context))
-        return DropBPHandler(model, drop_rate, **options)
+        handler = DropBPHandler(model, drop_rate, **options)
     except (TypeError, ValueError):
         _unpatch(model)
         raise
+    if handler.granularity != "branch":
+        tell_gates_of_batches(model)
+    return handler
 
 
 def remove_dropbp(model: nn.Module) -> None:
@@ -176,6 +186,7 @@ def _unpatch(model: nn.Module) -> bool:
                 gate.release()
             delattr(block, name)
     fusing.uninstall(model)
+    stop_telling(model)
     for module in filter(is_swapped, model.modules()):
         swap_back(module)
     return bool(blocks)
