@@ -28,6 +28,7 @@ from . import (
     bench_partial_gather,
     bench_patched_step,
     bench_permuted_norm,
+    bench_row_step,
     bench_step,
     bench_target_step,
 )
@@ -41,6 +42,7 @@ SUITES: dict[str, Callable[[Settings], Iterator[list[Any]]]] = {
     "checkpointed_step": bench_checkpointed_step.run,
     "loss_step": bench_loss_step.run,
     "patched_step": bench_patched_step.run,
+    "row_step": bench_row_step.run,
     "target_step": bench_target_step.run,
     "coreset_step": bench_coreset_step.run,
     "paca_step": bench_paca_step.run,
