@@ -44,7 +44,8 @@ FIRST_MEASURED_PLAN = 1 << 40
 
 def gate(model: nn.Module, settings: Settings, drop_rate: float, **options: Any) -> DropBPHandler:
     """`apply_dropbp` with the run's settings; a model that it cannot gate is a user's error."""
-    ours = {"sampler": settings.sampler, "schedule": settings.schedule, "grad_scale": settings.grad_scale}
+    names = ("sampler", "schedule", "grad_scale", "granularity")
+    ours = {name: getattr(settings, name) for name in names}
     try:
         handler = apply_dropbp(model, drop_rate, seed=settings.seed, total_steps=settings.steps, **{**ours, **options})
     except ValueError as error:
@@ -71,11 +72,12 @@ def make_runs(model: nn.Module, data: Data, settings: Settings, control_batch: i
     models = {name: twin(model) for name in others} | {OURS: model}
     handlers = {}
     if TARGETS in others:
-        handlers[TARGETS] = gate(models[TARGETS], settings, 0.0, **by_targets)
+        handlers[TARGETS] = gate(models[TARGETS], settings, 0.0, granularity="branch", **by_targets)
     published = {
         "sampler": "published",
         "schedule": None,
         "grad_scale": 1.0,
+        "granularity": "branch",
         "dropped_runs": "detach",
         "keep_one": False,
     }
@@ -122,6 +124,7 @@ def _is_of_use(model: nn.Module, settings: Settings, share: float) -> bool:
 def in_words(settings: Settings) -> str:
     """What ours does."""
     words = f"drop rate {settings.drop_rate:g}"
+    words += f" by {settings.granularity}" * (settings.granularity != "branch")
     if settings.context == "inference":
         words += ", tokens without a loss as inference"
         words += f" (context gradient {settings.context_gradient})" * (settings.context_gradient != "none")

@@ -18,6 +18,7 @@ from typing import Any
 from .. import samplers
 from ..allocation import METHODS
 from ..integrations.target_plans import CONTEXT_GRADIENTS
+from ..row_plan import GRANULARITIES
 from ..schedules import SCHEDULES
 from . import checkpoint, compare, hardware, models
 from .data import BUILTIN, Data, load_data
@@ -69,6 +70,7 @@ def add_parser(commands: Any) -> None:
     add("--rates", f"{', '.join(RATES)}: equal, rising with depth, or allocated after a tenth of the steps")
     add("--allocation", f"rates from sensitivities: {', '.join(METHODS)}")
     add("--sampler", f"how plans are drawn: {', '.join(samplers.SAMPLERS)}")
+    add("--granularity", f"{', '.join(GRANULARITIES)}: what a branch keeps its share of")
     add("--schedule", f"the drop rate over the run: {', '.join(SCHEDULES)}, with a share of it as in recovery:0.2")
     add("--grad-scale", "factor on the gradient entering a kept branch, or 'unbiased'", type=parse_grad_scale)
     add("--steps", "optimizer steps", type=int)

@@ -9,6 +9,7 @@ import torch
 
 from ..allocation import METHODS, allocate
 from ..integrations.target_plans import CONTEXT_GRADIENTS
+from ..row_plan import GRANULARITIES
 from ..samplers import SAMPLERS
 from ..schedules import get_schedule
 from . import builtin
@@ -44,6 +45,7 @@ class Settings:
     rates: str = "uniform"
     allocation: str = "published"
     sampler: str = "balanced"
+    granularity: str = "branch"
     schedule: str | None = None
     grad_scale: float | str = 1.0
     context: str = "off"
@@ -96,7 +98,14 @@ def resolve(settings: Settings) -> Settings:
 
 
 def _check(settings: Settings) -> None:
-    choices = {"adapter": ADAPTERS, "rates": RATES, "dtype": DTYPES, "allocation": METHODS, "sampler": tuple(SAMPLERS)}
+    choices = {
+        "adapter": ADAPTERS,
+        "rates": RATES,
+        "dtype": DTYPES,
+        "allocation": METHODS,
+        "sampler": tuple(SAMPLERS),
+        "granularity": GRANULARITIES,
+    }
     choices |= {"context": CONTEXTS, "context_gradient": CONTEXT_GRADIENTS}
     for name, allowed in choices.items():
         if (value := getattr(settings, name)) not in allowed:
@@ -110,6 +119,8 @@ def _check(settings: Settings) -> None:
         raise UserError(f"--save-every: expected 0 (only when interrupted) or more, got {settings.save_every}")
     if settings.context_gradient != "none" and settings.context == "off":
         raise UserError(f"--context-gradient {settings.context_gradient}: expected --context inference with it")
+    if settings.granularity != "branch" and settings.context != "off":
+        raise UserError(f"--granularity {settings.granularity}: expected --context off with it")
     if settings.drop_rate is None or not 0.0 <= settings.drop_rate < 1.0:
         raise UserError(f"--drop-rate: expected 0 <= drop_rate < 1, got {settings.drop_rate}")
     try:
