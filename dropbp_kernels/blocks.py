@@ -13,7 +13,7 @@ saved.
 Parameter names are those of transformers' Llama layer, so ``block.load_state_dict(layer.state_dict())`` just works.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .flops import attention_core_flops, linear_flops
-from .layer import DropBP
+from .layer import DropBP, add_branch
 from .ops.gated_residual_rms_norm import gated_residual_rms_norm
 from .ops.glu import swiglu
+from .ops.permuted_norm import permuted_rms_norm
 
 
 class Stream(NamedTuple):
@@ -165,16 +166,37 @@ class LlamaBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(width, eps)
         self.mlp = SwiGLU(width, hidden)
         self.gate_attention = DropBP(self.self_attn.flops, modules=(self.input_layernorm, self.self_attn))
-        self.gate_mlp = DropBP(self.mlp.flops, modules=(self.post_attention_layernorm, self.mlp))
+        self.gate_mlp = DropBP(self.mlp.flops, modules=(self.post_attention_layernorm, self.mlp), per_token=True)
 
     def forward(self, stream: Stream, rope: tuple[Tensor, Tensor], seen: SeenKeys | None = None) -> Stream:
-        normed, residual = enter(stream, self.input_layernorm, self.gate_attention)
-        branch = self.gate_attention.run(normed, lambda x: self.self_attn(x, rope, seen))
-        stream = Stream(residual, branch, self.gate_attention.grad_scale)
+        if seen is not None and not isinstance(self.gate_attention.kept, bool):
+            raise ValueError(
+                "seen: expected None under a plan by rows, since keys of whole samples do not fit some rows"
+            )
+        stream = extend(
+            stream, self.input_layernorm, self.gate_attention, lambda x, *r: self.self_attn(x, r, seen), *rope
+        )
+        return extend(stream, self.post_attention_layernorm, self.gate_mlp, self.mlp)
 
-        normed, residual = enter(stream, self.post_attention_layernorm, self.gate_mlp)
-        branch = self.gate_mlp.run(normed, self.mlp)
-        return Stream(residual, branch, self.gate_mlp.grad_scale)
+
+def extend(stream: Stream, norm: RMSNorm, gate: DropBP, branch: Callable[..., Tensor], *args: Tensor) -> Stream:
+    """branch(norm(stream), *args) behind `gate`, pending; under a plan by rows it is added already.
+
+    By rows the norm reads through the permutation, and holds the kept rows instead of the sum.
+    """
+    if torch.is_grad_enabled() and not isinstance(gate.kept, bool):
+        residual = stream.residual
+        if stream.branch is not None:
+            residual = add_branch(residual, stream.branch, stream.grad_scale)
+        split = gate.split(residual)
+        if split is not None and gate.checkpoint is not None:
+            return Stream(gate.residual_add(residual, lambda x, *args: branch(norm(x), *args), *args))
+        if split is not None:
+            rows = permuted_rms_norm(residual, norm.weight, *split.rows[:2], eps=norm.eps)
+            return Stream(gate.add_rows(split, rows, branch, *args))
+        stream = Stream(residual)  # kept or dropped as a whole
+    normed, residual = enter(stream, norm, gate)
+    return Stream(residual, gate.run(normed, branch, *args), gate.grad_scale)
 
 
 def enter(stream: Stream, norm: RMSNorm, gate: DropBP) -> tuple[Tensor, Tensor]:

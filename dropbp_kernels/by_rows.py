@@ -89,23 +89,30 @@ class RowSplit:
             return rows if self.rows.by_token else rows.flatten(0, 1)
         return rows.unsqueeze(0) if self.rows.by_token else rows
 
-    def rows_of_output(self, output: Tensor, num_rows: int) -> Tensor | None:
-        """What the branch made of num_rows rows, a row at a time; None for a tensor that has no such rows."""
+    def rows_of_output(self, output: Tensor, num_rows: int) -> tuple[Tensor, tuple[int, ...]] | None:
+        """What the branch made of num_rows rows, a row at a time, and the leading dimensions that all rows would have.
+
+        None for a tensor that has no such rows. Flattened tokens (a router's logits) are rows too.
+        """
+        num_samples, seq_len = self.batch[:2]
         shape = tuple(output.shape)
         if self.rows.by_token:
-            lead = (num_rows,) if self.is_flat else (1, num_rows)
-            return output.reshape(num_rows, *shape[len(lead) :]) if shape[: len(lead)] == lead else None
-        if self.is_flat and shape[:1] == (num_rows * self.batch.seq_len,):
-            return output.unflatten(0, (num_rows, self.batch.seq_len))
-        return output if shape[:1] == (num_rows,) else None
+            if shape[:2] == (1, num_rows) and not self.is_flat:
+                return output.squeeze(0), (num_samples, seq_len)
+            return (output, (num_samples * seq_len,)) if shape[:1] == (num_rows,) else None
+        if shape[:1] == (num_rows,) and not self.is_flat:
+            return output, (num_samples,)
+        if shape[:1] == (num_rows * seq_len,):
+            return output.unflatten(0, (num_rows, seq_len)), (num_samples * seq_len,)
+        return None
 
     def take(self, stream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(kept, dropped, stream): the rows of the stream as the branch takes them, and the stream to go on with.
+        """(kept, dropped, stream): rows (K, ..., D) and (N - K, ..., D) of the stream, and the stream to go on with.
 
         The backward adds the gradient of the kept rows into that of the stream and touches no other row.
         """
         kept, stream = _TakeRows.apply(stream, self.kept, self.row_shape(stream))
-        return self.shaped(kept), self.shaped(self._select(stream.detach(), self.dropped)), stream
+        return kept, self._select(stream.detach(), self.dropped), stream
 
     def arguments(self, tree: Any, which: Tensor) -> Any:
         """What else the branch is called with, for the rows `which`: see the rules of `_has_rows`; no caches."""
@@ -147,15 +154,13 @@ class RowSplit:
             return kept
         kept_rows = self.rows_of_output(kept, len(self.kept))
         dropped_rows = self.rows_of_output(dropped, len(self.dropped))
-        if kept_rows is None or dropped_rows is None:
+        if kept_rows is None or dropped_rows is None or kept_rows[1] != dropped_rows[1]:
             return kept
-        rest = tuple(kept_rows.shape[1:])
-        num_samples, seq_len = self.batch[:2]
-        if self.rows.by_token:
-            shape = (num_samples * seq_len, *rest) if self.is_flat else (num_samples, seq_len, *rest)
-        else:
-            shape = (num_samples * seq_len, *rest[1:]) if self.is_flat else (num_samples, *rest)
-        return _MergeRows.apply(kept_rows, dropped_rows.detach(), self.kept, self.dropped, shape, grad_scale)
+        rows, lead = kept_rows
+        # Of flattened samples a row has seq_len of the leading dimension: it is in `lead` already.
+        is_flat_sample = not self.rows.by_token and lead != (self.batch.num_samples,)
+        shape = (*lead, *rows.shape[2 if is_flat_sample else 1 :])
+        return _MergeRows.apply(rows, dropped_rows[0].detach(), self.kept, self.dropped, shape, grad_scale)
 
     def add(self, residual: Tensor, kept: Tensor, dropped: Tensor, grad_scale: float | Tensor) -> Tensor:
         """residual + the output of the branch, which is given by rows."""
@@ -164,12 +169,12 @@ class RowSplit:
         parts = []
         for name, part, count in (("kept", kept, len(self.kept)), ("dropped", dropped, len(self.dropped))):
             rows = self.rows_of_output(part, count)
-            if rows is None or tuple(rows.shape[1:]) != shape[1:]:
+            if rows is None or tuple(rows[0].shape[1:]) != shape[1:]:
                 raise ValueError(
                     f"branch: expected {count} {name} rows of the residual's shape {tuple(residual.shape)}, got "
                     f"{tuple(part.shape)}; what it needs of each sample (a mask) is to be passed through the gate"
                 )
-            parts.append(rows)
+            parts.append(rows[0])
         dtype = torch.promote_types(residual.dtype, parts[0].dtype)
         output = permuted_residual_add(
             residual.to(dtype).reshape(shape), parts[0], parts[1], self.rows.permutation, grad_scale=grad_scale

@@ -78,6 +78,8 @@ class DropBP(nn.Module):
             says otherwise.
         num_samples, is_real: the batch size of the model and which of its tokens, bool (batch, seq), are not padding,
             where somebody knows and tells the gate; 0 and None: unknown, and all are real.
+        records: None, or where somebody keeps what modules inside the branch return (transformers: router logits), by
+            name; what a call by rows adds there twice is put together.
         checkpoint: None, or the function(branch, residual) that runs a kept branch in training mode so that it saves
             its input alone: `checkpoint_branch`, or what transformers was told to use.
         watch: None, or a function that is shown what a kept branch returns, before it enters the stream (`calibrate`).
@@ -107,6 +109,7 @@ class DropBP(nn.Module):
         self.kept: Entry = True
         self.num_samples = 0
         self.is_real: Tensor | None = None
+        self.records: Callable[[], dict[str, list[Any]]] | None = None
         self.checkpoint: Callable[..., Any] | None = None
         self.watch: Callable[[Any], Any] | None = None
         self.was_called = False
@@ -137,9 +140,23 @@ class DropBP(nn.Module):
         split = self.split(residual)
         if split is None:
             return add_branch(residual, self.run(residual, branch, *args, **kwargs), self.grad_scale)
-        kept, dropped, residual = split.take(residual)
-        kept, dropped = self.run_rows(split, branch, args, kwargs, ((kept,), (dropped,)))
-        return split.add(residual, kept, dropped, self.grad_scale)
+        return self.add_rows(split, split.take(residual), branch, *args, **kwargs)
+
+    def add_rows(
+        self,
+        split: RowSplit,
+        rows: tuple[Tensor, Tensor, Tensor],
+        branch: Callable[..., Tensor],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As `residual_add`, for a call that is taken apart already: rows are (kept, dropped, residual).
+
+        So a norm that reads rows through a permutation (`ops.permuted_norm`) can stand before the branch.
+        """
+        kept, dropped, residual = rows
+        parts = ((split.shaped(kept),), (split.shaped(dropped),))
+        return split.add(residual, *self.run_rows(split, branch, args, kwargs, parts), grad_scale=self.grad_scale)
 
     def run(self, residual: Tensor, branch: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Return branch(residual, ...) without the add, for blocks that fuse the add into the next norm.
@@ -150,7 +167,8 @@ class DropBP(nn.Module):
         split = self.split(residual)
         if split is not None:
             kept, dropped, _ = split.take(residual)
-            output: Tensor = split.merge(*self.run_rows(split, branch, args, kwargs, ((kept,), (dropped,))))
+            parts = ((split.shaped(kept),), (split.shaped(dropped),))
+            output: Tensor = split.merge(*self.run_rows(split, branch, args, kwargs, parts))
             return output
         if torch.is_grad_enabled():
             self.note_call(residual)
@@ -174,15 +192,22 @@ class DropBP(nn.Module):
         are apart already. The dropped rows run first: what they need in passing is freed before the kept rows save
         anything.
         """
+        records = {} if self.records is None else self.records()
+        begin = {name: len(values) for name, values in records.items()}
         is_inference = self.dropped_runs == "inference"
         with as_inference(split.batch.device.type) if is_inference else nullcontext():
             args_dropped, kwargs_dropped = split.arguments((args, kwargs), split.dropped)
             dropped = branch(*parts[1], *args_dropped, **kwargs_dropped)
+        middle = {name: len(values) for name, values in records.items()}
         args, kwargs = split.arguments((args, kwargs), split.kept)
         run = branch
         if self.checkpoint is not None and self.training:
             run = partial(self.checkpoint, branch)
-        return run(*parts[0], *args, **kwargs), dropped
+        kept = run(*parts[0], *args, **kwargs)
+        for name, values in records.items():
+            of_dropped, of_kept = values[begin[name] : middle[name]], values[middle[name] :]
+            values[begin[name] :] = map(split.merge, of_kept, of_dropped)
+        return kept, dropped
 
     def entry(self, stream: Tensor) -> bool | Rows:
         """The plan entry for a call on `stream`: whether the branch is kept, or the rows of it that are."""

@@ -1,13 +1,22 @@
 """granularity="sample" and "token": gradients of models against detach-after row by row, done by hooks, in float64."""
 
+import itertools
+import warnings
+
 import pytest
 import torch
-from models import gradients
+from models import gradients, tiny_batch, toy_model, with_lora
+from models import tiny_causal_lm as tiny_llama
+from test_families import encoder_decoder
 from torch import Tensor
 from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.tiny_models import tiny_causal_lm, tiny_inputs
-from dropbp_kernels import apply_dropbp, remove_dropbp
+from dropbp_kernels import DropBPHandler, apply_dropbp, blocks, remove_dropbp
+from dropbp_kernels.integrations import fusing
+from dropbp_kernels.integrations.families import Family
+from dropbp_kernels.measure import saved_bytes
 
 FAMILIES = ["bert", "bloom", "deepseek_v3", "falcon", "gemma2", "gpt2", "gpt_neox", "llama", "mixtral", "olmo2", "opt"]
 BATCH, SEQ = 3, 6
@@ -62,13 +71,13 @@ def expected_step(model, masks, last_modules, inputs):
     return result
 
 
-def assert_close(ours, expected):
-    torch.testing.assert_close(ours[0], expected[0], rtol=1e-9, atol=1e-12)
+def assert_close(ours, expected, rtol=1e-7, atol=1e-12):
+    torch.testing.assert_close(ours[0], expected[0], rtol=rtol, atol=atol)
     for name, grad in expected[1].items():
         theirs = ours[1][name]
         # A branch none of whose rows are kept has no graph; by hooks it has one through which zeros come.
         theirs = torch.zeros_like(grad) if theirs is None and grad is not None else theirs
-        torch.testing.assert_close(theirs, grad, rtol=1e-7, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(theirs, grad, rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def check(model, inputs, *, tokens, **options):
@@ -87,3 +96,295 @@ def check(model, inputs, *, tokens, **options):
 def test_gradients_are_those_of_detached_rows(model_type, tokens):
     model = double(model_type)
     check(model, tiny_inputs(model, BATCH, SEQ), tokens=tokens)
+
+
+@pytest.mark.parametrize("tokens", [False, True], ids=["sample", "token"])
+@pytest.mark.parametrize("name", ["t5", "vit", "whisper"])
+def test_encoders_and_cross_attention(name, tokens):
+    model, inputs, _ = encoder_decoder(name)
+    inputs = {key: torch.cat([value, value[:1].flip(-1)]) for key, value in inputs.items()}  # three samples
+    inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
+    model = model.double().eval()
+    handler = apply_dropbp(model, 0.5, granularity="token" if tokens else "sample", fused_loss="off")
+    with torch.no_grad():
+        expected_loss = model(**inputs).loss
+    handler.step()
+    ours = step(model, inputs)
+    torch.testing.assert_close(ours[0], expected_loss, rtol=1e-9, atol=1e-12)
+    # Which rows each branch kept: encoder and decoder have other numbers of tokens, so they are asked once more.
+    gates = list(handler.gates.values())
+    hooks = [
+        gate.modules_of_branch[-1].register_forward_hook(detach_drawn(handler.plan.kept[place], gate))
+        for place, gate in enumerate(gates)
+    ]
+    for gate in gates:
+        gate.kept = True
+    expected = step(model, inputs)
+    for hook in hooks:
+        hook.remove()
+    remove_dropbp(model)
+    assert_close(ours, expected)
+
+
+def detach_drawn(entry, gate):
+    """As `detach_rows`, for the rows that a drawn plan keeps of the batch that the gate is called with."""
+
+    def hook(module, args, output):
+        first = output[0] if isinstance(output, tuple) else output
+        rows = entry.rows(gate.batch_of(first), per_token=gate.per_token)
+        kept = torch.zeros(len(rows.permutation), dtype=torch.bool)
+        kept[rows.permutation[: rows.num_kept]] = True
+
+        def detach(tensor):
+            if not isinstance(tensor, Tensor) or tensor.shape[0] != first.shape[0]:
+                return tensor
+            shape = first.shape[:2] if rows.by_token else first.shape[:1]
+            return torch.where(kept.reshape(*shape, *[1] * (tensor.dim() - len(shape))), tensor, tensor.detach())
+
+        return tree_map(detach, output)
+
+    return hook
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt"])
+def test_padding_is_told_to_the_gates_and_never_kept(model_type):
+    model = double(model_type)
+    inputs = tiny_inputs(model, BATCH, SEQ)
+    is_real = torch.arange(SEQ)[None] < torch.tensor([[6], [2], [4]])
+    inputs["labels"] = inputs["labels"].masked_fill(~is_real, -100)
+    inputs["attention_mask"] = is_real.long()
+    handler = apply_dropbp(model, 0.5, granularity="token", fused_loss="off")
+    handler.step()
+    ours = step(model, inputs)
+    last_modules = [gate.modules_of_branch[-1] for gate in handler.gates.values()]
+    masks = []
+    for branch, gate in enumerate(handler.gates.values()):
+        rows = handler.plan.kept[branch].plan._drawn[1][branch]
+        assert (rows.num_kept, rows.num_rows) == ((6, 12) if gate.per_token else (rows.num_kept, 3))
+        kept = torch.zeros(len(rows.permutation), dtype=torch.bool)
+        kept[rows.permutation[: rows.num_kept]] = True
+        assert not gate.per_token or not (kept.reshape(BATCH, SEQ) & ~is_real).any()
+        masks.append(kept)
+    assert handler.report()["branches"][1]["num_dropped"] == 6
+    remove_dropbp(model)
+    assert_close(ours, expected_step(model, masks, last_modules, inputs))
+    handler = apply_dropbp(model, 0.5, granularity="token", fused_loss="off")
+    handler.step()
+    step(model, {name: value for name, value in inputs.items() if name != "attention_mask"})
+    assert handler.report()["branches"][1]["num_dropped"] == 9  # a mask is of one batch
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize("way", ["kept", "transformers", "reentrant"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "bloom"])
+def test_checkpointing_and_lora(model_type, way):
+    """The same gradients, also when the next plan is drawn before the backward, and less saved."""
+    results = []
+    for checkpointing in (False, True):
+        model = double(model_type)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        model = with_lora(model).double()
+        model.enable_input_require_grads()
+        checkpoint = "kept" if checkpointing and way == "kept" else None
+        handler = apply_dropbp(model, 0.5, granularity="token", checkpoint=checkpoint, fused_loss="off", strict=False)
+        if checkpointing and way != "kept":
+            model.gradient_checkpointing_enable({"use_reentrant": way == "reentrant"})
+        handler.step()
+        with warnings.catch_warnings(), saved_bytes() as saved:
+            warnings.filterwarnings("ignore", "gradient checkpointing: it is reentrant")
+            loss = model(**tiny_inputs(model, BATCH, SEQ)).loss
+        handler.step()
+        loss.backward()
+        results.append(((loss.detach(), gradients(model)), saved.num_bytes))
+    assert_close(results[1][0], results[0][0])
+    assert way == "reentrant" or results[1][1] < results[0][1]
+
+
+def test_what_is_saved_is_proportional_to_the_rows_kept():
+    """Counted on a stack of Llama layers with LoRA, whose embeddings need a gradient: bytes are c + rows * b."""
+    model = with_lora(tiny_llama(attn_implementation="sdpa"))
+    handler = apply_dropbp(model, 0.5, granularity="token", fused_loss="off")
+    layers = model.get_submodule("base_model.model.model.layers")
+    embedded = torch.randn(8, 10, 32, requires_grad=True)
+    rope = model.get_submodule("base_model.model.model.rotary_emb")(embedded, torch.arange(10)[None])
+    counts = []
+    for num_samples in (1, 2, 3, 4):
+        samples = torch.arange(8) < num_samples
+        handler.set_plan([samples, samples.repeat_interleave(10)] * 3)
+        with saved_bytes() as saved:
+            x = embedded
+            for layer in layers:
+                x = layer(x, position_embeddings=rope)
+        counts.append(saved.num_bytes)
+    steps = [after - before for before, after in itertools.pairwise(counts)]
+    assert steps[0] == steps[1] == steps[2] > 0
+    permutations = 3 * 8 * (8 + 80) * 2  # int64, one for the norm's rows and one for the add's
+    assert counts[0] - steps[0] <= permutations + sum(p.nbytes for p in model.parameters() if p.dim() == 2)
+
+
+def test_grad_scale_scales_the_gradient_of_kept_rows():
+    """One branch between the parameters and the loss, so its gradients scale by the factor; both kinds of gates."""
+    for make in (lambda: toy_model(1), lambda: torch.nn.Sequential(MyMLP())):
+        grads = {}
+        for grad_scale in (1.0, "unbiased"):
+            torch.manual_seed(0)
+            model = make()
+            if isinstance(model[0], MyMLP):
+                entry = Family(("MyMLP",), {"mlp": ("norm", "up", "down")})
+                handler = apply_dropbp(model, 0.75, granularity="sample", grad_scale=grad_scale, families=[entry])
+            else:
+                handler = DropBPHandler(model, 0.75, granularity="sample", grad_scale=grad_scale)
+            handler.step()
+            model(torch.ones(4, 3, 8)).sum().backward()
+            grads[grad_scale] = [parameter.grad for parameter in model.parameters()]
+        for plain, scaled in zip(grads[1.0], grads["unbiased"], strict=True):
+            torch.testing.assert_close(scaled, 4 * plain)
+
+
+class MyMLP(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = torch.nn.LayerNorm(8), torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+def test_the_mean_over_plans_is_the_gradient():
+    """Unbiased gates: of one branch, over all choices of two of four samples, exactly."""
+    model = toy_model(1).double()
+    handler = DropBPHandler(model, 0.5, granularity="sample", grad_scale="unbiased", keep_one=False)
+    x = torch.randn(4, 3, 8, dtype=torch.float64)
+
+    def gradient(entry):
+        handler.set_plan([entry])
+        if entry is True:
+            handler.gates["0.gate"].grad_scale = 1.0
+        model.zero_grad()
+        model(x).square().sum().backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    pairs = list(itertools.combinations(range(4), 2))
+    mean = sum(gradient(torch.tensor([place in pair for place in range(4)])) for pair in pairs) / len(pairs)
+    torch.testing.assert_close(mean, gradient(True), rtol=1e-10, atol=1e-12)
+
+
+def test_the_backward_does_equal_work_in_every_step():
+    """FLOPs of the operators of the backward, counted, at shares that are not whole."""
+    model = tiny_llama()
+    handler = apply_dropbp(model, 0.5, granularity="token", fused_loss="off")
+    counted = set()
+    for _ in range(4):
+        handler.step()
+        loss = model(**tiny_batch(4)).loss
+        with FlopCounterMode(display=False) as flops:
+            loss.backward()
+        counted.add(flops.get_total_flops())
+    assert len(counted) == 1
+
+
+def test_callback_with_accumulation(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    from dropbp_kernels import DropBPCallback
+
+    tokens = torch.randint(64, (16, 8), generator=torch.Generator().manual_seed(1)).tolist()
+    data = [{"input_ids": row, "labels": row, "attention_mask": [1] * 6 + [0] * 2} for row in tokens]
+    arguments = TrainingArguments(
+        tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=2, logging_steps=1,
+        report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    callback = DropBPCallback(drop_rate=0.5, granularity="token", aligned=2)
+    trainer = Trainer(tiny_llama(), arguments, train_dataset=data, callbacks=[callback])
+    trainer.train()
+    report = callback.handler.report()
+    assert [branch["num_kept"] for branch in report["branches"]] == [4, 24] * 3
+    log = next(entry for entry in trainer.state.log_history if "dropbp_flops_kept" in entry)
+    assert log["dropbp_flops_kept"] == pytest.approx(0.5)
+    assert log["dropbp_drop_rate"] == pytest.approx(0.5)
+
+
+class FusedStack(torch.nn.Module):
+    """Two blocks of our own, with per-sample rotary tables where those are asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(blocks.LlamaBlock(32, 48, 4, 2) for _ in range(2))
+        self.norm = blocks.RMSNorm(32)
+
+    def forward(self, x, by_sample=False):
+        rope = blocks.rotary_embedding(x.shape[1], 8, dtype=x.dtype)
+        if by_sample:
+            rope = tuple(table.expand(x.shape[0], 1, *table.shape) for table in rope)
+        stream = blocks.Stream(x)
+        for layer in self.layers:
+            stream = layer(stream, rope)
+        return blocks.finish(stream, self.norm)
+
+
+@pytest.mark.parametrize("tokens", [False, True], ids=["sample", "token"])
+@pytest.mark.parametrize("checkpoint", [None, "kept"])
+def test_own_blocks(tokens, checkpoint):
+    torch.manual_seed(0)
+    model = FusedStack().double()
+    handler = DropBPHandler(model, 0.5, checkpoint=checkpoint)
+    assert [gate.per_token for gate in handler.gates.values()] == [False, True] * 2
+    masks = draw_masks(handler, tokens)
+    x = torch.randn(BATCH, SEQ, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+
+    def run():
+        model.zero_grad()
+        x.grad = None
+        out = model(x, by_sample=not tokens)
+        out.square().sum().backward()
+        return out.detach(), {**gradients(model), "x": x.grad}
+
+    handler.set_plan(masks)
+    ours = run()
+    handler.set_plan([True] * 4)
+    for gate in handler.gates.values():
+        gate.checkpoint = None
+    modules = [module for layer in model.layers for module in (layer.self_attn, layer.mlp)]
+    hooks = [module.register_forward_hook(detach_rows(mask)) for module, mask in zip(modules, masks, strict=True)]
+    expected = run()
+    for hook in hooks:
+        hook.remove()
+    assert_close(ours, expected, rtol=1e-4, atol=1e-4)  # norms that are not fused take statistics in float32
+
+
+@pytest.mark.parametrize("tokens", [False, True], ids=["sample", "token"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_norms_that_read_permuted_rows(model_type, tokens):
+    """In float32, where a compiled kernel serves them: the gradients of the norms themselves."""
+    model = tiny_causal_lm(model_type).eval()
+    handler = apply_dropbp(model, 0.5, granularity="token" if tokens else "sample", fused_loss="off")
+    handler.set_plan(draw_masks(handler, tokens))
+    results = []
+    for has_kernel in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fusing, "_has_kernel", lambda *_, has_kernel=has_kernel: has_kernel)
+            results.append(step(model, tiny_inputs(model, BATCH, SEQ)))
+    assert_close(*results, rtol=1e-4, atol=1e-6)
+
+
+def test_an_auxiliary_loss_sees_all_tokens_in_their_order():
+    """Mixtral's: by the attention mask, layer by layer. Its gradient comes through kept tokens alone."""
+    model = double("mixtral", output_router_logits=True, router_aux_loss_coef=1.0)
+    inputs = tiny_inputs(model, BATCH, SEQ)
+    is_real = torch.arange(SEQ)[None] < torch.tensor([[6], [2], [4]])
+    inputs = {**inputs, "attention_mask": is_real.long(), "labels": inputs["labels"].masked_fill(~is_real, -100)}
+    with torch.no_grad():
+        expected = model(**inputs)
+    handler = apply_dropbp(model, 0.5, granularity="token", fused_loss="off")
+    handler.step()
+    output = model(**inputs)
+    assert len(output.router_logits) == 2
+    for ours, theirs in zip(output.router_logits, expected.router_logits, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(output.aux_loss, expected.aux_loss)
+    (grad,) = torch.autograd.grad(output.aux_loss, output.router_logits[1], retain_graph=True)
+    assert (grad[is_real.flatten()] != 0).any()
+    output.loss.backward()
+    assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "mlp.gate" in name)

@@ -204,7 +204,7 @@ def _branches(block: nn.Module, leaf: Tensor, output: Tensor | None, outputs: li
             branches[_name(paths, branches)] = tuple(paths)
     if not branches:
         raise NotFound("nothing with parameters is added to the stream")
-    return Family((type(block).__name__,), branches)
+    return Family((type(block).__name__,), branches, per_token=())  # what a name promises was not proved
 
 
 def _roots(end: Any, leaf: Tensor, is_output: set[Any]) -> list[tuple[Any, set[Any]]]:

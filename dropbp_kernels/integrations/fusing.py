@@ -25,6 +25,7 @@ from .. import _backend
 from ..blocks import Stream
 from ..layer import DropBP, add_branch
 from ..ops.gated_residual_rms_norm import gated_residual_rms_norm
+from ..ops.permuted_norm import permuted_rms_norm
 from .swapping import subclass
 
 FUSED = (True, False, "auto")
@@ -116,14 +117,25 @@ class _Branch:
         pending.put(Stream(residual, output, gate.grad_scale))
 
     def add_by_rows(
-        self, block: nn.Module, gate: DropBP, residual: Tensor, norm: Callable[..., Any], args: Any, kwargs: Any
+        self, block: nn.Module, gate: DropBP, residual: Tensor, norm: Any, args: Any, kwargs: Any
     ) -> Tensor:
         """The residual and the branch, under a plan that differs from row to row: the add is the gate's."""
 
         def run(rows: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return self.run(block, args, kwargs, norm(rows))
+            return self.run(block, args, kwargs, rows)
 
-        return gate.residual_add(residual, run, *args, **kwargs) if self.takes_arguments else gate(residual, run)
+        if not self.takes_arguments:
+            args, kwargs = (), {}
+        split = gate.split(residual)
+        casting = None if split is None or gate.checkpoint is not None else _permuted_casting(norm, residual)
+        if split is None or casting is None:
+            return gate.residual_add(
+                residual, lambda rows, *args, **kwargs: run(norm(rows), *args, **kwargs), *args, **kwargs
+            )
+        permutation, num_kept = split.rows[:2]
+        eps = _eps(norm)
+        rows = permuted_rms_norm(residual, norm.weight, permutation, num_kept, eps=eps, casting=casting)
+        return gate.add_rows(split, rows, run, *args, **kwargs)
 
 
 def pre_norm_forward(
@@ -200,9 +212,9 @@ def _is_checkpointed(block: Any) -> bool:
 
 
 @functools.cache
-def _has_kernel(device_type: str) -> bool:
-    """Whether something faster than plain PyTorch serves the fused norm: the measured default."""
-    return _backend.serving("gated_residual_rms_norm", device_type) != "reference"
+def _has_kernel(device_type: str, op: str = "gated_residual_rms_norm") -> bool:
+    """Whether something faster than plain PyTorch serves the norm: the measured default."""
+    return _backend.serving(op, device_type) != "reference"
 
 
 def _casting(norm: Any, stream: Stream) -> str | None:
@@ -211,6 +223,20 @@ def _casting(norm: Any, stream: Stream) -> str | None:
     if stream.branch is None or stream.branch.dtype is not dtype or norm.weight.dtype is not dtype:
         return None
     return _known_casting(norm)
+
+
+def _permuted_casting(norm: Any, residual: Tensor) -> str | None:
+    """How to compute `norm` of rows that are read through a permutation in one kernel; None: by the norm itself.
+
+    Whatever `fused` says: under a plan by rows values equal those of the unpatched model to rounding alone. Not in
+    float64, of which these norms take statistics in float32.
+    """
+    if residual.dtype is torch.float64:
+        return None
+    if torch.compiler.is_compiling() or not _has_kernel(residual.device.type, "permuted_norm"):
+        return None
+    casting = _known_casting(norm)
+    return casting if casting is not None and norm.weight.dtype is residual.dtype else None
 
 
 def _known_casting(norm: Any) -> str | None:

@@ -5,6 +5,7 @@ front of each tells the gates below it. The innermost speaks last, so an encoder
 """
 
 import inspect
+import sys
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ def tell_gates_of_batches(model: nn.Module) -> None:
         if gates and not isinstance(module, nn.ModuleList):
             vars(module)[_GATES] = gates  # in a tuple, so that nn.Module does not register them
             vars(module)[_HANDLE] = module.register_forward_pre_hook(_tell, with_kwargs=True)
+            for gate in gates:
+                gate.records = recorded_outputs
 
 
 def stop_telling(model: nn.Module) -> None:
@@ -33,6 +36,17 @@ def stop_telling(model: nn.Module) -> None:
         if (handle := vars(module).pop(_HANDLE, None)) is not None:
             handle.remove()
             del vars(module)[_GATES]
+
+
+def recorded_outputs() -> dict[str, list[Any]]:
+    """Where transformers keeps, during a forward, what routers or attentions of all layers return; empty where nowhere.
+
+    An auxiliary loss reads its router logits layer by layer, in the order of the attention mask.
+    """
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    collector = getattr(capturing, "_active_collector", None)
+    found = collector.get() if collector is not None else None
+    return {name: values for name, values in (found or {}).items() if isinstance(values, list)}
 
 
 def _is_block(module: nn.Module) -> bool:
