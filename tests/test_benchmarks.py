@@ -348,6 +348,16 @@ def test_checkpointed_step_rows(one_thread):
     assert len(bench_checkpointed_step.verdicts(rows)) == 2
 
 
+def test_row_step_rows(one_thread):
+    first, *_ = bench_row_step.run(Settings(CPU, "tiny"))
+    assert [row.granularity for row in first] == ["branch", "sample", "token"]
+    assert [row.flops_kept for row in first] == pytest.approx([0.5] * 3, abs=0.02)
+    assert first[0].step_over_branch == 1.0
+    assert bench_row_step.verdicts(first) == {}  # the target is for batches of 8 and more
+    large = [replace(row, batch_size=8) for row in first]
+    assert len(bench_row_step.verdicts(large)) == 2
+
+
 def test_patched_step_rows(one_thread):
     (rows,) = bench_patched_step.run(Settings(CPU, "tiny"))
     assert [row.method for row in rows] == ["unpatched", "patched", "fused"]
