@@ -117,6 +117,10 @@ class DropBPHandler:
             raise ValueError(f"granularity: expected one of {', '.join(GRANULARITIES)}, got {granularity!r}")
         if not isinstance(aligned, int) or aligned < 0:
             raise ValueError(f"aligned: expected True, False or a number of blocks, got {aligned!r}")
+        if aligned and granularity == "branch":
+            raise ValueError(
+                f'aligned: expected False with granularity "branch", which keeps all rows, got {aligned!r}'
+            )
         self.model = model
         self.gates = gates
         self.granularity = granularity

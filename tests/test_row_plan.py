@@ -245,6 +245,7 @@ def test_a_plan_of_other_rows_than_the_batch_is_refused():
     [
         ({"granularity": "row"}, "granularity: expected one of branch, sample, token, got 'row'"),
         ({"aligned": -1}, "aligned: expected True, False or a number of blocks, got -1"),
+        ({"aligned": 2}, 'aligned: expected False with granularity "branch", which keeps all rows, got 2'),
         ({"aligned": "yes"}, "aligned: expected True, False or a number of blocks, got 'yes'"),
     ],
 )
