@@ -98,7 +98,7 @@ def _of_device(points: dict[Point, Rows]) -> list[str]:
     for op in ops:
         chosen = {point: rows for point, rows in points.items() if point.op == op and "ours" not in rows}
         parts += [f"#### {op}\n", *([NOTES[op] + "\n"] if op in NOTES else [])]
-        parts += [f"![{op}]({picture_of(chosen).name})\n"] if any(map(_has_bandwidth, chosen.values())) else []
+        parts += [f"![{op}]({picture_of(chosen).name})\n"] if any(map(has_bandwidth, chosen.values())) else []
         parts.append(_table(chosen))
     host = {point: rows for point, rows in points.items() if "ours" in rows}
     if host:
@@ -240,7 +240,7 @@ def draw(points: dict[Point, Rows], path: Path) -> None:
     plt.close(figure)
 
 
-def _has_bandwidth(rows: Rows) -> bool:
+def has_bandwidth(rows: Rows) -> bool:
     return all(row["copy_fraction"] for row in rows.values())
 
 
@@ -248,7 +248,7 @@ def draw_all(points: dict[Point, Rows]) -> list[Path]:
     """A picture for every op and device that has bandwidths; the paths."""
     groups: dict[Path, dict[Point, Rows]] = {}
     for point, rows in points.items():
-        if "ours" not in rows and _has_bandwidth(rows):
+        if "ours" not in rows and has_bandwidth(rows):
             groups.setdefault(picture_of([point]), {})[point] = rows
     for path, chosen in groups.items():
         draw(chosen, path)
