@@ -61,7 +61,7 @@ def rows_at_once(decoder: Any, num_target_rows: int) -> int:
     if getattr(decoder, "is_gradient_checkpointing", False) or any(gate.checkpoint is not None for gate in gates):
         times = 1 + len(gates) // 32
     else:
-        times = 1 + sum(gate.kept for gate in gates) // 8
+        times = 1 + sum(bool(gate.kept) for gate in gates) // 8
     return max(MIN_ROWS, times * num_target_rows)
 
 
