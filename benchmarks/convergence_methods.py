@@ -76,6 +76,11 @@ METHODS: dict[str, Callable[[float], Options] | None] = {
     "published": _published,
     "branch": lambda rate: {},
     "cyclic": lambda rate: {"sampler": "cyclic"},
+    "sample": lambda rate: {"granularity": "sample"},
+    "sample, aligned": lambda rate: {"granularity": "sample", "aligned": True},
+    "token": lambda rate: {"granularity": "token"},
+    "token, scaled": lambda rate: {"granularity": "token", "grad_scale": (1 - rate) ** -0.5},
+    "token, unbiased": lambda rate: {"granularity": "token", "grad_scale": "unbiased"},
     "target plan": lambda rate: {"context": "inference"},
     "target plan, one_hop": lambda rate: {"context": "inference", "context_gradient": "one_hop"},
     "coreset, one fixed direction": lambda rate: {"coreset": {"features": "spsa", "directions": 1, "fixed": True}},
@@ -107,14 +112,20 @@ def _target_points(published_rate: float) -> tuple[Point, ...]:
 
 
 def _plan_points(rates: tuple[float, ...]) -> tuple[Point, ...]:
-    """The rows of the table of plans. Methods of one rate take about the same time: one control for them."""
+    """The rows of the table of plans. Plans by branches take one time, plans by rows another: a control for each."""
     points = [Point("undropped")]
     for rate in rates:
         points += [
             Point("published", rate),
             Point("branch", rate),
             Point("cyclic", rate),
+            Point("sample", rate),
+            Point("sample, aligned", rate),
+            Point("token", rate),
+            Point("token, scaled", rate),
+            Point("token, unbiased", rate),
             Point("undropped", as_fast_as=("branch", rate)),
+            Point("undropped", as_fast_as=("sample", rate)),
             Point("undropped", batch_size=max(1, round((1 - rate) * TEXT.batch_size))),
         ]
     return tuple(points)
@@ -154,4 +165,6 @@ def group_of(name: str, scale: str) -> Group:
     if scale == "full":
         return group
     task = replace(group.task, batch_size=8, seq_len=32, steps=2, recipe=TINY)
-    return replace(group, task=task, points=tuple(replace(p, batch_size=p.batch_size and 2) for p in group.points))
+    one_of_each = {(point.method, point.adapter, point.as_fast_as is None): point for point in reversed(group.points)}
+    points = [replace(point, batch_size=point.batch_size and 2) for point in reversed(one_of_each.values())]
+    return Group(task, tuple(points))

@@ -152,8 +152,9 @@ def control_of(line: Line, lines: Sequence[Line]) -> Line | None:
         return None
     if line.step_over_undropped >= 1:
         return lines[0]
-    timed = [(abs(c.step_over_undropped - line.step_over_undropped), c) for c in lines if c.step_over_undropped]
-    away, nearest = min((entry for entry in timed if entry[1].is_control), key=lambda entry: entry[0])
+    step = line.step_over_undropped
+    timed = [(abs(c.step_over_undropped - step), c) for c in lines if c.is_control and c.step_over_undropped]
+    away, nearest = min(timed, key=lambda entry: entry[0], default=(math.inf, None))
     return nearest if away <= 0.5 / lines[0].batch_size else None
 
 
@@ -176,7 +177,7 @@ def table(group: str, adapter: str, rows: Rows, steps: Rows) -> str:
     for line in lines:
         control = control_of(line, lines)
         beside = None if control is None else difference(line.losses, control.losses)
-        gap = None if line.is_control else _gap_closed(line, full, published)
+        gap = None if line.name.startswith("undropped") else _gap_closed(line, full, published)
         beside_text = "" if beside is None or control is None else f"{beside} ({control.batch_size})"
         cells = [
             line.name,

@@ -65,7 +65,7 @@ def test_a_group_is_timed_and_trained_and_a_second_call_has_nothing_to_do(group,
     assert convergence.main([*call, "--seeds", "3"]) == 0
     rows = read_rows(tiny / convergence.FILE)
     assert {(row["method"], float(row["drop_rate"])) for row in rows} == {
-        (point.method, point.drop_rate) for point in GROUPS[group].points
+        (point.method, point.drop_rate) for point in convergence_methods.group_of(group, "tiny").points
     }
     for row in rows:
         curve = [float(entry.partition(":")[2]) for entry in row["validation_curve"].split(";")]
