@@ -40,6 +40,10 @@ from .sensitivity import (
 SUMS_BYTES = 1 << 30
 
 METHODS = ("exact", "estimate", "published")
+NO_GRADIENT = (
+    "loss: expected gradients on the model's parameters, but it left none (FSDP puts other tensors in their place: "
+    "calibrate before the model is sharded, or use a saved calibration)"
+)
 Losses = Sequence[Callable[[], Tensor]]
 Gradients = list[Tensor | None]
 
@@ -189,7 +193,7 @@ def exact_sensitivity(
                     advance()
                 del backward  # its graph, before the next one is built
             if all(grad is None for grad in whole):
-                raise RuntimeError("loss: expected gradients on the model's parameters, but it left none")
+                raise RuntimeError(NO_GRADIENT)
             if len(losses) > 1:
                 found |= {name: _sensitivity(whole, part, definition) for name, part in parts.items()}
             for name in parts:
@@ -245,7 +249,7 @@ def estimate_sensitivity(handler: HasGates, losses: Losses, definition: str = "n
             owners = dict(zip(in_order, _own_parameters(backward, in_order), strict=True))
             del backward
     if all(grad is None for grad in whole):
-        raise RuntimeError("loss: expected gradients on the model's parameters, but it left none")
+        raise RuntimeError(NO_GRADIENT)
     squares = [0.0 if grad is None else norm(grad) ** 2 for grad in whole]
     found = dict.fromkeys(handler.gates, 0.0)
     below = 0.0

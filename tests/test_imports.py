@@ -19,6 +19,7 @@ LEVELS = {
     "flops": 0,
     "losses": 0,
     "samplers": 0,
+    "missing_grad": 0,
     "schedules": 0,
     "permutation": 0,
     "row_plan": 1,

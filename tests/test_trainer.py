@@ -203,6 +203,20 @@ def test_a_schedule_spans_the_training(tmp_path):
     assert kept[6:] == [NUM_BRANCHES] * 6
 
 
+def test_missing_gradients_as_zeros(tmp_path):
+    none_missing = []
+
+    class Grads(TrainerCallback):
+        """After ours, before the optimizer."""
+
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            none_missing.append(all(p.grad is not None for p in model.parameters() if p.requires_grad))
+
+    for mode in ("skip", "zero"):
+        train(tmp_path / mode, DropBPCallback(0.5, missing_grad=mode), callbacks=[Grads()], max_steps=2)
+    assert none_missing == [False, False, True, True]
+
+
 def test_rates_from_an_earlier_calibration(tmp_path):
     callback = DropBPCallback(0.5, rates="sensitivity", calibrate_at=0.0)
     train(tmp_path / "a", callback, max_steps=1)

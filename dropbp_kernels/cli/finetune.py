@@ -18,6 +18,7 @@ from typing import Any
 from .. import samplers
 from ..allocation import METHODS
 from ..integrations.target_plans import CONTEXT_GRADIENTS
+from ..missing_grad import MISSING_GRAD
 from ..row_plan import GRANULARITIES
 from ..schedules import SCHEDULES
 from . import checkpoint, compare, hardware, models
@@ -73,6 +74,7 @@ def add_parser(commands: Any) -> None:
     add("--granularity", f"{', '.join(GRANULARITIES)}: what a branch keeps its share of")
     add("--schedule", f"the drop rate over the run: {', '.join(SCHEDULES)}, with a share of it as in recovery:0.2")
     add("--grad-scale", "factor on the gradient entering a kept branch, or 'unbiased'", type=parse_grad_scale)
+    add("--missing-grad", f"optimizer step of a parameter whose branch was dropped: {' or '.join(MISSING_GRAD)}")
     add("--steps", "optimizer steps", type=int)
     add("--batch-size", "rows of a batch", type=int)
     add("--seq-len", "most tokens of a row", type=int)

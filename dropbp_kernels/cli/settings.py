@@ -9,6 +9,7 @@ import torch
 
 from ..allocation import METHODS, allocate
 from ..integrations.target_plans import CONTEXT_GRADIENTS
+from ..missing_grad import MISSING_GRAD
 from ..row_plan import GRANULARITIES
 from ..samplers import SAMPLERS
 from ..schedules import get_schedule
@@ -51,6 +52,7 @@ class Settings:
     context: str = "off"
     context_gradient: str = "none"
     coreset: float | None = None
+    missing_grad: str = "skip"
     steps: int = 120
     batch_size: int = 8
     seq_len: int = 256
@@ -103,6 +105,7 @@ def _check(settings: Settings) -> None:
         "rates": RATES,
         "dtype": DTYPES,
         "allocation": METHODS,
+        "missing_grad": MISSING_GRAD,
         "sampler": tuple(SAMPLERS),
         "granularity": GRANULARITIES,
     }

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..coreset import CoresetSelector
 from ..handler import DropBPHandler
+from ..missing_grad import fill_missing_gradients
 from . import progress
 from .builtin import scheduled
 from .data import IGNORED, Data
@@ -120,6 +121,8 @@ class Run:
         if loss.requires_grad:  # the published way of drawing plans may drop every branch
             loss.backward()
         backward_done = self.now()
+        if self.settings.missing_grad == "zero":
+            fill_missing_gradients(self.parameters.values())
         nn.utils.clip_grad_norm_(self.parameters.values(), MAX_GRAD_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..allocation import METHODS, depth_linear_rates
 from ..handler import DropBPHandler, check_drop_rate, find_gates
+from ..missing_grad import MISSING_GRAD, fill_missing_gradients
 from ..sensitivity import DEFINITIONS
 from .checkpointing import is_reentrant
 from .meters import PlanMeter, TimeMeter, saved_bytes_by_branch
@@ -48,6 +49,8 @@ class DropBPCallback(TrainerCallback, ExportableState):
         plan: "optimizer_step" draws one plan for all micro-batches of a step, "micro_batch" one for each.
         definition: of the sensitivity, "norm" or "element".
         allocation: how rates are made from sensitivities: "published", "optimal" or "variance" (see `allocate`).
+        missing_grad: what the optimizer does with parameters that no micro-batch of a step gave a gradient: "skip" them
+            (PyTorch's way) or take a "zero" for it, so that weight decay, momentum and Adam's moments act.
         loss: (model, inputs) -> the loss that calibration differentiates; needed only where the model itself returns
             none, as with `compute_loss_func` or label smoothing.
         measure: also log forward, backward and step time and the peak of memory, and print their means at the end.
@@ -75,6 +78,7 @@ class DropBPCallback(TrainerCallback, ExportableState):
         plan: str = "optimizer_step",
         definition: str = "norm",
         allocation: str = "published",
+        missing_grad: str = "skip",
         loss: Callable[[nn.Module, dict[str, Any]], Tensor] | None = None,
         measure: bool = False,
         remove_at_end: bool = False,
@@ -88,6 +92,7 @@ class DropBPCallback(TrainerCallback, ExportableState):
             ("plan", plan, PLANS),
             ("definition", definition, DEFINITIONS),
             ("allocation", allocation, METHODS),
+            ("missing_grad", missing_grad, MISSING_GRAD),
         ]:
             if value not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
@@ -97,6 +102,7 @@ class DropBPCallback(TrainerCallback, ExportableState):
         self.plan = plan
         self.definition = definition
         self.allocation = allocation
+        self.missing_grad = missing_grad
         self.loss = loss
         self.measure = measure
         self.remove_at_end = remove_at_end
@@ -186,8 +192,10 @@ class DropBPCallback(TrainerCallback, ExportableState):
         if self.plan == "micro_batch":
             self._handler().step()
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._end_micro_batch()
+        if self.missing_grad == "zero":
+            fill_missing_gradients(model.parameters())
 
     def _end_micro_batch(self) -> None:
         if self._times is not None:
@@ -304,6 +312,7 @@ class DropBPCallback(TrainerCallback, ExportableState):
             "plan": self.plan,
             "definition": self.definition,
             "allocation": self.allocation,
+            "missing_grad": self.missing_grad,
             "measure": self.measure,
             "remove_at_end": self.remove_at_end,
             **self.options,

@@ -1,0 +1,69 @@
+"""DDP and FSDP2 on two processes (gloo): branches are dropped on all ranks alike, and training equals one process's."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from engine_ranks import batches, train
+from models import toy_model
+
+from dropbp_kernels import DropBPHandler
+
+RANKS = 2
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What each rank of tests/engine_ranks.py left."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    root = Path(__file__).resolve().parents[1]
+    environment = {
+        **os.environ,
+        **{"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
+        "PYTHONPATH": str(root),
+    }
+    command = [sys.executable, "-W", "ignore", str(root / "tests" / "engine_ranks.py"), str(folder)]
+    processes = [
+        subprocess.Popen(
+            command, env={**environment, "RANK": str(rank)}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for rank in range(RANKS)
+    ]
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=240)
+            assert process.returncode == 0, output
+    finally:
+        for process in processes:
+            process.kill()
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.mark.parametrize("missing_grad", ["skip", "zero"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_two_ranks_train_like_one(results, engine, missing_grad):
+    model = toy_model(4)
+    expected = train(model, DropBPHandler(model, 0.5), batches(None), missing_grad)
+    first, second = (result[f"{engine} {missing_grad}"] for result in results)
+    assert set(first) == set(expected)
+    for name, value in expected.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_missing_gradients_make_a_difference(results):
+    skip, zero = results[0]["ddp skip"], results[0]["ddp zero"]
+    assert any((skip[name] - zero[name]).abs().max() > 1e-3 for name in skip)
+
+
+def test_a_static_graph_is_refused_by_ddp(results):
+    assert all("graph has changed in this iteration" in result["static"] for result in results)
