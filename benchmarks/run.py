@@ -29,6 +29,7 @@ from . import (
     bench_patched_step,
     bench_permuted_norm,
     bench_row_step,
+    bench_sensitivity,
     bench_step,
     bench_target_step,
 )
@@ -46,6 +47,7 @@ SUITES: dict[str, Callable[[Settings], Iterator[list[Any]]]] = {
     "target_step": bench_target_step.run,
     "coreset_step": bench_coreset_step.run,
     "paca_step": bench_paca_step.run,
+    "sensitivity": bench_sensitivity.run,
     "gated_residual_rms_norm": bench_gated_residual_rms_norm.run,
     "gated_residual_layer_norm": bench_gated_residual_layer_norm.run,
     "gated_residual_add": bench_gated_residual_add.run,
