@@ -236,7 +236,7 @@ def estimate_sensitivity(handler: HasGates, losses: Losses, definition: str = "n
     parameters = [parameter for parameter in handler.model.parameters() if parameter.requires_grad]
     whole: Gradients = [None] * len(parameters)
     changes = dict.fromkeys(handler.gates, 0.0)
-    owners: dict[str, list[int]] = {}
+    owners: dict[str, tuple[list[int], list[int]]] = {}
     with left_as_found(handler):
         for loss in losses:
             backward = _Backward(handler, loss, parameters)
@@ -246,15 +246,16 @@ def estimate_sensitivity(handler: HasGates, losses: Losses, definition: str = "n
             streams = {name: last[name][1] for name in in_order}
             for before, name in itertools.pairwise(in_order):
                 changes[name] += _change(streams[before], streams[name], definition) ** 2 / len(losses)
-            owners = dict(zip(in_order, _own_parameters(backward, in_order), strict=True))
+            owners = dict(zip(in_order, _own_parameters(backward, handler, in_order), strict=True))
             del backward
     if all(grad is None for grad in whole):
         raise RuntimeError(NO_GRADIENT)
     squares = [0.0 if grad is None else norm(grad) ** 2 for grad in whole]
     found = dict.fromkeys(handler.gates, 0.0)
     below = 0.0
-    for name, own in owners.items():
+    for name, (own, others) in owners.items():
         own_square = sum(squares[index] for index in own)
+        below += sum(squares[index] for index in others)
         found[name] = own_square + changes[name] * below
         below += own_square
         check_finite(found[name], name)
@@ -271,12 +272,20 @@ def _change(before: Tensor, after: Tensor, definition: str) -> float:
     return 1.0 - norm(after) / size
 
 
-def _own_parameters(backward: _Backward, in_order: list[str]) -> Iterator[list[int]]:
-    """For each branch, the indices of the parameters that its output depends on and no earlier branch's does."""
+def _own_parameters(
+    backward: _Backward, handler: HasGates, in_order: list[str]
+) -> Iterator[tuple[list[int], list[int]]]:
+    """For each branch, the indices of the parameters that its output depends on and no earlier branch's does.
+
+    In two lists: those of the branch, and others below it (an embedding). A gate that does not know its modules owns
+    all of them.
+    """
     index_of = {id(parameter): index for index, parameter in enumerate(backward.parameters)}
     seen: set[Node] = set()
     for name in in_order:
-        own = []
+        own, others = [], []
+        modules = getattr(handler.gates[name], "modules_of_branch", ())
+        known = {id(parameter) for module in modules for parameter in module.parameters()}
         waiting = [edge.node for edge, _ in backward.entries[name]]
         while waiting:
             node = waiting.pop()
@@ -285,6 +294,6 @@ def _own_parameters(backward: _Backward, in_order: list[str]) -> Iterator[list[i
             seen.add(node)
             variable = getattr(node, "variable", None)
             if variable is not None and id(variable) in index_of:
-                own.append(index_of[id(variable)])
+                (own if id(variable) in known or not known else others).append(index_of[id(variable)])
             waiting += [following for following, _ in node.next_functions if following is not None]
-        yield own
+        yield own, others
