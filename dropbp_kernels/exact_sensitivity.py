@@ -230,7 +230,7 @@ def estimate_sensitivity(handler: HasGates, losses: Losses, definition: str = "n
 
     Dtypes, errors: those of `exact_sensitivity`, but for reentrant checkpointing, which it does not bear either.
     Cost:   a forward and a backward; memory as there, without sums for every branch.
-    Source: none; how well its ranks agree with the exact ones is in benchmarks/results/sensitivity.csv.
+    Source: none; benchmarks/bench_sensitivity.py measures how well its ranks agree with the exact ones.
     """
     check(handler, definition)
     parameters = [parameter for parameter in handler.model.parameters() if parameter.requires_grad]
