@@ -283,7 +283,8 @@ def _own_parameters(
     index_of = {id(parameter): index for index, parameter in enumerate(backward.parameters)}
     seen: set[Node] = set()
     for name in in_order:
-        own, others = [], []
+        own: list[int] = []
+        others: list[int] = []
         modules = getattr(handler.gates[name], "modules_of_branch", ())
         known = {id(parameter) for module in modules for parameter in module.parameters()}
         waiting = [edge.node for edge, _ in backward.entries[name]]
