@@ -189,6 +189,7 @@ struct Kernels : RowKernels {
     int64_t i = 0;
 #pragma GCC unroll 4
     for (; i + kStep <= width; i += kStep) {
+      prefetch_next_row(grad_normed + i, x + i, width);
       auto grad = norm.rstd * (load<W>(grad_normed + i) * load<W>(weight + i) - mean_grad -
                                norm(load<W>(x + i)) * mean_dot);
       if (kGradNew) grad += load<W>(grad_new_residual + i);

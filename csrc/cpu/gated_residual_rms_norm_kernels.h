@@ -137,6 +137,7 @@ struct Kernels : RowKernels {
     int64_t i = 0;
 #pragma GCC unroll 4
     for (; i + kStep <= width; i += kStep) {
+      prefetch_next_row(grad_normed + i, x + i, width);
       auto grad =
           scale * (load<W>(grad_normed + i) * load<W>(factor + i) - load<W>(x + i) * scale * mean);
       if (kGradNew) grad += load<W>(grad_new_residual + i);

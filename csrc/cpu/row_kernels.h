@@ -22,6 +22,14 @@ DROPBP_INLINE W mean_of(W sum, int64_t width) {
   return sum / static_cast<W>(width > 0 ? width : 1);
 }
 
+// The pass that works from the cache asks memory for the next row: the processor's own prefetch
+// stops at every page. Beyond the last row it does nothing.
+template <class B, class R>
+DROPBP_INLINE void prefetch_next_row(const B* branch, const R* residual, int64_t width) {
+  __builtin_prefetch(branch + width);
+  __builtin_prefetch(residual + width);
+}
+
 struct RowKernels {
   template <class W, class T>
   static void widen_run(W* output, const T* values, int64_t count) {
