@@ -28,6 +28,7 @@ from . import (
     bench_partial_gather,
     bench_patched_step,
     bench_permuted_norm,
+    bench_rope,
     bench_row_step,
     bench_sensitivity,
     bench_step,
@@ -55,6 +56,7 @@ SUITES: dict[str, Callable[[Settings], Iterator[list[Any]]]] = {
     "permuted_norm": bench_permuted_norm.run,
     "partial_gather": bench_partial_gather.run,
     "l1_distances": bench_l1_distances.run,
+    "rope": bench_rope.run,
 }
 # Two threads that share a core with another program wait for each other for milliseconds at every kernel.
 BUSY_LOAD = 0.7

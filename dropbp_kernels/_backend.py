@@ -43,6 +43,7 @@ CUDA_STEMS = frozenset(
         "partial_gather",
         "permuted_norm",
         "permuted_residual_add",
+        "rope",
     }
 )
 

@@ -25,6 +25,7 @@ from .layer import DropBP, add_branch
 from .ops.gated_residual_rms_norm import gated_residual_rms_norm
 from .ops.glu import swiglu
 from .ops.permuted_norm import permuted_rms_norm
+from .ops.rope import rope as apply_rope
 
 
 class Stream(NamedTuple):
@@ -88,9 +89,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], seen: SeenKeys | None = None) -> Tensor:
         batch_size, seq_len, _ = x.shape
         heads = (batch_size, seq_len, -1, self.head_dim)
-        query = rotate(self.q_proj(x).view(heads).transpose(1, 2), rope)
+        query = rotate(self.q_proj(x).view(heads), rope).transpose(1, 2)
         with torch.set_grad_enabled(torch.is_grad_enabled() or (seen is not None and seen.has_gradient)):
-            key = rotate(self.k_proj(x).view(heads).transpose(1, 2), rope)
+            key = rotate(self.k_proj(x).view(heads), rope).transpose(1, 2)
             value = self.v_proj(x).view(heads).transpose(1, 2)
         mask = None
         if seen is not None:
@@ -247,7 +248,5 @@ def rotary_embedding(
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair of channels (i, i + head_dim/2) of x (batch, heads, seq, head_dim) by its position's angle."""
-    cos, sin = rope
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    """Rotary positions on x (batch, seq, heads, head_dim), the output of a projection: over it, without autograd."""
+    return apply_rope(x, *rope, inplace=not x.requires_grad)

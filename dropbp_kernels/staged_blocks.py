@@ -61,7 +61,7 @@ def run_by_targets(
     hidden = []
     for stage in plan.stages:
         stages.append(stage)
-        places = stage.gather(position_ids).unsqueeze(1)
+        places = stage.gather(position_ids)
         rope_of_rows = rope[0][places], rope[1][places]
         mask = _mask(stages, plan.documents)
         has_graph = torch.is_grad_enabled() and (stage.is_target or context_gradient == "full")

@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from dropbp_kernels._triton import (
     column_update, gated_residual_add as add, gated_residual_layer_norm as layer_norm, gated_residual_rms_norm as norm,
-    glu, l1_distances, partial_gather, permuted_norm, permuted_residual_add as permuted_add,
+    glu, l1_distances, partial_gather, permuted_norm, permuted_residual_add as permuted_add, rope,
 )
 
 SCALARS = {name + rest: "fp32" for name in ("scale", "grad_scale", "eps") for rest in ("", "_rest")}
@@ -62,6 +62,10 @@ for element, wide in (("bf16", "fp32"), ("fp64", "fp64")):
         flags = dict(BY_COLUMN=by_column, BLOCK=512)
         compile(f"update {element} {by_column}", column_update._column_update_kernel, element, wide, **flags)
         compile(f"restore {element} {by_column}", column_update._column_restore_kernel, element, wide, **flags)
+    compile(
+        f"rope {element}", rope._rope_kernel, element, wide, HALF=24, D=64, COPIES_REST=True, TRANSPOSE=True, HEADS=16,
+        BLOCK=32, REST=16,
+    )
     compile(f"permuted add {element}", permuted_add._permuted_residual_add_kernel, element, wide, BLOCK=1024)
     for is_one in (True, False):
         flags = dict(D=1000 if is_one else 60000, GEMMA=False, IS_ONE_BLOCK=is_one, BLOCK=1024)

@@ -14,6 +14,7 @@ from .l1_distances import l1_distances  # noqa: E402
 from .partial_gather import partial_gather  # noqa: E402
 from .permuted_norm import permuted_layer_norm, permuted_rms_norm  # noqa: E402
 from .permuted_residual_add import permuted_residual_add  # noqa: E402
+from .rope import rope  # noqa: E402
 
 __all__ = [
     "column_restore",
@@ -27,5 +28,6 @@ __all__ = [
     "permuted_layer_norm",
     "permuted_residual_add",
     "permuted_rms_norm",
+    "rope",
     "swiglu",
 ]

@@ -94,4 +94,9 @@ SCHEMAS = {
         # features (B, h) -> (B, B) in float32, float64 for float64 features.
         "l1_distances": "(Tensor features) -> Tensor",
     },
+    "rope": {
+        # x (B, S, H, D), cos and sin (S, R) or (1 or B, S, R): x's channels (i, i + R/2) turned, transpose: back.
+        "rope": "(Tensor x, Tensor cos, Tensor sin, bool transpose) -> Tensor",
+        "rope_": "(Tensor(a!) x, Tensor cos, Tensor sin) -> ()",
+    },
 }

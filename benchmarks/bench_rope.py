@@ -1,0 +1,118 @@
+"""rope through its public function: forward, backward, both, and in place as a dropped branch runs.
+
+Heads of 64 channels in the layout a projection returns, (1, rows, width / 64, 64); the gradient comes with the heads
+first, as attention hands it back. liger-kernel's rope turns queries and keys in one call and has no case here.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dropbp_kernels import _backend, reference
+from dropbp_kernels.blocks import rotary_embedding
+from dropbp_kernels.ops import rope
+
+from .baselines import check_results, compiled
+from .rows import Row, machine, op_rows
+from .settings import Settings
+from .timing import Case, Variant, copy_bandwidth, measure
+
+OP = "rope"
+HEAD_DIM = 64
+Turn = Callable[[Tensor, Tensor, Tensor], Tensor]
+MOVED = {  # elements, in units of x; cos and sin stay in the cache
+    "fwd": 2,  # I/O: read x + write output
+    "fwd in place": 2,  # I/O: read x + write x
+    "bwd": 2,  # I/O: read grad + write grad_x
+    "fwd+bwd": 4,
+}
+
+
+def eager(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As transformers' models do."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+
+
+def make_inputs(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """x (1, rows, width / 64, 64), cos, sin (rows, 64), and a gradient whose heads come first in memory."""
+    num_heads = width // HEAD_DIM
+    x = torch.randn(1, rows, num_heads, HEAD_DIM, device=device, dtype=dtype).requires_grad_()
+    grad = torch.randn(1, num_heads, rows, HEAD_DIM, device=device, dtype=dtype).transpose(1, 2)
+    return x, *rotary_embedding(rows, HEAD_DIM, device=device, dtype=dtype), grad
+
+
+def make_cases(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> dict[str, Case]:
+    """A case for each direction, in all variants, each checked against the reference in float64."""
+    serving = _backend.serving(OP, device.type)
+    variants: dict[str, Turn] = {"eager": eager, serving: rope, "compile": compiled(eager)}
+    inputs = make_inputs(rows, width, dtype, device)
+    x, cos, sin, grad = (tensor.detach().double() for tensor in inputs)
+    exact = [reference.rope_reference(x, cos, sin, False), reference.rope_reference(grad, cos, sin, True)]
+    plain = _results(eager, inputs)
+    for name, function in variants.items():
+        check_results(f"{OP}, {name}, {dtype}, {rows} x {width}", _results(function, inputs), plain, exact)
+    in_place = {**variants, serving: lambda x, cos, sin: rope(x, cos, sin, inplace=True)}
+    return {
+        direction: Case(
+            op=OP,
+            case="in place" if direction == "fwd in place" else "new tensor",
+            direction=direction.split()[0],
+            dtype=dtype,
+            rows=rows,
+            width=width,
+            moved_bytes=moved * rows * width * dtype.itemsize,
+            make_inputs=lambda: make_inputs(rows, width, dtype, device),
+            variants={
+                name: _variant(function, direction)
+                for name, function in (in_place if direction == "fwd in place" else variants).items()
+            },
+        )
+        for direction, moved in MOVED.items()
+    }
+
+
+def run(settings: Settings) -> Iterator[list[Row]]:
+    """Rows of every case, one list a case. Raises WrongResult before a wrong variant is timed."""
+    where, copy_gb_s = machine(settings.device, settings.commit), copy_bandwidth(settings.device, settings.copy_bytes)
+    for dtype in settings.dtypes:
+        for rows, width in settings.sizes:
+            if width % HEAD_DIM == 0 and settings.has_time():
+                for case in make_cases(rows, width, dtype, settings.device).values():
+                    timings = measure(case, settings.device, seconds=settings.seconds, min_rounds=settings.min_rounds)
+                    yield op_rows(case, timings, where, copy_gb_s)
+
+
+@pytest.mark.parametrize("variant", ["eager", "compile", "cpp"])
+@pytest.mark.parametrize("direction", MOVED)
+def test_bench_rope(benchmark, direction, variant):
+    case = make_cases(1024, 1024, torch.bfloat16, torch.device("cpu"))[direction]
+    if variant not in case.variants:
+        pytest.skip(f"{variant} cannot serve here")
+    chosen, inputs = case.variants[variant], case.make_inputs()
+    benchmark.pedantic(chosen.run, setup=lambda: ((chosen.prepare(inputs),), {}), rounds=20, warmup_rounds=2)
+
+
+def _variant(function: Turn, direction: str) -> Variant:
+    def backward(state: tuple[tuple[Tensor, ...], Tensor]) -> Any:
+        inputs, output = state
+        return torch.autograd.grad(output, inputs[0], inputs[3])
+
+    if direction == "bwd":
+        return Variant(backward, prepare=lambda inputs: (inputs, function(*inputs[:3])))
+    if direction == "fwd+bwd":
+        return Variant(lambda inputs: backward((inputs, function(*inputs[:3]))))
+    if direction == "fwd":
+        return Variant(lambda inputs: function(*inputs[:3]))
+    # What a dropped branch runs: detached, since nothing is recorded.
+    return Variant(lambda inputs: function(*inputs), prepare=lambda inputs: (inputs[0].detach().clone(), *inputs[1:3]))
+
+
+def _results(function: Turn, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """The turned heads and the gradient of x."""
+    x, cos, sin, grad = inputs
+    output = function(x, cos, sin)
+    return [output.detach(), *torch.autograd.grad(output, x, grad)]

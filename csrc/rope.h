@@ -1,0 +1,50 @@
+// What the CPU and the CUDA kernels of rope know of their tensors.
+#pragma once
+
+#include "checks.h"
+
+namespace dropbp {
+
+// x (batch_size, seq_len, num_heads, width); cos and sin (1 or batch_size, seq_len, 2 * half).
+struct RopeSizes {
+  int64_t batch_size, seq_len, num_heads, width, half;
+  int64_t table_stride;  // between two samples of cos and sin, 0 where all share one
+};
+
+// Where a token's heads lie; the channels of a head are contiguous.
+struct RopeStrides {
+  int64_t batch, seq, head;
+};
+
+inline RopeSizes rope_sizes(const Tensor& x, const Tensor& cos, const Tensor& sin) {
+  if (x.dim() != 4) fail("x: expected 4 dimensions, got ", x.dim());
+  const int64_t dim = cos.dim();
+  if (dim != 2 && dim != 3) fail("cos: expected 2 or 3 dimensions, got ", dim);
+  const int64_t channels = cos.size(dim - 1), samples = dim == 3 ? cos.size(0) : 1;
+  const bool fits = cos.size(dim - 2) == x.size(1) && (samples == 1 || samples == x.size(0)) &&
+                    channels % 2 == 0 && channels <= x.size(3);
+  if (!fits) fail("cos: expected shape (1 or batch, seq, R), R even and at most head_dim");
+  check_numel("sin", sin, cos.numel());
+  check_dtype("sin", sin, cos.scalar_type());
+  return {x.size(0), x.size(1),    x.size(2),
+          x.size(3), channels / 2, samples == 1 ? 0 : x.size(1) * channels};
+}
+
+inline RopeStrides rope_strides(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2)}; }
+
+// x itself where the channels of a head are contiguous, else a contiguous copy.
+inline Tensor with_contiguous_heads(const Tensor& x) {
+  return x.dim() == 4 && (x.stride(3) == 1 || x.size(3) <= 1) ? x : torch::stable::contiguous(x);
+}
+
+// Before x is written in place.
+inline void check_own_elements(const Tensor& x) {
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    if (x.stride(d) == 0 && x.size(d) > 1) {
+      fail<std::runtime_error>("x: expected elements with memory of their own, got stride 0 in ",
+                               "dimension ", d);
+    }
+  }
+}
+
+}  // namespace dropbp
