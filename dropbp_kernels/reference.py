@@ -333,13 +333,13 @@ def l1_distances_reference(features: Tensor) -> Tensor:
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, transpose: bool) -> Tensor:
     """Each pair of channels (i, i + R/2) turned by its position's angle, or (transpose) turned back; rounded once."""
     wide = _wide(x.dtype)
-    cos, sin = (table.to(wide).unsqueeze(-2).chunk(2, dim=-1) for table in (cos, sin))  # (..., seq, 1, R/2) each
-    half = cos[0].shape[-1]
+    cosines, sines = (table.to(wide).unsqueeze(-2).chunk(2, dim=-1) for table in (cos, sin))  # (..., seq, 1, R/2) each
+    half = cosines[0].shape[-1]
     first, second, rest = x.to(wide).tensor_split((half, 2 * half), dim=-1)
     if transpose:
-        turned = first * cos[0] + second * sin[1], second * cos[1] - first * sin[0]
+        turned = first * cosines[0] + second * sines[1], second * cosines[1] - first * sines[0]
     else:
-        turned = first * cos[0] - second * sin[0], second * cos[1] + first * sin[1]
+        turned = first * cosines[0] - second * sines[0], second * cosines[1] + first * sines[1]
     return torch.cat((*turned, rest), dim=-1).to(x.dtype)
 
 
