@@ -215,3 +215,28 @@ def test_checkpointing_follows_the_plan_in_any_layout(name, way):
         assert grad is None or torch.equal(ours, grad), parameter
     if way != "reentrant":  # there the graph of the recompute counts too
         assert results[1][2] < results[0][2]
+
+
+def test_what_no_family_knows_is_named_once():
+    class Unknown(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.mix = nn.LayerNorm(8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return x + self.mix(self.norm(x))
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = tiny_causal_lm("llama")
+            self.adapters = nn.ModuleList(Unknown() for _ in range(3))
+            self.heads = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))  # no block: nothing is added to a stream
+
+    model = Whole()
+    with pytest.warns(UserWarning, match="only part of its blocks is of a known family") as caught:
+        apply_dropbp(model, 0.5)
+    (message,) = [str(warning.message) for warning in caught]
+    assert "left ungated, with their full backward: Unknown (adapters.0 and 2 more). Name their branches" in message
+    remove_dropbp(model)
+    apply_dropbp(model, 0.5, families=["llama"])  # meant: no warning, which would be an error here

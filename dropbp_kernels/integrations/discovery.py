@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from ..layer import DropBP
 from .families import Family
 from .gating import first_tensor
 
@@ -84,6 +85,17 @@ def example_inputs(model: nn.Module) -> dict[str, Any] | None:
         return None
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     return {"input_ids": torch.arange(3, 7, device=device)[None], "use_cache": False}
+
+
+def ungated_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """What looks like a residual block, by its place in a list, a norm and a linear layer, and has no gate in it."""
+    return [
+        (name, block)
+        for name, block in _candidates(model)
+        if not any(isinstance(module, DropBP) for module in block.modules())
+        and any("norm" in type(module).__name__.lower() for module in block.modules())
+        and any(hasattr(module, "in_features") or type(module).__name__ == "Conv1D" for module in block.modules())
+    ]
 
 
 # ---- tracing

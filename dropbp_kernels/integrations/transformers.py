@@ -22,7 +22,7 @@ from ..handler import DropBPHandler, check_drop_rate, find_gates
 from ..targets import TargetRule
 from . import fusing
 from .checkpointing import CheckpointByPlan, without_cache
-from .discovery import discover, example_inputs, prove
+from .discovery import discover, example_inputs, prove, ungated_blocks
 from .families import FAMILIES, Family
 from .fused_loss import check_fused_loss, patch_head, unpatch_head
 from .gating import ModuleGate
@@ -114,7 +114,24 @@ def apply_dropbp(
         raise
     if handler.granularity != "branch":
         tell_gates_of_batches(model)
+    if families is None and (ungated := ungated_blocks(model)):
+        _warn_of_ungated(ungated)
     return handler
+
+
+def _warn_of_ungated(blocks: list[tuple[str, nn.Module]]) -> None:
+    by_class: dict[str, list[str]] = {}
+    for name, block in blocks:
+        by_class.setdefault(type(block).__name__, []).append(name)
+    kinds = [
+        f"{kind} ({names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)})" for kind, names in by_class.items()
+    ]
+    warnings.warn(
+        f"model: only part of its blocks is of a known family; left ungated, with their full backward: "
+        f"{', '.join(kinds)}. Name their branches with register_family, or say that this is meant with families=...",
+        UserWarning,
+        stacklevel=3,
+    )
 
 
 def remove_dropbp(model: nn.Module) -> None:
