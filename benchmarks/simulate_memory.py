@@ -1,6 +1,7 @@
 """Peak activation memory per token of LLaMA-2-7B fine-tuned with LoRA, simulated: no GPU, no weights, nothing timed.
 
-python -m benchmarks.simulate_memory         a minute; appends rows to benchmarks/results/simulated_memory.csv
+python -m benchmarks.simulate_memory             a minute; appends rows to benchmarks/results/simulated_memory.csv
+python -m benchmarks.simulate_memory --targets   LLaMA-3-8B by target plan; to benchmarks/results/simulated_targets.csv
 
 Rank 8 on all seven linears, bfloat16, batch 1. The slope is what one more token costs: the peak of live bytes at 8,192
 tokens less that at 4,096 (without weights and optimizer state; gradients cost nothing per token), over 4,096.
@@ -53,12 +54,47 @@ WAYS = [
 ]
 
 
+TARGET_MODEL, TARGET_SEQ_LEN, NUM_TARGETS = "llama-3-8b", 8192, 512
+
+
+@dataclass(frozen=True)
+class TargetMemoryRow(Machine):
+    """A step without and with a target plan. results/README.md says what each column means."""
+
+    kind: str
+    model: str
+    checkpoint: str
+    fused_loss: str
+    adapter_dtype: str
+    seq_len: int
+    num_targets: int
+    peak_bytes_undropped: int
+    peak_bytes: int
+    times_less: float
+    at_the_peak: str
+
+
+TARGET_WAYS = [("none", "off"), ("none", "chunked"), ("kept", "chunked")]  # checkpoint, fused loss
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.simulate_memory", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV file; default: benchmarks/results")
     parser.add_argument("--model", default=MODEL, help=f"as for dropbp-kernels plan; default: {MODEL}")
+    parser.add_argument("--targets", action="store_true", help=f"target plans of {TARGET_MODEL}")
     options = parser.parse_args()
     where = asdict(machine(torch.device("cpu")))
+    if options.targets:
+        for way in TARGET_WAYS:
+            by_targets = TargetMemoryRow(**where, **simulated_targets(TARGET_MODEL, TARGET_SEQ_LEN, NUM_TARGETS, *way))
+            append_rows(options.out / "simulated_targets.csv", [by_targets])
+            print(
+                f"checkpoint {by_targets.checkpoint:<6} fused loss {by_targets.fused_loss:<8} "
+                f"{by_targets.peak_bytes_undropped / 2**30:.2f} GiB undropped, {by_targets.peak_bytes / 2**30:.2f} GiB "
+                f"by target plan: {by_targets.times_less:.1f}x less ({by_targets.at_the_peak})",
+                flush=True,
+            )
+        return
     for way in WAYS:
         row = MemoryRow(**where, **simulated(options.model, *way))
         append_rows(options.out / "simulated_memory.csv", [row])
@@ -93,6 +129,32 @@ def simulated(
         "peak_bytes_8192": peaks[1],
         "kib_per_token": (peaks[1] - peaks[0]) / (LONG - SHORT) / 1024,
         "at_the_peak": " ".join(f"{tag} {n >> 20} MiB" for tag, n in long.items() if tag in ("activations", "logits")),
+    }
+
+
+def simulated_targets(name: str, seq_len: int, num_targets: int, checkpoint: str, fused_loss: str) -> dict[str, object]:
+    """The columns of one row of simulated_targets.csv."""
+    model = StepModel(load_config(name))
+    settings = [
+        Setting(1, seq_len, 0.0, checkpoint, fused_loss=fused_loss, target_share=share)
+        for share in (None, num_targets / seq_len)
+    ]
+    tags = [model.predict(setting).by_tag for setting in settings]
+    peaks = [sum(n for tag, n in by_tag.items() if tag not in ("weights", "optimizer")) for by_tag in tags]
+    return {
+        "kind": "simulated",
+        "model": name,
+        "checkpoint": checkpoint,
+        "fused_loss": fused_loss,
+        "adapter_dtype": "float32",
+        "seq_len": seq_len,
+        "num_targets": num_targets,
+        "peak_bytes_undropped": peaks[0],
+        "peak_bytes": peaks[1],
+        "times_less": peaks[0] / peaks[1],
+        "at_the_peak": " ".join(
+            f"{tag} {n >> 20} MiB" for tag, n in tags[1].items() if tag in ("activations", "logits")
+        ),
     }
 
 

@@ -58,23 +58,24 @@ def saved_bytes() -> Iterator[SavedBytes]:
 class PeakLiveBytes(TorchDispatchMode):
     """Context manager: the peak number of bytes, over time, of live tensors that were allocated inside it.
 
-    Args: tag names what a new tensor is for, so that the bytes can be told apart; default: one tag, "tensors".
+    Args: tag says what a new tensor is for (a name, or anything hashable), so that the bytes can be told apart;
+    default: one tag, "tensors".
     Attributes: live_bytes and live_by_tag (now), peak_bytes, peak_by_tag (at the peak). Gradients of parameters count
     like any other tensor allocated inside.
     Cost: a Python call for every operator; measure time without it. Scratch memory inside an operator is not seen.
     Inside a FakeTensorMode it counts what the fake tensors would take.
     """
 
-    def __init__(self, tag: Callable[[Tensor], str] = lambda tensor: "tensors") -> None:
+    def __init__(self, tag: Callable[[Tensor], Any] = lambda tensor: "tensors") -> None:
         super().__init__()
         self.live_bytes = 0
         self.peak_bytes = 0
-        self.live_by_tag: Counter[str] = Counter()
-        self.peak_by_tag: Counter[str] = Counter()
+        self.live_by_tag: Counter[Any] = Counter()
+        self.peak_by_tag: Counter[Any] = Counter()
         self._tag = tag
-        self._known: dict[int, tuple[str, int]] = {}  # storage: its tag and bytes
+        self._known: dict[int, tuple[Any, int]] = {}  # storage: its tag and bytes
 
-    def retag(self, tensor: Tensor, tag: str) -> None:
+    def retag(self, tensor: Tensor, tag: Any) -> None:
         """Say what a tensor turned out to be for, as when a result becomes a gradient. Unknown tensors are ignored."""
         key = tensor.untyped_storage()._cdata
         if key in self._known:

@@ -13,7 +13,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,19 +23,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from .measure import PeakLiveBytes
 
 GRADIENTS = "gradients"
+Origin = tuple[str, int, int]  # tag, the block in whose segment it was allocated (-1: in none), num_passes then
 Mark = tuple[str, int]  # ("forward" or "backward", number of the block it begins with)
 BEGIN, HEAD, LOSS = ("begin", -1), ("head", -1), ("loss", -1)  # before the blocks, after them, the loss's backward
 
 
 @dataclass(frozen=True)
 class Segment:
-    """What happens between two marks. change: live bytes by tag at its end, less those at its begin; high: the same at
-    the moment when most was live; flops: of all matrix products in it."""
+    """What happens between two marks. change: live bytes at its end, less those at its begin, by origin; high: the
+    same at the moment when most was live; flops: of all matrix products in it; num_passes: through all blocks so far.
+    """
 
     mark: Mark
-    change: Counter[str]
-    high: Counter[str]
+    change: Counter[Origin]
+    high: Counter[Origin]
     flops: float
+    num_passes: int
 
 
 @dataclass(frozen=True)
@@ -75,18 +78,24 @@ class _Timeline(PeakLiveBytes):
     """Live bytes and FLOPs, cut into segments by `mark`."""
 
     def __init__(self, tag: Callable[[Tensor], str]) -> None:
-        super().__init__(tag)
+        super().__init__(lambda tensor: (tag(tensor), self._mark[1], self.num_passes))
+        self.num_passes = 0
         self.segments: list[Segment] = []
         self.in_backward = False
         self._open(BEGIN)
 
     def mark(self, mark: Mark) -> None:
         self._close()
+        self.num_passes += mark == HEAD
         self._open(mark)
 
     def end(self) -> list[Segment]:
         self._close()
         return self.segments
+
+    def retag(self, tensor: Tensor, tag: Any) -> None:
+        """As in PeakLiveBytes; the tensor now belongs to where we are."""
+        super().retag(tensor, (tag, self._mark[1], self.num_passes))
 
     def _open(self, mark: Mark) -> None:
         self._mark, self._begin, self._flops = mark, self.live_by_tag.copy(), 0.0
@@ -94,7 +103,7 @@ class _Timeline(PeakLiveBytes):
 
     def _close(self) -> None:
         change, high = _difference(self.live_by_tag, self._begin), _difference(self.peak_by_tag, self._begin)
-        self.segments.append(Segment(self._mark, change, high, self._flops))
+        self.segments.append(Segment(self._mark, change, high, self._flops, self.num_passes))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)
@@ -103,11 +112,11 @@ class _Timeline(PeakLiveBytes):
         return result
 
 
-def _sum(one: Counter[str], other: Counter[str]) -> Counter[str]:
+def _sum(one: Counter[Origin], other: Counter[Origin]) -> Counter[Origin]:
     return Counter({tag: one[tag] + other[tag] for tag in one.keys() | other.keys()})  # + would leave out what is < 0
 
 
-def _difference(end: Counter[str], begin: Counter[str]) -> Counter[str]:
+def _difference(end: Counter[Origin], begin: Counter[Origin]) -> Counter[Origin]:
     return Counter({tag: end[tag] - begin[tag] for tag in end.keys() | begin.keys()})
 
 
@@ -201,16 +210,30 @@ def extend(segments: Sequence[Segment], num_more: Mapping[int, int]) -> list[Seg
     """The segments of a deeper model, in which num_more[i] more blocks like block i follow block i.
 
     Exact when those blocks would do what block i does: same shapes, same plan entries, and neighbours like its own.
+    What a block left to a later pass, and what is freed outside of all blocks (the keys of a stage), each of them left.
     """
+
+    def of_all(counted: Counter[Origin], num_passes: int) -> Counter[Origin]:
+        return Counter(
+            {
+                (tag, block, then): num_bytes * (1 + (num_more.get(block, 0) if then < num_passes - 1 else 0))
+                for (tag, block, then), num_bytes in counted.items()
+            }
+        )
+
     longer = []
     for segment in segments:
-        longer += [segment] * (1 + num_more.get(segment.mark[1], 0))
+        if segment.mark[1] < 0:
+            change, high = (of_all(counted, segment.num_passes) for counted in (segment.change, segment.high))
+            longer.append(replace(segment, change=change, high=high))
+        else:
+            longer += [segment] * (1 + num_more.get(segment.mark[1], 0))
     return longer
 
 
 def total(segments: Sequence[Segment]) -> Cost:
     """Add up the segments of a step."""
-    live: Counter[str] = Counter()
+    live: Counter[Origin] = Counter()
     peak_bytes, peak = 0, live
     flops = {True: 0.0, False: 0.0}
     is_backward = False
@@ -221,5 +244,8 @@ def total(segments: Sequence[Segment]) -> Cost:
             peak = _sum(live, segment.high)
             peak_bytes = peak.total()
         live = _sum(live, segment.change)
-    by_tag = {tag: num_bytes for tag, num_bytes in sorted(peak.items()) if num_bytes}
+    by_tag: Counter[str] = Counter()
+    for (tag, *_), num_bytes in sorted(peak.items()):
+        by_tag[tag] += num_bytes
+    by_tag = Counter({tag: num_bytes for tag, num_bytes in by_tag.items() if num_bytes})
     return Cost(peak_bytes, by_tag, flops[False], flops[True])

@@ -165,3 +165,40 @@ def test_recommendation_when_nothing_fits():
     row = {"fits": False, "relative_step_time": 1.0}
     rows = [{**row, "longest_seq_len": 64}, {**row, "longest_seq_len": 128}]
     assert recommend(rows) == {"longest": rows[1]}
+
+
+def test_target_share_of_a_data_set_and_what_it_gains(capsys, tmp_path, small):
+    lines = [json.dumps({"prompt": f"The square of {n:02}: ", "completion": f"{n * n:05}"}) for n in range(60)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    data = ["--data", tmp_path / "pairs.jsonl", "--tokenizer", "builtin", "--batch-size", 4]
+    report = json.loads(plan(capsys, "--model", small, *data, "--json"))
+    found = report["data"]["by_batch_size"]
+    assert list(found) == ["1", "2", "4", "8", "16"]
+    # Of 25 tokens, padded to 32, the last prompt token and the completion's five but its last: 6; 18 are context.
+    assert (found["4"]["seq_len"], found["4"]["targets"], found["4"]["forward"]) == (32, 6 / 32, 24 / 32)
+    assert found["4"]["relative_step_time"]["lora"] == (24 + 6) / 64
+    rows = {row["setting"]["target_share"]: row for row in report["target_plans"]}
+    assert list(rows) == [None, 0.05, 0.1, 6 / 32, 0.25, 0.5, 1.0]
+    assert rows[None]["relative_step_time"] == rows[1.0]["relative_step_time"] == 1.0
+    times = [row["relative_step_time"] for row in report["target_plans"][1:]]
+    peaks = [row["peak_bytes"] for row in report["target_plans"][1:]]
+    assert times == sorted(times)
+    assert peaks[1:] == sorted(peaks[1:])  # at the smallest shares the pass over the context is the peak
+    text = plan(capsys, "--model", small, *data)
+    for part in ("targets", "18.8%", "no plan", "0.47", "pairs.jsonl by batch size"):
+        assert part in text
+
+
+def test_bad_target_options(capsys, tmp_path, small):
+    (tmp_path / "text.txt").write_text("x" * 300)
+    data = ["--data", tmp_path / "text.txt"]
+    assert "--target-share: expected 0 < target share <= 1, got 0.0" in fails(
+        capsys, "--model", small, "--target-share", 0
+    )
+    assert "--target-share: expected none with --data" in fails(capsys, "--model", small, *data, "--target-share", 0.5)
+    assert "--tokenizer: expected --data with it" in fails(capsys, "--model", small, "--tokenizer", "builtin")
+    assert "llama-2-7b is a config alone" in fails(capsys, "--model", "llama-2-7b", *data)
+    assert "no such file" in fails(capsys, "--model", small, "--data", tmp_path / "none.jsonl")
+    assert "--fused-loss: expected one of auto, off, chunked" in fails(capsys, "--model", small, "--fused-loss", "x")
+    short = ["--tokenizer", "builtin", "--seq-len", 64, "--batch-size", 8]
+    assert "--batch-size: expected at most 3, the rows of --data" in fails(capsys, "--model", small, *data, *short)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import pytest
 import torch
@@ -63,6 +64,15 @@ def test_dropped_branches_are_seen_to_do_nothing(tmp_path, capsys, config, lora_
     assert (tmp_path / "out" / "branches.png").stat().st_size > 10_000
 
 
+def test_target_plan_is_traced(tmp_path, capsys):
+    argv = ["--drop-rate", "0", "--target-share", "0.25"]
+    code, rows = profile(tmp_path, *argv)
+    assert code == 0
+    assert all(int(row["num_backward"]) > 5 for row in rows)
+    match = re.search(r"25.0% of the tokens are targets; the step saves (\d+\.\d)% of", capsys.readouterr().out)
+    assert 20 < float(match[1]) < 45
+
+
 def test_detach_afterwards_is_caught_by_what_it_saves(tmp_path, capsys):
     code, rows = profile(tmp_path, "--drop-rate", "0.5", "--dropped-runs", "detach")
     assert code == 1
@@ -90,6 +100,7 @@ def test_gate_that_drops_what_is_kept_is_caught(tmp_path, capsys, monkeypatch):
     [
         (["--drop-rate", "1"], "--drop-rate: expected 0 <= drop_rate < 1"),
         (["--seq-len", "1"], "--seq-len: expected at least 2, got 1"),
+        (["--target-share", "0"], "--target-share: expected 0 < target share <= 1, got 0.0"),
         (["--lora-rank", "-1"], "--lora-rank: expected at least 0, got -1"),
         (["--dropped-runs", "away"], "--dropped-runs: expected inference or detach"),
         (["--output", "/dev/null"], "--output /dev/null: expected a new or empty folder"),

@@ -190,3 +190,41 @@ def test_model_gated_by_its_modules_can_be_planned():
     few, every = (StepModel(GPT2Config(**sizes), cut=cut) for cut in (True, False))
     assert few.cut
     assert few.predict(setting) == every.predict(setting)
+
+
+@pytest.mark.parametrize(("checkpoint", "drop_rate"), [("none", 0.0), ("kept", 0.0), ("block", 0.65), ("none", 0.65)])
+def test_few_blocks_stand_for_all_under_a_target_plan(checkpoint, drop_rate):
+    """With 640 tokens of which 48 are targets, context runs in slices: each leaves its keys to the stages behind it."""
+    setting = Setting(1, 640, drop_rate, checkpoint, target_share=0.075)
+    few, every = (StepModel(config(num_layers=7), cut=cut).predict(setting) for cut in (True, False))
+    assert few == every
+    dense = StepModel(config(num_layers=7)).predict(dataclasses.replace(setting, target_share=None))
+    assert live_bytes(few) < live_bytes(dense)
+    assert few.backward_flops < 0.15 * dense.backward_flops
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "kept"])
+def test_a_target_plan_is_predicted_within_five_percent(checkpoint):
+    predicted = StepModel(config()).predict(Setting(BATCH_SIZE, SEQ_LEN, 0.0, checkpoint, target_share=0.25))
+    model = real_model("lora")
+    apply_dropbp(model, 0.0, context="inference", checkpoint="kept" if checkpoint == "kept" else None)
+    tokens = torch.arange(BATCH_SIZE * SEQ_LEN).reshape(BATCH_SIZE, SEQ_LEN) % 256
+    labels = tokens.clone()
+    labels[:, : -SEQ_LEN // 4] = -100
+    with PeakLiveBytes() as live:
+        model(input_ids=tokens, labels=labels).loss.backward()
+    assert live_bytes(predicted) == pytest.approx(live.peak_bytes, rel=0.05)
+
+
+def test_a_target_share_of_one_is_no_plan():
+    few = StepModel(config())
+    whole, dense = (few.predict(Setting(1, 64, 0.0, target_share=share)) for share in (1.0, None))
+    assert (whole.by_tag, whole.flops) == (dense.by_tag, dense.flops)
+
+
+def test_a_setting_leaves_nothing_to_the_next():
+    model = StepModel(config(num_layers=2))
+    before = model.predict(Setting(1, 32, 0.0))
+    model.predict(Setting(1, 32, 0.0, "block"))
+    model._predicted.clear()
+    assert model.predict(Setting(1, 32, 0.0)) == before

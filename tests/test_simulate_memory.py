@@ -6,7 +6,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from benchmarks.rows import RESULTS, read_rows
-from benchmarks.simulate_memory import WAYS, simulated
+from benchmarks.simulate_memory import TARGET_WAYS, WAYS, simulated, simulated_targets
 
 
 def test_small_model_orders_as_it_should():
@@ -40,3 +40,17 @@ def test_committed_rows_are_those_of_the_table_and_meet_the_targets():
     assert kib["ours", 0.875, "kept", "chunked", False, "bfloat16"] <= 250
     assert kib["undropped", 0.0, "none", "off", False, "float32"] == pytest.approx(8660, rel=0.05)
     assert kib["detach", 0.875, "none", "off", True, "float32"] == pytest.approx(2907, rel=0.1)
+
+
+def test_a_target_plan_of_the_small_model_needs_less():
+    row = simulated_targets("builtin", 512, 32, "none", "off")
+    assert row["times_less"] == row["peak_bytes_undropped"] / row["peak_bytes"] > 4
+
+
+def test_committed_rows_of_target_plans_meet_the_target():
+    rows = {(r["checkpoint"], r["fused_loss"]): r for r in read_rows(RESULTS / "simulated_targets.csv")}
+    assert set(rows) == set(TARGET_WAYS)
+    assert {(row["kind"], row["seq_len"], row["num_targets"]) for row in rows.values()} == {
+        ("simulated", "8192", "512")
+    }
+    assert float(rows["none", "off"]["times_less"]) >= 8

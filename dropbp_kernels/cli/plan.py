@@ -17,16 +17,22 @@ import torch
 
 from . import progress
 from .builtin import NAME
+from .data import check_data_path
 from .errors import UserError, require_packages
 from .model_config import load_config, shipped
 from .planning import ADAPTERS, CHECKPOINTS, OPTIMIZERS, Prediction, Setting, StepModel
+from .target_tables import measure_data, tables
 
 EXAMPLES = """examples:
   dropbp-kernels plan --model llama-2-7b --gpu-memory 24
   dropbp-kernels plan --model llama-2-70b --adapter qlora --drop-rate 0.875 --gpu-memory 80
   dropbp-kernels plan --model path/to/config.json --seq-len 8192 --checkpoint kept --json
+  dropbp-kernels plan --model llama-3-8b --seq-len 8192 --target-share 0.0625
+  dropbp-kernels plan --model path/to/model --data chats.jsonl --batch-size 4
 """
 DTYPES = ("bfloat16", "float16", "float32")
+FUSED_LOSSES = ("auto", "off", "chunked")
+TARGET_SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)  # that are compared with the asked one
 DROP_RATES = (0.0, 0.5, 0.75, 0.875)  # that are compared, as far as they do not exceed the asked one
 RESERVE_GIB = 1.0  # CUDA context, cuBLAS workspaces and what the allocator cannot use
 SEQ_LEN_STEP = 64
@@ -74,6 +80,14 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--gpu-memory", metavar="GIB", help="memory of the GPU in GiB: also find what fits")
     add("--reserve", RESERVE_GIB, "GiB of it that tensors cannot have", type=float)
+    add("--fused-loss", "auto", f"{', '.join(FUSED_LOSSES)}: as in apply_dropbp")
+    parser.add_argument(
+        "--target-share", type=float, help="share of a row's tokens that carry a loss: compare target plans too"
+    )
+    parser.add_argument(
+        "--data", help="as for finetune: take --target-share and --seq-len from this, as its batches are padded"
+    )
+    parser.add_argument("--tokenizer", help="for --data: a hub id or folder, or 'builtin' for bytes (default: --model)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
@@ -81,6 +95,10 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     budget = _check(args)
     require_packages("plan", ("transformers", "peft", "rich", "tqdm"))
+    data = None
+    if args.data is not None:
+        data = measure_data(args.data, args.tokenizer or args.model, args.seq_len, args.batch_size)
+        args.seq_len, args.target_share = data["seq_len"], data["by_batch_size"][str(args.batch_size)]["targets"]
     model = StepModel(
         load_config(args.model),
         args.adapter,
@@ -97,8 +115,13 @@ def run(args: argparse.Namespace) -> int:
             f"--gpu-memory {args.gpu_memory}: weights and optimizer state alone take {resident / GiB:.1f} GiB, and "
             f"{budget / GiB:.1f} GiB are left after the reserve of {args.reserve:g} GiB{hint}"
         )
-    report = make_report(model, Setting(args.batch_size, args.seq_len, args.drop_rate, args.checkpoint), budget)
+    asked = Setting(args.batch_size, args.seq_len, args.drop_rate, args.checkpoint, fused_loss=args.fused_loss)
+    report = make_report(model, asked, budget)
     report = {"model": args.model, "options": _options(args), **report}
+    if args.target_share is not None:
+        report["target_plans"] = by_target_share(model, asked, args.target_share)
+    if data is not None:
+        report["data"] = data
     if args.json:
         print(json.dumps(report, indent=2))
     else:
@@ -114,6 +137,7 @@ def _check(args: argparse.Namespace) -> int | None:
         "dtype": DTYPES,
         "adapter_dtype": DTYPES,
         "optimizer": OPTIMIZERS,
+        "fused_loss": FUSED_LOSSES,
     }
     for name, allowed in choices.items():
         if (value := getattr(args, name)) not in allowed:
@@ -121,6 +145,14 @@ def _check(args: argparse.Namespace) -> int | None:
     for name in ("seq_len", "batch_size", "lora_rank"):
         if (value := getattr(args, name)) < 1:
             raise UserError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+    if args.target_share is not None and args.data is not None:
+        raise UserError("--target-share: expected none with --data, which has one of its own")
+    if args.target_share is not None and not 0.0 < args.target_share <= 1.0:
+        raise UserError(f"--target-share: expected 0 < target share <= 1, got {args.target_share}")
+    if args.tokenizer is not None and args.data is None:
+        raise UserError("--tokenizer: expected --data with it")
+    if args.data is not None:
+        check_data_path(args.data)
     if not 0.0 <= args.drop_rate < 1.0:
         raise UserError(f"--drop-rate: expected 0 <= drop_rate < 1, got {args.drop_rate}")
     if not 0.0 <= args.reserve < float("inf"):
@@ -173,6 +205,18 @@ def make_report(model: StepModel, asked: Setting, budget: int | None) -> dict[st
         report["budget_bytes"] = budget
         report["recommended"] = recommend(rows)
     return report
+
+
+def by_target_share(model: StepModel, asked: Setting, share: float) -> list[dict[str, Any]]:
+    """Steps by target plan with nothing dropped, next to the undropped step without one; the asked share among them."""
+    undropped = replace(asked, drop_rate=0.0)
+    rows = []
+    for each in (None, *sorted({share, *TARGET_SHARES})):
+        try:
+            rows.append(_row(model.predict(replace(undropped, target_share=each)), model.predict(undropped)))
+        except ValueError as error:
+            raise UserError(f"--target-share: {error}") from error
+    return rows
 
 
 def _row(prediction: Prediction, undropped: Prediction) -> dict[str, Any]:
@@ -283,6 +327,14 @@ def _show(report: dict[str, Any]) -> None:
             cells += ["yes" if row["fits"] else "no", f"{row['longest_seq_len']:,}", f"{row['largest_batch_size']:,}"]
         table.add_row(*cells, style="bold" if row is asked else None)
     console.print(table)
+    for title, rows in tables(report):
+        say(title)
+        table = Table()
+        for name in rows[0]:
+            table.add_column(name, justify="right")
+        for shown in rows:
+            table.add_row(*shown.values())
+        console.print(table)
     for line in [*_advice(report), f"Assumed: {'; '.join(report['assumptions'])}."]:
         say(line)
 

@@ -10,7 +10,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from ..integrations.target_plans import with_plan
 from ..integrations.transformers import apply_dropbp, remove_dropbp
 from ..simulation import GRADIENTS, Cost, extend, make_fake, simulate, total
+from ..targets import IGNORED, TargetPlan, plan_targets
 from . import four_bit
 from .errors import UserError
 
@@ -36,7 +38,10 @@ NUM_OF_A_RUN = 3
 
 @dataclass(frozen=True)
 class Setting:
-    """How a step is run; what of a plan may vary while the model stays."""
+    """How a step is run; what of a plan may vary while the model stays.
+
+    target_share: of each sample's tokens, its last ones, that carry a loss, under a target plan; None: no target plan.
+    """
 
     batch_size: int
     seq_len: int
@@ -44,6 +49,13 @@ class Setting:
     checkpoint: str = "none"
     dropped_runs: str = "inference"
     fused_loss: str = "auto"
+    target_share: float | None = None
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens of a sample with a loss. The first token of a sample predicts the second: it never has one."""
+        share = 1.0 if self.target_share is None else self.target_share
+        return min(self.seq_len - 1, max(1, round(share * self.seq_len)))
 
 
 @dataclass(frozen=True)
@@ -164,19 +176,32 @@ class StepModel:
             place: after - number - 1
             for place, (number, after) in enumerate(zip(shown, [*shown[1:], len(plan)], strict=True))
         }
+        targets = self._target_plan(setting)
         with self._as_set(setting, kept), self.mode, _one_sequence_a_row(), _readable_errors():
             tokens = torch.zeros(setting.batch_size, setting.seq_len, dtype=torch.int64)
+            labels = tokens if targets is None else with_plan(torch.zeros_like(tokens), targets)
             if self.accumulation:
                 for parameter in self.model.parameters():
                     if parameter.requires_grad:
                         parameter.grad = torch.empty_like(parameter)
             segments = simulate(
-                lambda: self.model(input_ids=tokens, labels=tokens).loss,
+                lambda: self.model(input_ids=tokens, labels=labels).loss,
                 self.model,
                 self.blocks[: len(shown)],
                 self._tag,
             )
         return total(extend(segments, num_more))
+
+    def _target_plan(self, setting: Setting) -> TargetPlan | None:
+        """Made of values, which fake labels do not have."""
+        if setting.target_share is None:
+            return None
+        labels = torch.zeros(setting.batch_size, setting.seq_len, dtype=torch.int64)
+        labels[:, : -setting.num_targets] = IGNORED
+        plan = plan_targets(labels)
+        fake = self.mode.from_tensor
+        stages = [replace(stage, rows=fake(stage.rows), is_row=fake(stage.is_row)) for stage in plan.stages]
+        return replace(plan, stages=tuple(stages), documents=fake(plan.documents), shift_labels=fake(plan.shift_labels))
 
     def _tag(self, tensor: Tensor) -> str:
         return LOGITS if tensor.dim() > 1 and tensor.shape[-1] == self.vocab_size else ACTIVATIONS
@@ -185,7 +210,11 @@ class StepModel:
     def _as_set(self, setting: Setting, kept: Sequence[bool]) -> Iterator[None]:
         model: Any = self.model
         handler = apply_dropbp(
-            model, setting.drop_rate, dropped_runs=setting.dropped_runs, fused_loss=setting.fused_loss
+            model,
+            setting.drop_rate,
+            dropped_runs=setting.dropped_runs,
+            fused_loss=setting.fused_loss,
+            context=None if setting.target_share is None else "inference",
         )
         try:
             handler.set_plan(kept)
@@ -202,6 +231,7 @@ class StepModel:
             if setting.checkpoint == "block":
                 with _names_on_their_way_out():
                     model.gradient_checkpointing_disable()
+                model.disable_input_require_grads()  # switched on with it; left on, it costs later settings FLOPs
             remove_dropbp(model)
 
 

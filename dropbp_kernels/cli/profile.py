@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from ..measure import saved_bytes
+from ..targets import IGNORED
 from .errors import UserError, require_packages
 from .model_config import load_config
 from .tracing import BranchTrace, trace_branches
@@ -41,6 +43,11 @@ def add_parser(commands: Any) -> None:
         ("--seed", 0, "seed of weights, tokens and plan", int),
     ):
         parser.add_argument(name, default=default, type=kind, help=f"{text} (default: {default})")
+    parser.add_argument(
+        "--target-share",
+        type=float,
+        help="share of each row's tokens, its last ones, that carry a loss: run a target plan",
+    )
     parser.add_argument("--output", metavar="DIR", help="output folder (default: a new one under runs/)")
     parser.set_defaults(run=run)
 
@@ -51,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(args.output or f"runs/profile-{datetime.datetime.now():%Y%m%d-%H%M%S}").expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output {folder}: expected a new or empty folder")
-    branches = _trace(args)
+    branches, share_saved = _trace(args)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "branches.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(BranchTrace)])
@@ -60,6 +67,11 @@ def run(args: argparse.Namespace) -> int:
     draw(branches, folder / "branches.png")
     _show(branches)
     print(f"written to {folder}: branches.csv, branches.png")
+    if share_saved is not None:
+        print(
+            f"target plan: {args.target_share:.1%} of the tokens are targets; the step saves {share_saved:.1%} of the "
+            "bytes that it saves where all are"
+        )
     faults = [fault for branch in branches if (fault := branch.fault())]
     for fault in faults:
         print(f"NOT AS PLANNED: {fault}")
@@ -75,17 +87,21 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
     if not 0.0 <= args.drop_rate < 1.0:
         raise UserError(f"--drop-rate: expected 0 <= drop_rate < 1, got {args.drop_rate}")
+    if args.target_share is not None and not 0.0 < args.target_share <= 1.0:
+        raise UserError(f"--target-share: expected 0 < target share <= 1, got {args.target_share}")
     if args.dropped_runs not in ("inference", "detach"):
         raise UserError(f"--dropped-runs: expected inference or detach, got {args.dropped_runs!r}")
 
 
-def _trace(args: argparse.Namespace) -> list[BranchTrace]:
+def _trace(args: argparse.Namespace) -> tuple[list[BranchTrace], float | None]:
+    """The branches, and with a target plan the bytes that a step saves over those it saves where all are targets."""
     from transformers import AutoModelForCausalLM
 
     from ..integrations.transformers import apply_dropbp
 
     config = load_config(args.model)
     config.use_cache = False
+    context = None if args.target_share is None else "inference"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     try:
@@ -97,17 +113,29 @@ def _trace(args: argparse.Namespace) -> list[BranchTrace]:
                 warnings.filterwarnings("ignore", message=".*(gradient_checkpointing|fan_in_fan_out)")
                 model = get_peft_model(model, LoraConfig(r=args.lora_rank, target_modules="all-linear"))
         model = model.to(device).train()
-        handler = apply_dropbp(model, args.drop_rate, seed=args.seed, dropped_runs=args.dropped_runs)
+        handler = apply_dropbp(model, args.drop_rate, seed=args.seed, dropped_runs=args.dropped_runs, context=context)
     except (ValueError, KeyError) as error:
         raise UserError(f"--model {args.model}: {' '.join(str(error).split())}") from error
     handler.step()
     tokens = torch.randint(config.get_text_config().vocab_size, (args.batch_size, args.seq_len), device=device)
 
+    labels = tokens.clone()
+    if args.target_share is not None:
+        labels[:, : -max(1, round(args.target_share * args.seq_len))] = IGNORED
+
     def step() -> None:
-        model(input_ids=tokens, labels=tokens).loss.backward()
+        model(input_ids=tokens, labels=labels).loss.backward()
         model.zero_grad()
 
-    return trace_branches(handler, step)
+    branches = trace_branches(handler, step)
+    if args.target_share is None:
+        return branches, None
+    saved = []
+    for asked in (labels, tokens):
+        with saved_bytes() as counted:
+            model(input_ids=tokens, labels=asked)
+        saved.append(counted.num_bytes)
+    return branches, saved[0] / saved[1]
 
 
 def draw(branches: Sequence[BranchTrace], path: Path) -> None:

@@ -23,18 +23,25 @@ class StageKeys(Cache):
         before: by layer, keys and values of each stage before, and whose of them each sample takes.
         num_before: how many rows these stages have.
         stage: the one that runs; None before the first.
+        is_last: whether no stage follows, so that the keys of this one need not be kept.
 
     Source: `Cache.update` of transformers >= 5.0.
     """
 
     is_recomputable = True  # a layer that runs again in the backward finds what it found and writes what it wrote
 
-    def __init__(self, before: dict[int, list[_Keys]] | None = None, num_before: int = 0, stage: Stage | None = None):
+    def __init__(
+        self,
+        before: dict[int, list[_Keys]] | None = None,
+        num_before: int = 0,
+        stage: Stage | None = None,
+        is_last: bool = False,
+    ):
         super().__init__(layer_class_to_replicate=DynamicLayer)
         self.before = before or {}
         self.num_before = num_before
         self.stage = stage
-        self._own: dict[int, _Keys] | None = {}
+        self._own: dict[int, _Keys] | None = None if is_last else {}
         self._parts: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}  # of layers that ran sample by sample
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
@@ -69,7 +76,7 @@ class StageKeys(Cache):
             self._parts.setdefault(layer_idx, []).append((which, key_states, value_states))
         return self._behind_others(key_states, value_states, layer_idx, which)
 
-    def of_next(self, stage: Stage) -> "StageKeys":
+    def of_next(self, stage: Stage, *, is_last: bool = False) -> "StageKeys":
         """What `stage` sees, which runs after this one; a recompute of this one keeps nothing more."""
         own, self._own = self._own or {}, None
         for layer, parts in self._parts.items():
@@ -81,7 +88,7 @@ class StageKeys(Cache):
         num_own = 0 if self.stage is None else self.stage.rows.shape[1]
         # Stage by stage and not joined: what a context stage joins has no graph, and keys of targets need theirs.
         before = {layer: [*self.before.get(layer, []), keys] for layer, keys in own.items()}
-        return StageKeys(before, self.num_before + num_own, stage)
+        return StageKeys(before, self.num_before + num_own, stage, is_last)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Rows of the stages before, padding included."""

@@ -40,7 +40,7 @@ def run_in_stages(decoder: Any, run: Callable[..., Any], inputs: dict[str, Any],
         for stage in plan.stages:
             rows = {name: stage.running(stage.gather(inputs[name])) for name in _BY_ROW if inputs.get(name) is not None}
             mask = masks.add(stage, parameter.dtype)
-            keys = keys.of_next(stage)
+            keys = keys.of_next(stage, is_last=stage is plan.stages[-1])
             with contextlib.nullcontext() if stage.is_target else _context(decoder, rule, parameter.device.type):
                 output = run(**{**inputs, **rows, "attention_mask": mask, "past_key_values": keys, "use_cache": True})
             if stage.is_target:

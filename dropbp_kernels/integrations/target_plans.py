@@ -266,13 +266,17 @@ def _warn_of_no_target(rule: TargetRule) -> None:
     rule.has_warned = True
 
 
+def with_plan(labels: Tensor, plan: TargetPlan) -> Tensor:
+    """`labels`, by which a patched model runs `plan` instead of making one from their values."""
+    setattr(labels, _PLAN, plan)
+    return labels
+
+
 def _head_labels(plan: TargetPlan) -> Tensor:
     """Labels (B, T + 1) that, shifted as a causal loss does, stand beside the target rows of the decoder's output."""
     rows, is_row = plan.head_rows
     labels = plan.shift_labels.gather(1, rows).masked_fill(~is_row, IGNORED)
-    labels = nn.functional.pad(labels, (1, 0), value=IGNORED)
-    setattr(labels, _PLAN, plan)
-    return labels
+    return with_plan(nn.functional.pad(labels, (1, 0), value=IGNORED), plan)
 
 
 def _replace(output: Any, num_rows: int, function: Callable[[Tensor], Tensor]) -> Any:
