@@ -144,18 +144,12 @@ def _undropped_cost(key: Key, timed: Rows) -> tuple[float | None, float | None]:
 
 
 def control_of(line: Line, lines: Sequence[Line]) -> Line | None:
-    """The undropped line whose step takes as long as this one's, to half a sample of the batch; None without one.
-
-    For a step that takes longer than undropped's it is undropped itself.
-    """
+    """The undropped line with the largest batch whose step takes no longer than this one's; None without one."""
     if line.is_control or line.step_over_undropped is None:
         return None
-    if line.step_over_undropped >= 1:
-        return lines[0]
-    step = line.step_over_undropped
-    timed = [(abs(c.step_over_undropped - step), c) for c in lines if c.is_control and c.step_over_undropped]
-    away, nearest = min(timed, key=lambda entry: entry[0], default=(math.inf, None))
-    return nearest if away <= 0.5 / lines[0].batch_size else None
+    limit = line.step_over_undropped + 1e-9
+    fits = [c for c in lines if c.is_control and c.step_over_undropped and c.step_over_undropped <= limit]
+    return max(fits, key=lambda control: control.batch_size, default=None)
 
 
 def table(group: str, adapter: str, rows: Rows, steps: Rows) -> str:
@@ -170,8 +164,8 @@ def table(group: str, adapter: str, rows: Rows, steps: Rows) -> str:
     out = [
         f"{task.model}, {task.data}, {task.steps} steps of {task.batch_size} x {task.seq_len} bytes, learning rate "
         f"{', '.join(rates)}; validation loss {before:.3f} before.\n",
-        "| method | batch | step time | backward FLOPs | validation loss | - undropped | - smaller batch, equal time "
-        "| of published's gap closed | seeds |",
+        "| method | batch | step time | backward FLOPs | validation loss | - undropped "
+        "| - undropped in no more time (batch) | of published's gap closed | seeds |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for line in lines:
