@@ -141,7 +141,7 @@ class LlamaBlock(nn.Module):
         num_heads, num_kv_heads: query heads and key/value heads (a divisor of num_heads; default num_heads).
         head_dim: size of a head; default width / num_heads. eps: of both norms.
 
-    Shapes: stream.residual and stream.branch (batch, seq, D); rope two tensors (seq, head_dim), or (batch, 1, seq,
+    Shapes: stream.residual and stream.branch (batch, seq, D); rope two tensors (seq, head_dim), or (batch, seq,
             head_dim) where samples have positions of their own. seen: what a stage of a target plan sees beside its
             own rows (`staged_blocks`); None: the rows are whole sequences.
     Errors: ValueError when num_heads is no multiple of num_kv_heads, or width of num_heads while head_dim is not given.

@@ -9,7 +9,6 @@ from transformers import modeling_flash_attention_utils as flash
 
 from dropbp_kernels import apply_dropbp
 from dropbp_kernels.integrations import staged_decoder
-from dropbp_kernels.integrations.stage_keys import StageKeys
 from dropbp_kernels.measure import PeakLiveBytes
 from dropbp_kernels.targets import IGNORED, plan_targets
 
@@ -92,29 +91,6 @@ def test_contexts_that_differ_are_not_shared():
     packed = plan_targets(longer.shift_labels, position_ids=torch.tensor([[0, 1, 0, 1, *range(12)]]).repeat(4, 1))
     mixed = packed.with_shared_context(torch.zeros(4, 16, dtype=torch.long), torch.zeros(1, 16, dtype=torch.long))
     assert mixed.num_context < packed.num_context
-
-
-@pytest.mark.parametrize("is_shared", [False, True])
-def test_samples_may_run_apart(is_shared):
-    batch = pairs()
-    plan = plan_targets(batch["labels"], batch["attention_mask"])
-    if is_shared:
-        plan = plan.with_shared_context(batch["input_ids"], torch.arange(16).unsqueeze(0))
-    context, targets = plan.stages
-    first = StageKeys().of_next(context)
-    values = [torch.randn(len(context.running(context.rows)), 2, context.rows.shape[1], 3) for _ in range(2)]
-    first.update(*values, 0)
-    own = [torch.randn(4, 2, targets.rows.shape[1], 3, requires_grad=True) for _ in range(2)]
-    whole = first.of_next(targets)
-    parts = StageKeys(whole.before, whole.num_before, targets)
-    expected = whole.update(*own, 0)
-    for which in (torch.tensor([3, 1]), torch.tensor([0, 2])):
-        for seen, theirs in zip(parts.of_samples(which).update(*(x[which] for x in own), 0), expected, strict=True):
-            assert torch.equal(seen, theirs[which])
-    after, expected = (keys.of_next(targets).before[0][-1][:2] for keys in (parts, whole))
-    for ours, theirs in zip(after, expected, strict=True):
-        assert torch.equal(ours, theirs)
-        assert ours.requires_grad
 
 
 def test_a_shared_context_needs_tokens():

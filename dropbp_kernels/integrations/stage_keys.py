@@ -42,49 +42,27 @@ class StageKeys(Cache):
         self.num_before = num_before
         self.stage = stage
         self._own: dict[int, _Keys] | None = None if is_last else {}
-        self._parts: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}  # of layers that ran sample by sample
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Keys and values (B, H, rows, D) of this stage's rows behind those of the stages before."""
         sample_of = None if self.stage is None else self.stage.sample_of
         if self._own is not None:
             self._own[layer_idx] = key_states, value_states, sample_of
-        return self._behind_others(key_states, value_states, layer_idx)
-
-    def _behind_others(self, key_states: Tensor, value_states: Tensor, layer_idx: int, which: Any = None) -> Any:
-        """Keys and values (num, H, rows, D) of the samples `which` (None: all) behind those of the stages before."""
         if layer_idx not in self.before:
             return key_states, value_states
-        is_shared = self.stage is not None and self.stage.sample_of is not None
-        pairs = []
-        for keys, values, shared_by in self.before[layer_idx]:
+        pairs = [
             # Context that samples share is spread here and not before: kept, it is as large as what ran.
-            index = which if shared_by is None or is_shared else shared_by if which is None else shared_by[which]
-            pairs.append(
-                (keys, values) if index is None else (keys.index_select(0, index), values.index_select(0, index))
-            )
-        own = key_states, value_states
-        return tuple(torch.cat([*(pair[i] for pair in pairs), own[i]], dim=-2) for i in range(2))
-
-    def of_samples(self, which: Tensor) -> "KeysOfSamples":
-        """This cache for a call on the samples `which`, int64 (num,); calls that together have all fill it."""
-        return KeysOfSamples(self, which)
-
-    def add_samples(self, which: Tensor, key_states: Tensor, value_states: Tensor, layer_idx: int) -> Any:
-        """`update` for the samples `which`."""
-        if self._own is not None:
-            self._parts.setdefault(layer_idx, []).append((which, key_states, value_states))
-        return self._behind_others(key_states, value_states, layer_idx, which)
+            (keys, values)
+            if sample_of is not None or whose is None
+            else (keys.index_select(0, whose), values.index_select(0, whose))
+            for keys, values, whose in self.before[layer_idx]
+        ]
+        pairs.append((key_states, value_states))
+        return tuple(torch.cat(parts, dim=-2) for parts in zip(*pairs, strict=True))
 
     def of_next(self, stage: Stage, *, is_last: bool = False) -> "StageKeys":
         """What `stage` sees, which runs after this one; a recompute of this one keeps nothing more."""
         own, self._own = self._own or {}, None
-        for layer, parts in self._parts.items():
-            which, keys, values = (torch.cat(part) for part in zip(*parts, strict=True))
-            order = which.argsort()
-            sample_of = None if self.stage is None else self.stage.sample_of
-            own[layer] = keys.index_select(0, order), values.index_select(0, order), sample_of
-        self._parts = {}
         num_own = 0 if self.stage is None else self.stage.rows.shape[1]
         # Stage by stage and not joined: what a context stage joins has no graph, and keys of targets need theirs.
         before = {layer: [*self.before.get(layer, []), keys] for layer, keys in own.items()}
@@ -97,25 +75,6 @@ class StageKeys(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Length and offset of the keys that a stage of query_length rows sees."""
         return self.num_before + query_length, 0
-
-
-class KeysOfSamples(Cache):
-    """`StageKeys` in a call on some samples of a batch, where a plan keeps a branch for a part of them."""
-
-    is_recomputable = True
-
-    def __init__(self, keys: StageKeys, which: Tensor):
-        super().__init__(layer_class_to_replicate=DynamicLayer)
-        self.keys = keys
-        self.which = which
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """Keys and values (num, H, rows, D) of these samples' rows behind those of the stages before."""
-        return self.keys.add_samples(self.which, key_states, value_states, layer_idx)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Rows of the stages before, padding included."""
-        return self.keys.num_before
 
 
 def is_flash(config: Any) -> bool:
