@@ -6,7 +6,8 @@ is started with. So with G_i, the gradient that arrives at o_i when nothing is d
     g_0 - g_i  =  the backward from o_i, started with G_i
 
 which runs through the branch and what lies below it, and through nothing above. One forward and one backward give g_0
-and all G_i; the rest is half a backward per branch on average, and no forward.
+and all G_i; the rest is half a backward per branch on average, and no forward. Where a gate also sees what its branch
+reads (all but those that gate a block by its modules), the backward starts there, and through the branch runs none.
 
 The estimate does without those, too. What branch i adds to the gradient of the stream is the difference between G_i
 and the G of the branch before it; the gradients of the parameters below are taken to change by the same ratio as the
@@ -16,13 +17,10 @@ stream's. The branch's own part of the sensitivity, its own parameters' whole gr
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
 
 from .sensitivity import (
     HasGates,
@@ -35,6 +33,7 @@ from .sensitivity import (
     set_rng_state,
     with_progress,
 )
+from .shared_backward import Gradients, SharedBackward, parameters_above
 
 # What sums of gradients over several micro-batches may take: as many branches as fit are done in one pass over them.
 SUMS_BYTES = 1 << 30
@@ -45,71 +44,6 @@ NO_GRADIENT = (
     "calibrate before the model is sharded, or use a saved calibration)"
 )
 Losses = Sequence[Callable[[], Tensor]]
-Gradients = list[Tensor | None]
-
-
-class _Backward:
-    """One forward and its backward with nothing dropped, its graph kept: where each branch enters, and with what.
-
-    gradients: g_0, one for each of `parameters`. entries: by branch, the places where its output enters the stream,
-    each with the gradient that arrives there from outside of the branch.
-    """
-
-    def __init__(self, handler: HasGates, loss: Callable[[], Tensor], parameters: list[nn.Parameter]):
-        outputs: dict[str, list[GradientEdge]] = {name: [] for name in handler.gates}
-
-        def note(edges: list[GradientEdge], output: Any) -> None:
-            leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
-            edges += [get_gradient_edge(leaf) for leaf in leaves]
-
-        for name, gate in handler.gates.items():
-            gate.kept = True
-            gate.grad_scale = 1.0
-            gate.watch = partial(note, outputs[name])
-        # A compiled block has no place inside of it from which a backward could start.
-        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-            value = loss()
-        for gate in handler.gates.values():
-            gate.watch = None
-        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-            found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(
-                "loss: expected a function that runs the forward and returns the loss, one number with its graph, got "
-                f'{found}; a function that runs the backward itself goes with method="published"'
-            )
-        self.parameters = parameters
-        edges = [edge for of_branch in outputs.values() for edge in of_branch]
-        sought: list[Any] = [*parameters, *edges]
-        grads: Sequence[Tensor | None] = torch.autograd.grad(value, sought, retain_graph=True, allow_unused=True)
-        self.gradients: Gradients = list(grads[: len(parameters)])
-        arrived = dict(zip(edges, grads[len(parameters) :], strict=True))
-        self.entries = {name: _from_outside(of_branch, arrived) for name, of_branch in outputs.items()}
-
-    def through(self, name: str) -> Gradients:
-        """g_0 - g_i: the part of the gradients that flows through the branch."""
-        if not (entries := self.entries[name]):
-            return [None] * len(self.parameters)
-        edges, grads = zip(*entries, strict=True)
-        return list(torch.autograd.grad(edges, self.parameters, grads, retain_graph=True, allow_unused=True))
-
-
-def _from_outside(edges: list[GradientEdge], arrived: dict[GradientEdge, Tensor | None]) -> list[tuple[Any, Tensor]]:
-    """The places of a branch, latest first, each with the gradient that arrives there by no other place of the branch.
-
-    Only a branch of several outputs (router logits, a position bias), or one that is called several times, has several;
-    there what flows from a later place to an earlier one is counted at the later one.
-    """
-    entries: list[tuple[Any, Tensor]] = []
-    for edge in sorted(dict.fromkeys(edges), key=lambda edge: -edge.node._sequence_nr()):
-        grad = arrived[edge]
-        if grad is None:
-            continue
-        if entries:
-            later, grads = zip(*entries, strict=True)
-            (inner,) = torch.autograd.grad(later, [edge], grads, retain_graph=True, allow_unused=True)
-            grad = grad if inner is None else grad - inner
-        entries.append((edge, grad))
-    return entries
 
 
 def measure_sensitivity(
@@ -182,7 +116,7 @@ def exact_sensitivity(
             whole: Gradients = [None] * len(parameters)
             parts: dict[str, Gradients] = {name: [None] * len(parameters) for name in names[start : start + at_once]}
             for loss in losses:
-                backward = _Backward(handler, loss, parameters)
+                backward = SharedBackward(handler, loss, parameters)
                 _add(whole, backward.gradients, len(losses) > 1)
                 for name in parts:
                     part = backward.through(name)
@@ -239,7 +173,7 @@ def estimate_sensitivity(handler: HasGates, losses: Losses, definition: str = "n
     owners: dict[str, tuple[list[int], list[int]]] = {}
     with left_as_found(handler):
         for loss in losses:
-            backward = _Backward(handler, loss, parameters)
+            backward = SharedBackward(handler, loss, parameters)
             _add(whole, backward.gradients, len(losses) > 1)
             last = {name: entries[0] for name, entries in backward.entries.items() if entries}
             in_order = sorted(last, key=lambda name, last=last: last[name][0].node._sequence_nr())  # type: ignore[misc]
@@ -273,7 +207,7 @@ def _change(before: Tensor, after: Tensor, definition: str) -> float:
 
 
 def _own_parameters(
-    backward: _Backward, handler: HasGates, in_order: list[str]
+    backward: SharedBackward, handler: HasGates, in_order: list[str]
 ) -> Iterator[tuple[list[int], list[int]]]:
     """For each branch, the indices of the parameters that its output depends on and no earlier branch's does.
 
@@ -281,20 +215,12 @@ def _own_parameters(
     all of them.
     """
     index_of = {id(parameter): index for index, parameter in enumerate(backward.parameters)}
-    seen: set[Node] = set()
+    seen: set[Any] = set()
     for name in in_order:
         own: list[int] = []
         others: list[int] = []
         modules = getattr(handler.gates[name], "modules_of_branch", ())
         known = {id(parameter) for module in modules for parameter in module.parameters()}
-        waiting = [edge.node for edge, _ in backward.entries[name]]
-        while waiting:
-            node = waiting.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            variable = getattr(node, "variable", None)
-            if variable is not None and id(variable) in index_of:
-                (own if id(variable) in known or not known else others).append(index_of[id(variable)])
-            waiting += [following for following, _ in node.next_functions if following is not None]
+        for index in parameters_above({edge.node for edge, _ in backward.entries[name]}, seen, index_of):
+            (own if id(backward.parameters[index]) in known or not known else others).append(index)
         yield own, others

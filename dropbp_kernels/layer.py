@@ -13,7 +13,7 @@ a `DropBPHandler` draws the plan of a step and writes it into all gates of a mod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,16 @@ def add_branch(residual: Tensor, output: Tensor, grad_scale: float = 1.0) -> Ten
     return gated_residual_add(residual, output, grad_scale=grad_scale)
 
 
+class Watch(Protocol):
+    """Who looks at a branch from its gate, while a calibration runs."""
+
+    def entered(self, residual: Tensor) -> Tensor:
+        """What the branch shall read in place of `residual`: the same values."""
+
+    def returned(self, output: Any) -> None:
+        """What a kept branch returned, before it enters the stream."""
+
+
 class DropBP(nn.Module):
     """The gate of one droppable residual branch. It has no parameters and no buffers, so state_dict keys do not change.
 
@@ -82,7 +92,7 @@ class DropBP(nn.Module):
             name; what a call by rows adds there twice is put together.
         checkpoint: None, or the function(branch, residual) that runs a kept branch in training mode so that it saves
             its input alone: `checkpoint_branch`, or what transformers was told to use.
-        watch: None, or a function that is shown what a kept branch returns, before it enters the stream (`calibrate`).
+        watch: None, or who is shown what a branch is given and what a kept one returns (`Watch`, of a calibration).
         was_called: whether the gate was called with gradients enabled since the handler last drew a plan.
         batch_size, seq_len: the first two dimensions of the residual in the last such call, 0 before it.
 
@@ -111,7 +121,7 @@ class DropBP(nn.Module):
         self.is_real: Tensor | None = None
         self.records: Callable[[], dict[str, list[Any]]] | None = None
         self.checkpoint: Callable[..., Any] | None = None
-        self.watch: Callable[[Any], Any] | None = None
+        self.watch: Watch | None = None
         self.was_called = False
         self.batch_size = 0
         self.seq_len = 0
@@ -172,6 +182,8 @@ class DropBP(nn.Module):
             return output
         if torch.is_grad_enabled():
             self.note_call(residual)
+        if self.watch is not None:
+            residual = self.watch.entered(residual)
         entry = self.entry(residual)
         if self.checkpoint is not None and entry and self.training and torch.is_grad_enabled():
             # What is computed again is the branch alone, never the gate: a plan drawn since then changes nothing.
@@ -241,7 +253,7 @@ class DropBP(nn.Module):
     def shown(self, output: Any) -> Any:
         """`output` of a kept branch, once whoever watches the gate has seen it."""
         if self.watch is not None:
-            self.watch(output)
+            self.watch.returned(output)
         return output
 
     def note_call(self, residual: Tensor) -> None:
