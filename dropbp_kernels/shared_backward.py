@@ -27,7 +27,7 @@ class _Watch:
 
     def entered(self, residual: Tensor) -> Tensor:
         self.is_split_off = True
-        if not residual.requires_grad:
+        if not (residual.requires_grad and torch.is_grad_enabled()):
             return residual
         residual = residual.view_as(residual)  # a place of the branch's own: only its gradient arrives here
         self.begins.append(get_gradient_edge(residual))
