@@ -365,6 +365,26 @@ def test_gradient_checkpointing_and_accumulation(use_reentrant):
             torch.testing.assert_close(grad, expected[name])
 
 
+def test_ddp_with_accumulation(tmp_path):
+    model = adapted().train()
+    for _ in range(2):
+        model(**tiny_batch()).loss.backward()
+    expected = gradients(model)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        other = adapted().train()
+        parallel = torch.nn.parallel.DistributedDataParallel(other)
+        with parallel.no_sync():
+            parallel(**tiny_batch()).loss.backward()
+        parallel(**tiny_batch()).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    for name, grad in gradients(other).items():
+        assert (grad is None) == (expected[name] is None)
+        if grad is not None:
+            torch.testing.assert_close(grad, expected[name])
+
+
 @pytest.mark.parametrize("checkpoint", ["none", "kept"])
 def test_dropped_branches_are_the_pretrained_products(checkpoint):
     """Gradients are those of detach-after, a dropped branch saves nothing, kept ones save r channels."""
