@@ -407,6 +407,7 @@ def test_batch_of_equal_time_lies_on_the_line_through_two_times(monkeypatch):
     class Fake:
         batch_size = 16
         handler = None
+        settings = Settings()
 
     full, ours = Fake(), Fake()
     ours.handler = type("Handler", (), {"draw": lambda self, n: self, "set_plan": lambda self, p: None, "kept": ()})()

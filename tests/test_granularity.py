@@ -317,7 +317,7 @@ class FusedStack(torch.nn.Module):
     def forward(self, x, by_sample=False):
         rope = blocks.rotary_embedding(x.shape[1], 8, dtype=x.dtype)
         if by_sample:
-            rope = tuple(table.expand(x.shape[0], 1, *table.shape) for table in rope)
+            rope = tuple(table.expand(x.shape[0], *table.shape) for table in rope)
         stream = blocks.Stream(x)
         for layer in self.layers:
             stream = layer(stream, rope)

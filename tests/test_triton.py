@@ -120,7 +120,7 @@ def test_kernels_compile_without_a_gpu(architecture, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
-    assert len(results) == 54
+    assert len(results) == 56
     for name, (source, num_bytes) in results.items():
         assert num_bytes > 0, name
         # Rows times their length is what passes 2^31: the only products of 32 bits left are of columns.
