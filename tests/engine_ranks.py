@@ -43,6 +43,21 @@ def ddp(rank: int, missing_grad: str):
     return train(DistributedDataParallel(model, find_unused_parameters=True), handler, batches(rank), missing_grad)
 
 
+def with_paca():
+    """A toy model of which r columns of each linear are trained."""
+    import peft
+
+    from dropbp_kernels.paca import PacaConfig
+
+    return peft.get_peft_model(toy_model(4), PacaConfig(r=3, target_modules=["up", "down"], seed=0))
+
+
+def paca(rank: int):
+    model = with_paca()
+    handler = DropBPHandler(model, 0.5)
+    return train(DistributedDataParallel(model, find_unused_parameters=True), handler, batches(rank))
+
+
 def ddp_static_graph(rank: int):
     """What DDP says when it was promised that the same parameters are used in every step."""
     model = toy_model(4)
@@ -74,6 +89,8 @@ if __name__ == "__main__":
             results[f"ddp {mode}"] = ddp(rank, mode)
         if not only or "fsdp2" in only:
             results[f"fsdp2 {mode}"] = fsdp2(rank, mode)
+    if "paca" in only or not only:
+        results["paca"] = paca(rank)
     if "static" in only or not only:
         results["static"] = ddp_static_graph(rank)
     torch.save(results, Path(sys.argv[1], f"rank{rank}.pt"))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from engine_ranks import batches, train
+from engine_ranks import batches, train, with_paca
 from models import toy_model
 
 from dropbp_kernels import DropBPHandler
@@ -55,6 +55,19 @@ def test_two_ranks_train_like_one(results, engine, missing_grad):
     expected = train(model, DropBPHandler(model, 0.5), batches(None), missing_grad)
     first, second = (result[f"{engine} {missing_grad}"] for result in results)
     assert set(first) == set(expected)
+    for name, value in expected.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_two_ranks_train_columns_like_one(results):
+    pytest.importorskip("peft")  # an optional extra
+    model = with_paca()
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = train(model, DropBPHandler(model, 0.5), batches(None))
+    changed = [name for name, value in expected.items() if not torch.equal(value, start[name])]
+    assert len(changed) == 8, changed  # two linears a block
+    first, second = (result["paca"] for result in results)
     for name, value in expected.items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-6)

@@ -385,6 +385,25 @@ def test_ddp_with_accumulation(tmp_path):
             torch.testing.assert_close(grad, expected[name])
 
 
+@pytest.mark.parametrize("granularity", ["sample", "token"])
+def test_plans_by_rows(granularity):
+    """Gradients are those of rows that ran with autograd and were detached; dropped rows save no channels."""
+    gradients_of, saved_of = {}, {}
+    for dropped_runs in ("detach", "inference"):
+        model = adapted().train()
+        apply_dropbp(model, 0.5, granularity=granularity, dropped_runs=dropped_runs, fused_loss="off").step()
+        with saved_bytes() as saved:
+            loss = model(**tiny_batch(batch_size=4)).loss
+        loss.backward()
+        gradients_of[dropped_runs], saved_of[dropped_runs] = gradients(model), saved.num_bytes
+    assert saved_of["inference"] < 0.75 * saved_of["detach"]
+    assert any(grad is not None for grad in gradients_of["inference"].values())
+    for name, grad in gradients_of["detach"].items():
+        assert (grad is None) == (gradients_of["inference"][name] is None), name
+        if grad is not None:
+            torch.testing.assert_close(gradients_of["inference"][name], grad)
+
+
 @pytest.mark.parametrize("checkpoint", ["none", "kept"])
 def test_dropped_branches_are_the_pretrained_products(checkpoint):
     """Gradients are those of detach-after, a dropped branch saves nothing, kept ones save r channels."""
