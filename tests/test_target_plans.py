@@ -256,7 +256,8 @@ def test_any_labels_and_padding(batch):
 
 def test_packed_documents_do_not_see_each_other():
     batch = {name: value[:2] for name, value in chat().items() if name != "use_cache"}
-    batch["labels"][0, :12] = IGNORED  # its first document has no target
+    batch["labels"][0, :12] = IGNORED  # its first document has no target, both of the other sample have some
+    batch["labels"][1, 3:5] = batch["input_ids"][1, 3:5]
     batch["position_ids"] = torch.cat([torch.arange(9), torch.arange(7)]).expand(2, 16)
     model = tiny()
     dense = backward(copy.deepcopy(model), {**batch, "use_cache": False})
