@@ -34,6 +34,7 @@ class Line:
     """One line of a table. losses: final validation loss by seed; None: not timed."""
 
     name: str
+    drop_rate: float
     batch_size: int
     losses: dict[int, float]
     step_over_undropped: float | None
@@ -103,6 +104,7 @@ def _line(point: Point, adapter: str, rows: Rows, timed: Rows, full_batch: int) 
     step, backward = _undropped_cost(key, timed) if is_control else _cost(key, timed, adapter)
     return Line(
         name=label(point.method, point.drop_rate) + (f", {point.adapter}" if point.adapter else ""),
+        drop_rate=point.drop_rate,
         batch_size=key[3],
         losses={int(row["seed"]): float(row["validation_loss"]) for row in chosen},
         step_over_undropped=step,
@@ -158,7 +160,7 @@ def table(group: str, adapter: str, rows: Rows, steps: Rows) -> str:
     if not lines:
         return ""
     task, full = GROUPS[group].task, lines[0]
-    published = {line.name: line for line in lines if line.name.startswith("published")}
+    published = {line.drop_rate: line for line in lines if line.name.startswith("published")}
     before = float(full.rows[0]["validation_before"])
     rates = {f"{float(row['learning_rate']):g} ({row['adapter']})": None for line in lines for row in line.rows}
     out = [
@@ -188,12 +190,10 @@ def table(group: str, adapter: str, rows: Rows, steps: Rows) -> str:
     return "\n".join(out) + "\n"
 
 
-def _gap_closed(line: Line, full: Line, published: dict[str, Line]) -> float | None:
+def _gap_closed(line: Line, full: Line, published: dict[float, Line]) -> float | None:
     """Share of the gap between published DropBP at the same rate (or the group's only one) and undropped."""
-    rate = line.name.partition(",")[0].rpartition(" ")[2]
-    peer = next((p for name, p in published.items() if name.startswith(f"published {rate}")), None) or (
-        next(iter(published.values())) if len(published) == 1 else None
-    )
+    only = next(iter(published.values())) if len(published) == 1 else None
+    peer = published.get(line.drop_rate, only)
     if peer is None or peer is line:
         return None
     gap, ours = difference(peer.losses, full.losses), difference(line.losses, full.losses)
