@@ -108,8 +108,7 @@ def test_what_cannot_be_proved_is_refused_with_three_lines(block, reason):
 
 def test_the_proof_sees_a_branch_that_leaks(monkeypatch):
     """A gate that does not drop: the proof, and not a later gradient, has to say so."""
-    monkeypatch.setattr(ModuleGate, "records_graph", True)
-    monkeypatch.setattr(ModuleGate, "pass_output", lambda gate, output, is_kept: output)
+    monkeypatch.setattr(ModuleGate, "entry", lambda gate, stream: True)
     model = Model(PreNorm)
     with pytest.raises(NotFound, match="fail the proof"):
         apply_dropbp(model, 0.5, inputs=inputs())
