@@ -59,7 +59,7 @@ def _rope_kernel(
     x_ptr += sample * x_batch_stride + position * x_seq_stride
     output_ptr += sample * output_batch_stride + position * output_seq_stride
     for start in range(0, num_heads, HEADS):
-        heads = (start + tl.arange(0, HEADS))[:, None]
+        heads = (start + tl.arange(0, HEADS)).to(tl.int64)[:, None]
         mask = (heads < num_heads) & in_half[None, :]
         x_at = x_ptr + heads * x_head_stride + columns[None, :]
         output_at = output_ptr + heads * output_head_stride + columns[None, :]
