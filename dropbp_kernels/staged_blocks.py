@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .blocks import LlamaBlock, RMSNorm, SeenKeys, Stream, finish
 from .layer import as_inference
-from .targets import IGNORED, Stage, TargetPlan
+from .stage_masks import StageMasks
+from .targets import IGNORED, TargetPlan
 
 CONTEXT_GRADIENTS = ("none", "one_hop", "full")
 
@@ -57,13 +58,13 @@ def run_by_targets(
     position_ids = position_ids.expand_as(plan.documents)
 
     before: list[list[tuple[Tensor, Tensor]]] = [[] for _ in blocks]
-    stages: list[Stage] = []
+    masks = StageMasks(plan.documents)
     hidden = []
     for stage in plan.stages:
-        stages.append(stage)
+        masks.add(stage)
+        mask = None if masks.is_causal else masks.mask()
         places = stage.gather(position_ids)
         rope_of_rows = rope[0][places], rope[1][places]
-        mask = _mask(stages, plan.documents)
         has_graph = torch.is_grad_enabled() and (stage.is_target or context_gradient == "full")
         one_hop = context_gradient == "one_hop" and torch.is_grad_enabled()
         with nullcontext() if has_graph else as_inference(x.device.type):
@@ -82,25 +83,3 @@ def target_labels(plan: TargetPlan) -> Tensor:
     """What the rows of `run_by_targets` have to predict: int64 (B, T), -100 where padding."""
     rows, is_row = plan.head_rows
     return plan.shift_labels.gather(1, rows).masked_fill(~is_row, IGNORED)
-
-
-def _mask(stages: Sequence[Stage], documents: Tensor) -> Tensor | None:
-    """Which rows of `stages`, in their order, the rows of the last one see: bool (B, 1, L, all rows); None: causal."""
-    last = stages[-1]
-    if len(stages) == 1 and last.is_prefix:
-        return None
-    of_stages: list[Tensor] = []
-    for stage in stages:
-        if stage.targets is not None:  # it runs kept context again: what ran of that before is not seen any more
-            again = torch.where(stage.is_row, stage.rows, -2).unsqueeze(1)
-            of_stages = [rows.masked_fill((rows.unsqueeze(2) == again).any(2), -1) for rows in of_stages]
-        of_stages.append(torch.where(stage.is_row, stage.rows, -1))
-    places = torch.cat(of_stages, dim=1).unsqueeze(1)
-    of_keys = torch.cat([documents.gather(1, stage.rows) for stage in stages], dim=1).unsqueeze(1)
-    of_rows = documents.gather(1, last.rows).unsqueeze(2)
-    sees = (places >= 0) & (places <= last.rows.unsqueeze(2)) & (of_keys == of_rows)
-    # A padded row sees itself, or softmax would divide by zero; nobody reads what it computes.
-    num_before = places.shape[2] - last.rows.shape[1]
-    own = torch.eye(last.rows.shape[1], dtype=torch.bool, device=sees.device)
-    sees[:, :, num_before:] |= own & ~last.is_row.unsqueeze(2)
-    return sees.unsqueeze(1)

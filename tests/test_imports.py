@@ -28,6 +28,7 @@ LEVELS = {
     "_backend": 1,
     "targets": 1,
     "target_share": 2,
+    "stage_masks": 2,
     "tuning": 2,
     "_triton": 3,
     "allocation": 2,

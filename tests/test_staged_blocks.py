@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dropbp_kernels import DropBPHandler, blocks, staged_blocks
+from dropbp_kernels import DropBPHandler, blocks
 from dropbp_kernels.layer import checkpoint_branch
 from dropbp_kernels.losses import linear_cross_entropy
 from dropbp_kernels.staged_blocks import run_by_targets, target_labels
@@ -166,22 +166,3 @@ def test_bad_input():
         run_by_targets(same, x[:2], model.blocks, model.norm, rope)
     with pytest.raises(ValueError, match="plan: expected at least one target, got none"):
         run_by_targets(plan_targets(torch.full_like(labels, IGNORED)), x, model.blocks, model.norm, rope)
-
-
-def test_masks_by_hand():
-    X = IGNORED
-    plan = plan_targets(torch.tensor([[X, X, 3, 4, X], [X, X, X, 4, X]]))
-    first = plan.stages[0]
-    context = staged_blocks._mask([first], plan.documents)
-    assert context[:, 0].int().tolist() == [
-        [[1, 0], [1, 1]],  # one row and its padding, which sees row 0 and itself
-        [[1, 0], [1, 1]],  # rows 0 and 1
-    ]
-    targets = staged_blocks._mask(plan.stages, plan.documents)
-    assert targets[:, 0].int().tolist() == [
-        [[1, 0, 1, 0], [1, 0, 1, 1]],  # rows 1 and 2 see row 0, not its padding
-        [[1, 1, 1, 0], [1, 0, 0, 1]],  # row 2 sees rows 0 to 2; padding sees row 0 and itself
-    ]
-    empty = plan_targets(torch.tensor([[X, 3, X], [X, X, X]]))
-    assert staged_blocks._mask(empty.stages, empty.documents)[:, 0].int().tolist() == [[[1]], [[1]]]
-    assert staged_blocks._mask(plan_targets(torch.tensor([[X, X, 3], [X, X, 4]])).stages[:1], plan.documents) is None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from ..stage_masks import StageMasks
 from ..targets import Stage
 
 _Keys = tuple[Tensor, Tensor, Tensor | None]  # keys, values, and whose of them each sample takes (None: its own)
@@ -82,60 +83,38 @@ def is_flash(config: Any) -> bool:
     return str(config._attn_implementation).startswith("flash_attention_")
 
 
-class StageMasks:
-    """Who may attend to whom, stage by stage.
+class ModelMasks:
+    """`StageMasks` as a model of transformers takes them.
 
     Args:
-        config: the decoder's; its sliding window, if any, counts.
+        config: the decoder's; its attention and its sliding window, if any, count.
         documents: int64 (B, S), as in `TargetPlan`.
     """
 
     def __init__(self, config: Any, documents: Tensor):
-        self.documents = documents
+        self.masks = StageMasks(documents)
         self.is_additive = config._attn_implementation == "eager"
         self.is_flash = is_flash(config)
         layer_types = set(getattr(config, "layer_types", None) or ())
         self.is_mixed = "sliding_attention" in layer_types
         self.window = getattr(config, "sliding_window", None) if self.is_mixed or not layer_types else None
-        self._places: list[Tensor] = []  # of the keys so far, (B, L) a stage
-        self._documents: list[Tensor] = []
-        self._is_row: list[Tensor] = []
 
     def add(self, stage: Stage, dtype: torch.dtype) -> Any:
         """The mask (B, 1, L, keys so far) of a stage's rows, or one for each type of layer; None: plainly causal.
 
         For flash attention: which keys so far are no padding, (B, keys so far).
         """
-        is_first = not self._places
-        self._is_row.append(stage.is_row)
-        if stage.targets is not None:  # it runs kept context again: what ran of that before is not seen any more
-            kept = torch.where(stage.is_row, stage.rows, -2).unsqueeze(1)
-            self._places = [places.masked_fill((places.unsqueeze(2) == kept).any(2), -1) for places in self._places]
-        rows = torch.where(stage.is_row, stage.rows, -1)  # no row may attend to a padded key
-        documents = self.documents.gather(1, stage.rows)
-        self._places.append(rows)
-        self._documents.append(documents)
-        if is_first and stage.is_prefix:  # a causal mask does
+        self.masks.add(stage)
+        if self.masks.is_causal:
             return None
         if self.is_flash:  # its last query sees the last key, so stages of one document follow each other by themselves
-            return stage.running(torch.cat(self._is_row, dim=1))
-        places = torch.cat(self._places, dim=1).unsqueeze(1)
-        of_keys = torch.cat(self._documents, dim=1).unsqueeze(1)
-        rows, documents, places, of_keys = map(stage.running, (rows, documents, places, of_keys))
-        distance = rows.unsqueeze(2) - places
-        sees = (places >= 0) & (distance >= 0) & (documents.unsqueeze(2) == of_keys)
-        # A padded row attends to itself, or softmax would divide by zero; nobody reads what it computes.
-        own = torch.arange(places.shape[2] - rows.shape[1], places.shape[2], device=rows.device)
-        padding = torch.zeros_like(sees)
-        padding[:, torch.arange(rows.shape[1], device=rows.device), own] = rows < 0
-        full = self._mask(sees | padding, dtype)
-        if self.window is None:
-            return full
-        near = self._mask((sees & (distance < self.window)) | padding, dtype)
-        return {"full_attention": full, "sliding_attention": near} if self.is_mixed else near
+            return self.masks.is_row()
+        near = self._spelled(self.masks.mask(self.window), dtype)
+        if not self.is_mixed or self.window is None:
+            return near
+        return {"full_attention": self._spelled(self.masks.mask(), dtype), "sliding_attention": near}
 
-    def _mask(self, sees: Tensor, dtype: torch.dtype) -> Tensor:
-        sees = sees.unsqueeze(1)
+    def _spelled(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
         if not self.is_additive:
-            return sees
-        return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, torch.finfo(dtype).min)
+            return mask
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 from ..handler import find_gates
 from ..layer import as_inference
 from ..targets import TargetPlan, TargetRule
-from .stage_keys import StageKeys, StageMasks
+from .stage_keys import ModelMasks, StageKeys
 
 MIN_ROWS = 1024  # of context that run at a time; with fewer the GEMMs get slow, and so many hold little
 _BY_ROW = ("input_ids", "inputs_embeds", "position_ids")
@@ -33,7 +33,7 @@ def run_in_stages(decoder: Any, run: Callable[..., Any], inputs: dict[str, Any],
     if rule.context_gradient != "full":
         num_rows = max(stage.rows.numel() for stage in plan.stages if stage.is_target)
         plan = plan.with_slices(rows_at_once(decoder, num_rows))
-    masks = StageMasks(decoder.config, plan.documents)
+    masks = ModelMasks(decoder.config, plan.documents)
     keys, hidden = StageKeys(), []
     output: Any = None
     with _caches_under_checkpointing(decoder):
