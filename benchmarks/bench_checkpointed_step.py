@@ -20,12 +20,12 @@ from torch.utils.checkpoint import checkpoint
 
 from dropbp_kernels import DropBPHandler, apply_dropbp
 from dropbp_kernels.layer import checkpoint_branch
-from dropbp_kernels.measure import PeakLiveBytes, saved_bytes
 
-from .bench_step import DROP_RATES, NUM_MEMORY_ROUNDS, SIZES, Method, Stepper, build
-from .rows import Machine, machine
+from .bench_step import Method
+from .rows import machine
 from .settings import Settings
-from .timing import quantile
+from .steps import DROP_RATES, NUM_MEMORY_ROUNDS, ModelRow, Stepper, build, size_of, time_columns
+from .timing import in_turn
 
 NUM_ROUNDS = {"full": 9, "quick": 3, "tiny": 1}
 NUM_WARM_UP_ROUNDS = {"full": 1, "quick": 1, "tiny": 0}
@@ -54,13 +54,9 @@ WAYS = [
 
 
 @dataclass(frozen=True)
-class CheckpointedStepRow(Machine):
+class CheckpointedStepRow(ModelRow):
     """One way at one drop rate. results/README.md says what each column means."""
 
-    model: str
-    dtype: str
-    batch_size: int
-    seq_len: int
     method: str
     drop_rate: float
     flops_kept: float
@@ -75,16 +71,14 @@ class CheckpointedStepRow(Machine):
     peak_live_bytes: int
 
     HEADER: ClassVar[str] = (
-        f"{'method':<18} {'kept':>5} {'forward':>10} {'backward':>10} {'step':>10} {'p20-p80':>17} {'of undropped':>12}"
-        f" {'saved':>10} {'peak live':>10}"
+        f"{'method':<18} {'kept':>5} {ModelRow.TIMES} {'of undropped':>12} {'saved':>10} {'peak live':>10}"
     )
 
     def __str__(self) -> str:
         return (
-            f"{self.method + f' {self.drop_rate:g}':<18} {self.flops_kept:>5.0%} {self.forward_ms:>7.1f} ms "
-            f"{self.backward_ms:>7.1f} ms {self.step_ms:>7.1f} ms "
-            f"{f'{self.step_p20_ms:.1f}-{self.step_p80_ms:.1f} ms':>17} {self.step_over_undropped:>12.3f} "
-            f"{self.saved_bytes / 2**20:>6.1f} MiB {self.peak_live_bytes / 2**20:>6.1f} MiB"
+            f"{self.method + f' {self.drop_rate:g}':<18} {self.flops_kept:>5.0%} {self.times()} "
+            f"{self.step_over_undropped:>12.3f} {self.saved_bytes / 2**20:>6.1f} MiB "
+            f"{self.peak_live_bytes / 2**20:>6.1f} MiB"
         )
 
 
@@ -100,59 +94,40 @@ def run(settings: Settings) -> Iterator[list[CheckpointedStepRow]]:
     from tqdm import tqdm
 
     where = machine(settings.device, settings.commit)
-    size = SIZES["tiny" if settings.scale == "tiny" else settings.device.type]
+    size = size_of(settings)
     model, batch = build(size, settings.device)
-    times: dict[Way, list[tuple[float, float]]] = {way: [] for way in WAYS}
-    kept: dict[Way, list[float]] = {way: [] for way in WAYS}
-    num_warm_up = NUM_WARM_UP_ROUNDS[settings.scale]
-    rounds = range(num_warm_up + NUM_ROUNDS[settings.scale])
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", ".*gradient_checkpointing.*", FutureWarning
-        )  # transformers renames its switch
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)  # a switch renamed
         warnings.filterwarnings("ignore", "gradient checkpointing: it is reentrant.*", UserWarning)
         model.gradient_checkpointing_enable({"use_reentrant": False})
         handler = apply_dropbp(model, 0.0, strict=False)
         stepper = Stepper(model, batch, settings.device)
-        memory = {
-            way: max(
-                _memory(way, handler, stepper, step)
-                for step in range(NUM_MEMORY_ROUNDS[settings.scale] if way.drop_rate else 1)
-            )
-            for way in tqdm(WAYS, desc="counting memory", leave=False, disable=None)
-        }
-        for step in tqdm(rounds, desc="rounds of all methods", leave=False, disable=None):
-            for way in WAYS:
-                flops_kept = way.set_plan(handler, step)
-                elapsed = stepper.timed_step()
-                if step >= num_warm_up:
-                    times[way].append(elapsed)
-                    kept[way].append(flops_kept)
+        memory = {}
+        for way in tqdm(WAYS, desc="counting memory", leave=False, disable=None):
+            plans = range(NUM_MEMORY_ROUNDS[settings.scale] if way.drop_rate else 1)
+            counts = [_memory(way, handler, stepper, step) for step in plans]
+            memory[way] = max(counts, key=lambda one: (one["peak_live_bytes"], one["saved_bytes"]))
+        measured = in_turn(
+            {way: way.in_rounds(handler, stepper) for way in WAYS},
+            NUM_ROUNDS[settings.scale],
+            NUM_WARM_UP_ROUNDS[settings.scale],
+        )
 
-    undropped_ms = statistics.median(map(sum, times[WAYS[0]]))
     rows = []
+    undropped_ms = time_columns([times for _, times in measured[WAYS[0]]])["step_ms"]
     for way in WAYS:
-        steps_ms = [forward + backward for forward, backward in times[way]]
-        peak_live_bytes, num_saved_bytes = memory[way]
+        kept, times = zip(*measured[way], strict=True)
+        columns = time_columns(times)
         rows.append(
             CheckpointedStepRow(
                 **asdict(where),
-                model=size.name,
-                dtype=str(size.dtype).removeprefix("torch."),
-                batch_size=size.batch_size,
-                seq_len=size.seq_len,
+                **size.columns(),
                 method=way.name,
                 drop_rate=way.drop_rate,
-                flops_kept=statistics.fmean(kept[way]),
-                num_samples=len(steps_ms),
-                forward_ms=statistics.median(forward for forward, _ in times[way]),
-                backward_ms=statistics.median(backward for _, backward in times[way]),
-                step_ms=statistics.median(steps_ms),
-                step_p20_ms=quantile(steps_ms, 0.2),
-                step_p80_ms=quantile(steps_ms, 0.8),
-                step_over_undropped=statistics.median(steps_ms) / undropped_ms,
-                saved_bytes=num_saved_bytes,
-                peak_live_bytes=peak_live_bytes,
+                flops_kept=statistics.fmean(kept),
+                **columns,
+                step_over_undropped=columns["step_ms"] / undropped_ms,
+                **memory[way],
             )
         )
     yield rows
@@ -169,14 +144,6 @@ def verdicts(rows: list[CheckpointedStepRow]) -> dict[str, bool]:
     }
 
 
-def _memory(way: Way, handler: DropBPHandler, stepper: Stepper, step: int) -> tuple[int, int]:
-    """Peak live bytes of a step and the bytes saved in its forward."""
+def _memory(way: Way, handler: DropBPHandler, stepper: Stepper, step: int) -> dict[str, int]:
     way.set_plan(handler, step)
-    stepper.model.zero_grad(set_to_none=True)
-    with saved_bytes() as saved:
-        loss = stepper.forward()
-    del loss
-    with PeakLiveBytes() as live:
-        stepper.forward().backward()
-    stepper.model.zero_grad(set_to_none=True)
-    return live.peak_bytes, saved.num_bytes
+    return stepper.bytes()

@@ -5,7 +5,7 @@ half          of B / 2 of them, without choosing: what a subset costs at least
 exact, spsa   CoresetSelector on the B examples with these features, then forward and backward of its B / 2
 
 Scoring is the part of choosing that runs the model; selection is the rest: moments, distances, facility location, rows.
-As in `bench_step` every round runs each method once, and a step leaves out the optimizer. Memory is counted, not timed.
+Every round runs each method once. Memory is counted, not timed.
 """
 
 import statistics
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from dropbp_kernels.coreset import CoresetSelector
 from dropbp_kernels.measure import PeakLiveBytes
 
-from .bench_step import SIZES, build
 from .coreset_data import SOURCES
-from .rows import Machine, machine
+from .rows import machine
 from .settings import Settings
+from .steps import ModelRow, build, size_of
+from .timing import in_turn
 
 # (examples, rounds)
 BATCHES = {
@@ -38,13 +39,9 @@ ALLOWED_PEAK_OVER_FULL = 0.55
 
 
 @dataclass(frozen=True)
-class CoresetStepRow(Machine):
+class CoresetStepRow(ModelRow):
     """One method at one batch size. results/README.md says what each column means."""
 
-    model: str
-    dtype: str
-    batch_size: int
-    seq_len: int
     method: str
     num_samples: int
     scoring_ms: float
@@ -119,21 +116,20 @@ def now_ms() -> float:
 def run(settings: Settings) -> Iterator[list[CoresetStepRow]]:
     """One list of rows, a row for each method, at every batch size."""
     kind = "tiny" if settings.scale == "tiny" else settings.device.type
-    size = replace(SIZES[kind], seq_len=SEQ_LEN[kind])
+    size = replace(size_of(settings), seq_len=SEQ_LEN[kind])
     where = machine(settings.device, settings.commit)
     for batch_size, num_rounds in BATCHES[settings.scale]:
         if not settings.has_time():
             continue
-        model, batch = build(replace(size, batch_size=batch_size), settings.device)
+        size = replace(size, batch_size=batch_size)
+        model, batch = build(size, settings.device)
         shares = torch.tensor(list(SOURCES.values())).cumsum(0)[:-1] * batch_size
         sources = (torch.arange(batch_size).unsqueeze(1) >= shares).sum(1)
         methods = ["full", "half", "exact", *(["spsa"] if batch_size <= MOST_EXAMPLES_OF_SPSA else [])]
         steppers = {method: Stepper(model, batch, sources, method) for method in methods}
         peaks = {method: _peak(stepper) for method, stepper in steppers.items()}
-        times: dict[str, list[tuple[float, float, float]]] = {method: [] for method in methods}
-        for _ in range(num_rounds):
-            for method, stepper in steppers.items():
-                times[method].append(stepper.step())
+        runs = {method: lambda _, stepper=stepper: stepper.step() for method, stepper in steppers.items()}
+        times = in_turn(runs, num_rounds)
         medians = {method: statistics.median(map(sum, times[method])) for method in methods}
         rows = []
         for method in methods:
@@ -141,10 +137,7 @@ def run(settings: Settings) -> Iterator[list[CoresetStepRow]]:
             rows.append(
                 CoresetStepRow(
                     **asdict(where),
-                    model=size.name,
-                    dtype=str(size.dtype).removeprefix("torch."),
-                    batch_size=batch_size,
-                    seq_len=size.seq_len,
+                    **size.columns(),
                     method=method,
                     num_samples=num_rounds,
                     scoring_ms=scoring,

@@ -15,9 +15,9 @@ from torch import Tensor
 from dropbp_kernels import reference
 
 from .baselines import backends, check_results, compiled, raw_op
-from .rows import Row, machine, op_rows
+from .rows import Row, measured_rows
 from .settings import Settings
-from .timing import Case, Variant, copy_bandwidth, measure
+from .timing import Case, Variant
 
 OP = "gated_residual_add"
 GRAD_SCALE = 4.0  # 1 / (1 - 0.75)
@@ -130,14 +130,7 @@ def make_case(problem: _Problem, rows: int, width: int, dtype: torch.dtype, devi
 
 def run(settings: Settings) -> Iterator[list[Row]]:
     """Rows of every case, one list a case. Raises WrongResult before a wrong variant is timed."""
-    where, copy_gb_s = machine(settings.device, settings.commit), copy_bandwidth(settings.device, settings.copy_bytes)
-    for dtype in settings.dtypes:
-        for rows, width in settings.sizes:
-            for problem in PROBLEMS:
-                if settings.has_time():
-                    case = make_case(problem, rows, width, dtype, settings.device)
-                    timings = measure(case, settings.device, seconds=settings.seconds, min_rounds=settings.min_rounds)
-                    yield op_rows(case, timings, where, copy_gb_s)
+    return measured_rows(settings, PROBLEMS, lambda *case: [make_case(*case)])
 
 
 @pytest.mark.parametrize("variant", ["eager", "compile", "cpp"])

@@ -12,9 +12,9 @@ from dropbp_kernels import _backend, reference
 from dropbp_kernels.ops import geglu, swiglu
 
 from .baselines import available, check_results, compiled, peer
-from .rows import Row, machine, op_rows
+from .rows import Row, measured_rows
 from .settings import Settings
-from .timing import Case, Variant, copy_bandwidth, measure
+from .timing import Case, Variant
 
 OP = "glu"
 Glu = Callable[[Tensor, Tensor], Tensor]
@@ -96,16 +96,7 @@ def make_cases(kind: str, rows: int, width: int, dtype: torch.dtype, device: tor
 
 def run(settings: Settings) -> Iterator[list[Row]]:
     """Rows of every case, one list a case. Raises WrongResult before a wrong variant is timed."""
-    where, copy_gb_s = machine(settings.device, settings.commit), copy_bandwidth(settings.device, settings.copy_bytes)
-    for dtype in settings.dtypes:
-        for rows, width in settings.sizes:
-            for kind in KINDS:
-                if settings.has_time():
-                    for case in make_cases(kind, rows, width, dtype, settings.device).values():
-                        timings = measure(
-                            case, settings.device, seconds=settings.seconds, min_rounds=settings.min_rounds
-                        )
-                        yield op_rows(case, timings, where, copy_gb_s)
+    return measured_rows(settings, KINDS, lambda *case: make_cases(*case).values())
 
 
 @pytest.mark.parametrize("variant", ["eager", "compile", "cpp"])

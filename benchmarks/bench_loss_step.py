@@ -8,7 +8,6 @@ Every round runs each way once. The loss is compared with the one in float64, th
 """
 
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -22,7 +21,7 @@ from dropbp_kernels.measure import PeakLiveBytes
 
 from .rows import Machine, machine
 from .settings import Settings
-from .timing import quantile
+from .timing import in_turn, milliseconds, quantile
 
 # (rows, width, classes): on a CPU a small model's head, on a GPU that of Llama-3-8B.
 SIZES = {"tiny": (40, 16, 100), "cpu": (2048, 512, 32000), "cuda": (8192, 4096, 128256)}
@@ -111,10 +110,11 @@ def _rows(
         grad: Any = hidden.grad
         errors = (loss - exact_loss).abs() / exact_loss, (grad.double() - exact_grad).norm() / exact_grad.norm()
         counted[way] = (live.peak_bytes, *(float(error) for error in errors))
-    times: dict[str, list[float]] = {way: [] for way in all_ways}
-    for _ in range(NUM_ROUNDS[settings.scale]):
-        for way, loss_of in all_ways.items():
-            times[way].append(_timed(lambda loss_of=loss_of: step(loss_of), settings.device))
+    runs = {
+        way: lambda _, loss_of=loss_of: milliseconds(lambda: step(loss_of), settings.device)
+        for way, loss_of in all_ways.items()
+    }
+    times = in_turn(runs, NUM_ROUNDS[settings.scale])
     unfused_ms = statistics.median(times["unfused"])
     return [
         LossStepRow(
@@ -147,14 +147,3 @@ def _exact(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tens
         grads.append(torch.autograd.grad(part_loss, part)[0])
         loss += part_loss.detach()
     return loss, torch.cat(grads)
-
-
-def _timed(step: Callable[[], Any], device: torch.device) -> float:
-    """Milliseconds of one step, the GPU waited for."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return 1e3 * (time.perf_counter() - started)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from .baselines import backends, check_results, compiled, raw_op
-from .rows import Row, machine, op_rows
+from .rows import Row, measured_rows
 from .settings import Settings
-from .timing import Case, Variant, copy_bandwidth, measure
+from .timing import Case, Variant
 
 GATHER, UPDATE = "partial_gather", "column_update"
 EPS, SCALE = 1e-6, 4.0
@@ -140,14 +140,7 @@ def make_case(problem: str, rows: int, width: int, dtype: torch.dtype, device: t
 
 def run(settings: Settings) -> Iterator[list[Row]]:
     """Rows of every case, one list a case. Raises WrongResult before a wrong variant is timed."""
-    where, copy_gb_s = machine(settings.device, settings.commit), copy_bandwidth(settings.device, settings.copy_bytes)
-    for dtype in settings.dtypes:
-        for rows, width in settings.sizes:
-            for problem in PROBLEMS:
-                if settings.has_time():
-                    case = make_case(problem, rows, width, dtype, settings.device)
-                    timings = measure(case, settings.device, seconds=settings.seconds, min_rounds=settings.min_rounds)
-                    yield op_rows(case, timings, where, copy_gb_s)
+    return measured_rows(settings, PROBLEMS, lambda *case: [make_case(*case)])
 
 
 def _results(function: Callable[[Inputs], Any], inputs: Inputs) -> list[Tensor]:

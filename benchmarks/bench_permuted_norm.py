@@ -17,9 +17,9 @@ from dropbp_kernels import reference
 from dropbp_kernels.permutation import draw_permutation
 
 from .baselines import backends, check_results, compiled, raw_op
-from .rows import Row, machine, op_rows
+from .rows import Row, measured_rows
 from .settings import Settings
-from .timing import Case, Variant, copy_bandwidth, measure
+from .timing import Case, Variant
 
 NORM, ADD = "permuted_norm", "permuted_residual_add"
 EPS = 1e-6
@@ -135,14 +135,7 @@ def make_case(problem: str, rows: int, width: int, dtype: torch.dtype, device: t
 
 def run(settings: Settings) -> Iterator[list[Row]]:
     """Rows of every case, one list a case. Raises WrongResult before a wrong variant is timed."""
-    where, copy_gb_s = machine(settings.device, settings.commit), copy_bandwidth(settings.device, settings.copy_bytes)
-    for dtype in settings.dtypes:
-        for rows, width in settings.sizes:
-            for problem in PROBLEMS:
-                if settings.has_time():
-                    case = make_case(problem, rows, width, dtype, settings.device)
-                    timings = measure(case, settings.device, seconds=settings.seconds, min_rounds=settings.min_rounds)
-                    yield op_rows(case, timings, where, copy_gb_s)
+    return measured_rows(settings, PROBLEMS, lambda *case: [make_case(*case)])
 
 
 def _results(function: Callable[..., Any], inputs: dict[str, Tensor]) -> list[Tensor]:

@@ -16,9 +16,9 @@ from dropbp_kernels.blocks import rotary_embedding
 from dropbp_kernels.ops import rope
 
 from .baselines import check_results, compiled
-from .rows import Row, machine, op_rows
+from .rows import Row, measured_rows
 from .settings import Settings
-from .timing import Case, Variant, copy_bandwidth, measure
+from .timing import Case, Variant
 
 OP = "rope"
 HEAD_DIM = 64
@@ -77,13 +77,7 @@ def make_cases(rows: int, width: int, dtype: torch.dtype, device: torch.device) 
 
 def run(settings: Settings) -> Iterator[list[Row]]:
     """Rows of every case, one list a case. Raises WrongResult before a wrong variant is timed."""
-    where, copy_gb_s = machine(settings.device, settings.commit), copy_bandwidth(settings.device, settings.copy_bytes)
-    for dtype in settings.dtypes:
-        for rows, width in settings.sizes:
-            if width % HEAD_DIM == 0 and settings.has_time():
-                for case in make_cases(rows, width, dtype, settings.device).values():
-                    timings = measure(case, settings.device, seconds=settings.seconds, min_rounds=settings.min_rounds)
-                    yield op_rows(case, timings, where, copy_gb_s)
+    return measured_rows(settings, [OP], lambda _, *case: make_cases(*case).values())
 
 
 @pytest.mark.parametrize("variant", ["eager", "compile", "cpp"])

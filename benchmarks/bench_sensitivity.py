@@ -5,7 +5,6 @@ runs each method once, in turn, on the same micro-batch.
 """
 
 import statistics
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
@@ -18,10 +17,10 @@ from dropbp_kernels.exact_sensitivity import METHODS, measure_sensitivity
 from dropbp_kernels.measure import PeakLiveBytes
 from dropbp_kernels.sensitivity import DEFINITIONS
 
-from .bench_step import SIZES, build
-from .rows import Machine, machine
+from .rows import machine
 from .settings import Settings
-from .timing import quantile
+from .steps import ModelRow, build, size_of
+from .timing import in_turn, milliseconds, quantile
 
 ADAPTERS = ("lora", "full")
 NUM_ROUNDS = {"full": 5, "quick": 3, "tiny": 1}
@@ -30,13 +29,9 @@ BATCH_SIZE = 2  # a micro-batch is enough to calibrate on
 
 
 @dataclass(frozen=True)
-class SensitivityRow(Machine):
+class SensitivityRow(ModelRow):
     """One method on one model. results/README.md says what each column means."""
 
-    model: str
-    dtype: str
-    batch_size: int
-    seq_len: int
     adapter: str
     num_branches: int
     method: str
@@ -75,8 +70,7 @@ def run(settings: Settings) -> Iterator[list[SensitivityRow]]:
 
 
 def _measure(settings: Settings, adapter: str) -> list[SensitivityRow]:
-    size = SIZES["tiny" if settings.scale == "tiny" else settings.device.type]
-    size = replace(size, batch_size=BATCH_SIZE)
+    size = replace(size_of(settings), batch_size=BATCH_SIZE)
     model, batch = build(size, settings.device)
     if adapter == "full":
         model = model.merge_and_unload().train()  # type: ignore[operator]
@@ -96,20 +90,17 @@ def _measure(settings: Settings, adapter: str) -> list[SensitivityRow]:
         with PeakLiveBytes() as live:
             measure(method)
         peaks[method], forwards[method] = live.peak_bytes, len(num_forwards)
-    times: dict[str, list[float]] = {method: [] for method in METHODS}
-    for _ in range(NUM_ROUNDS[settings.scale]):
-        for method in METHODS:
-            times[method].append(_milliseconds(settings.device, lambda method=method: measure(method)))  # type: ignore[misc]
+    runs = {
+        method: lambda _, method=method: milliseconds(lambda: measure(method), settings.device) for method in METHODS
+    }
+    times = in_turn(runs, NUM_ROUNDS[settings.scale])
     rows = []
     for method in METHODS:
         pairs = {d: (found[method, d], found["published", d]) for d in DEFINITIONS}
         rows.append(
             SensitivityRow(
                 **asdict(machine(settings.device, settings.commit)),
-                model=size.name,
-                dtype=str(size.dtype).removeprefix("torch."),
-                batch_size=size.batch_size,
-                seq_len=size.seq_len,
+                **size.columns(),
                 adapter=adapter,
                 num_branches=len(handler.gates),
                 method=method,
@@ -134,14 +125,6 @@ def _train(model: nn.Module, batch: dict[str, Any]) -> None:
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-
-
-def _milliseconds(device: torch.device, call: Any) -> float:
-    start = time.perf_counter_ns()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter_ns() - start) / 1e6
 
 
 def rank_correlation(values: list[float], expected: list[float]) -> float:

@@ -1,6 +1,6 @@
 """What the benchmarks of the fused boundary norms share: cases, their checks, and how each direction is run."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .baselines import WrongResult, available, check_results, compiled, say_once
-from .rows import Row, machine, op_rows
+from .rows import Row, measured_rows
 from .settings import Settings
-from .timing import Case, Variant, copy_bandwidth, measure
+from .timing import Case, Variant
 
 DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
 Function = Callable[..., tuple[Tensor, Tensor]]
@@ -89,18 +89,12 @@ def make_cases(
 
 def run(norm: Norm, settings: Settings) -> Iterator[list[Row]]:
     """Rows of every case, one list a case. Raises WrongResult before a wrong variant is timed."""
-    where, copy_gb_s = machine(settings.device, settings.commit), copy_bandwidth(settings.device, settings.copy_bytes)
-    for dtype in settings.dtypes:
-        for rows, width in settings.sizes:
-            for trains_weight in (False, True):
-                if not settings.has_time():
-                    continue
-                cases = make_cases(norm, rows, width, dtype, settings.device, trains_weight)
-                if trains_weight:  # its forward is the same
-                    del cases["fwd"], cases["fwd+bwd"]
-                for case in cases.values():
-                    timings = measure(case, settings.device, seconds=settings.seconds, min_rounds=settings.min_rounds)
-                    yield op_rows(case, timings, where, copy_gb_s)
+
+    def cases_of(trains_weight: bool, *case: Any) -> Iterable[Case]:
+        cases = make_cases(norm, *case, trains_weight)
+        return [cases["bwd"]] if trains_weight else cases.values()  # its forward is the same
+
+    return measured_rows(settings, (False, True), cases_of)
 
 
 def benchmark_variant(benchmark: Any, case: Case, variant: str) -> None:

@@ -4,18 +4,19 @@ import csv
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 import dropbp_kernels
 
-from .timing import Case, Timing
+from .settings import Settings
+from .timing import Case, Timing, copy_bandwidth, measure
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -114,6 +115,24 @@ def op_rows(case: Case, timings: dict[str, Timing], where: Machine, copy_gb_s: f
             )
         )
     return rows
+
+
+def measured_rows(
+    settings: Settings, problems: Iterable[Any], make_cases: Callable[..., Iterable[Case]]
+) -> Iterator[list[Row]]:
+    """The rows of each of make_cases(problem, rows, width, dtype, device), at every dtype and size; one list a case.
+
+    Errors: WrongResult of make_cases, before a wrong variant is timed.
+    """
+    where, copy_gb_s = machine(settings.device, settings.commit), copy_bandwidth(settings.device, settings.copy_bytes)
+    for dtype in settings.dtypes:
+        for rows, width in settings.sizes:
+            for problem in problems:
+                if not settings.has_time():
+                    continue
+                for case in make_cases(problem, rows, width, dtype, settings.device):
+                    timings = measure(case, settings.device, seconds=settings.seconds, min_rounds=settings.min_rounds)
+                    yield op_rows(case, timings, where, copy_gb_s)
 
 
 def append_rows(path: Path, rows: Sequence[Machine]) -> None:

@@ -20,10 +20,10 @@ import random
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ from torch.utils._pytree import tree_leaves
 WARM_UP_CALLS = 2
 MIN_ROUNDS, MAX_ROUNDS = 9, 200
 MAX_INPUT_SETS = 512
+Name = TypeVar("Name")
+Result = TypeVar("Result")
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 
 
@@ -132,6 +134,37 @@ def measure(case: Case, device: torch.device, *, seconds: float, min_rounds: int
     finally:
         gc.enable()
     return timings
+
+
+def in_turn(
+    runs: Mapping[Name, Callable[[int], Result]], num_rounds: int, num_warm_up: int = 0, what: str = "rounds"
+) -> dict[Name, list[Result]]:
+    """What each run returns in every round, given its number; a round starts with another run than the one before.
+
+    For what takes long enough that no cache is warm. Warm-up rounds are left out of the result.
+    """
+    from tqdm import tqdm
+
+    results: dict[Name, list[Result]] = {name: [] for name in runs}
+    names = list(runs)
+    for number in tqdm(range(num_warm_up + num_rounds), desc=what, leave=False, disable=None):
+        for place in range(len(names)):
+            name = names[(place + number) % len(names)]
+            result = runs[name](number)
+            if number >= num_warm_up:
+                results[name].append(result)
+    return results
+
+
+def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Of one call, the device waited for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start_ns = time.perf_counter_ns()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter_ns() - start_ns) / 1e6
 
 
 def _input_sets(case: Case, device: torch.device) -> list[Any]:

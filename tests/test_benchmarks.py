@@ -41,6 +41,7 @@ from benchmarks import (  # noqa: E402
     gpu_check,
     plots,
     run,
+    steps,
     timing,
 )
 from benchmarks.baselines import WrongResult, check_results  # noqa: E402
@@ -121,6 +122,26 @@ def test_samples_rotate_among_inputs_that_exceed_the_cache(monkeypatch):
     timing.measure(case_of(variants, make_inputs), CPU, seconds=0.0, min_rounds=5)
     assert len(made) == 10
     assert len(set(used[-10:])) == 10  # no set comes back before all others were used
+
+
+def test_rounds_start_with_another_run_each_and_warm_up_is_left_out():
+    calls = []
+    runs = {name: lambda number, name=name: calls.append(f"{name}{number}") or number for name in "abc"}
+    assert timing.in_turn(runs, num_rounds=2, num_warm_up=1) == {"a": [1, 2], "b": [1, 2], "c": [1, 2]}
+    assert calls == ["a0", "b0", "c0", "b1", "c1", "a1", "c2", "a2", "b2"]
+
+
+def test_columns_of_step_times_by_hand():
+    times = [(1.0, 2.0), (2.0, 6.0), (4.0, 1.0)]
+    assert steps.time_columns(times) == {
+        "num_samples": 3,
+        "forward_ms": 2.0,
+        "backward_ms": 2.0,
+        "step_ms": 5.0,
+        "step_p20_ms": pytest.approx(3.8),
+        "step_p80_ms": pytest.approx(6.8),
+    }
+    assert steps.over(times, [(3.0, 3.0), (2.0, 2.0), (1.0, 1.0)]) == 2.0  # of 0.5, 2 and 2.5
 
 
 def test_copy_bandwidth_counts_reads_and_writes(monkeypatch):
