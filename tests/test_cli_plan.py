@@ -8,7 +8,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from dropbp_kernels.cli import main, model_config
-from dropbp_kernels.cli.plan import _largest, recommend
+from dropbp_kernels.cli.plan_report import _largest, recommend
 
 SMALL = {
     "model_type": "llama",
