@@ -26,10 +26,11 @@ from .row_plan import GRANULARITIES, RowPlan, RowsOfBranch
 from .samplers import Sampler, draw_kept, get_sampler, with_one_kept
 from .schedules import Schedule, factor_at, get_schedule
 from .sensitivity import mean_over_ranks
+from .slicing import SLICE_TOKENS
 from .targets import TargetRule
 
 STATE_VERSION = 1
-CHECKPOINTS = (None, "kept")
+CHECKPOINTS = (None, "kept", "sliced")
 # Sequence length at which FLOPs are compared before the first training call has shown the real one.
 DEFAULT_SEQ_LEN = 512
 # FLOPs of every branch when gates do not know theirs: all alike, and large, since the published allocation truncates.
@@ -67,7 +68,9 @@ class DropBPHandler:
         strict: raise in `step` when a gate was not called since the last one.
         dropped_runs: how dropped branches run, see `DropBP`.
         checkpoint: None, or "kept": kept branches save only their inputs and are computed again in the backward (by
-            torch's non-reentrant checkpoint, dropout included). Dropped branches save nothing either way.
+            torch's non-reentrant checkpoint, dropout included). Dropped branches save nothing either way. "sliced": as
+            "kept", and branches that treat each token for itself (MLPs), kept or dropped, take the tokens a slice at
+            a time: less lives at once, values are the same up to rounding, and dropout draws other numbers.
         granularity: what a branch sends a gradient for. "branch": all rows or none. "sample": its share of the samples
             of the batch. "token": its share of the tokens where it treats each for itself (MLPs; see `DropBP`), of
             the samples elsewhere. The sampler then rounds shares that are not whole, and keep_one lets every sample
@@ -108,7 +111,7 @@ class DropBPHandler:
         if dropped_runs not in DROPPED_RUNS:
             raise ValueError(f"dropped_runs: expected one of {', '.join(DROPPED_RUNS)}, got {dropped_runs!r}")
         if checkpoint not in CHECKPOINTS:
-            raise ValueError(f'checkpoint: expected None or "kept", got {checkpoint!r}')
+            raise ValueError(f'checkpoint: expected None, "kept" or "sliced", got {checkpoint!r}')
         if total_steps is not None and (
             isinstance(total_steps, bool) or total_steps != int(total_steps) or total_steps < 1
         ):
@@ -145,6 +148,7 @@ class DropBPHandler:
         for gate in gates.values():
             gate.dropped_runs = dropped_runs
             gate.checkpoint = checkpoint_branch if checkpoint else None
+            gate.slice_tokens = SLICE_TOKENS if checkpoint == "sliced" and gate.per_token else 0
         self.drop_rates: list[float] = []
         self.flops()  # refuses gates of which only some know their FLOPs
         self.set_drop_rates([self.drop_rate] * len(gates))

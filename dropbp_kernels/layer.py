@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from .by_rows import RowSplit
 from .ops.gated_residual_add import gated_residual_add
 from .row_plan import Batch, ChosenRows, Rows, RowsOfBranch
+from .slicing import run_in_slices
 
 # What a plan holds for a branch: kept, dropped, or which of its rows are kept.
 Entry = bool | RowsOfBranch | ChosenRows
@@ -92,6 +93,7 @@ class DropBP(nn.Module):
             name; what a call by rows adds there twice is put together.
         checkpoint: None, or the function(branch, residual) that runs a kept branch in training mode so that it saves
             its input alone: `checkpoint_branch`, or what transformers was told to use.
+        slice_tokens: how many tokens at most a checkpointed or a dropped branch takes at a time; 0: all.
         watch: None, or who is shown what a branch is given and what a kept one returns (`Watch`, of a calibration).
         was_called: whether the gate was called with gradients enabled since the handler last drew a plan.
         batch_size, seq_len: the first two dimensions of the residual in the last such call, 0 before it.
@@ -121,6 +123,7 @@ class DropBP(nn.Module):
         self.is_real: Tensor | None = None
         self.records: Callable[[], dict[str, list[Any]]] | None = None
         self.checkpoint: Callable[..., Any] | None = None
+        self.slice_tokens = 0
         self.watch: Watch | None = None
         self.was_called = False
         self.batch_size = 0
@@ -185,15 +188,22 @@ class DropBP(nn.Module):
         if self.watch is not None:
             residual = self.watch.entered(residual)
         entry = self.entry(residual)
-        if self.checkpoint is not None and entry and self.training and torch.is_grad_enabled():
-            # What is computed again is the branch alone, never the gate: a plan drawn since then changes nothing.
-            output = self.checkpoint(branch, residual, *args, **kwargs)
-            return self.shown(output)
         if entry or self.dropped_runs == "detach":
-            output = branch(residual, *args, **kwargs)
+            output = (self.as_kept(branch) if entry else branch)(residual, *args, **kwargs)
             return self.shown(output) if entry else output.detach()
         with as_inference(residual.device.type):
-            return branch(residual, *args, **kwargs)
+            return self.as_dropped(branch)(residual, *args, **kwargs)
+
+    def as_kept(self, branch: Callable[..., Any]) -> Callable[..., Any]:
+        """`branch` as a kept one runs: as written, or checkpointed, in slices where the gate has them."""
+        if self.checkpoint is None or not self.training or not torch.is_grad_enabled():
+            return branch
+        # What is computed again is the branch alone, never the gate: a plan drawn since then changes nothing.
+        return self.as_dropped(partial(self.checkpoint, branch))
+
+    def as_dropped(self, branch: Callable[..., Any]) -> Callable[..., Any]:
+        """`branch` as a dropped one runs, under `as_inference`: in slices where the gate has them."""
+        return partial(run_in_slices, branch, self.slice_tokens, self.records) if self.slice_tokens else branch
 
     def run_rows(
         self, split: RowSplit, branch: Callable[..., Any], args: Any, kwargs: Any, parts: Any = ((), ())
@@ -209,13 +219,11 @@ class DropBP(nn.Module):
         is_inference = self.dropped_runs == "inference"
         with as_inference(split.batch.device.type) if is_inference else nullcontext():
             args_dropped, kwargs_dropped = split.arguments((args, kwargs), split.dropped)
-            dropped = branch(*parts[1], *args_dropped, **kwargs_dropped)
+            run = self.as_dropped(branch) if is_inference else branch
+            dropped = run(*parts[1], *args_dropped, **kwargs_dropped)
         middle = {name: len(values) for name, values in records.items()}
         args, kwargs = split.arguments((args, kwargs), split.kept)
-        run = branch
-        if self.checkpoint is not None and self.training:
-            run = partial(self.checkpoint, branch)
-        kept = run(*parts[0], *args, **kwargs)
+        kept = self.as_kept(branch)(*parts[0], *args, **kwargs)
         for name, values in records.items():
             of_dropped, of_kept = values[begin[name] : middle[name]], values[middle[name] :]
             values[begin[name] :] = map(split.merge, of_kept, of_dropped)

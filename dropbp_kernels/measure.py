@@ -88,7 +88,7 @@ class PeakLiveBytes(TorchDispatchMode):
         inputs = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and not leaf.is_meta:  # asked for its shape only
                 self._add(leaf, inputs)
         return result
 

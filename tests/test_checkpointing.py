@@ -213,7 +213,7 @@ def test_an_unpatched_model_has_no_checkpointing_function_of_ours():
 
 def test_unknown_checkpoint_is_refused_and_leaves_the_model_unpatched():
     model = tiny_causal_lm()
-    with pytest.raises(ValueError, match=r"checkpoint: expected None or \"kept\", got 'all'"):
+    with pytest.raises(ValueError, match=r"checkpoint: expected None, \"kept\" or \"sliced\", got 'all'"):
         apply_dropbp(model, 0.5, checkpoint="all")
     with pytest.raises(ValueError, match="patched by apply_dropbp"):
         remove_dropbp(model)

@@ -58,7 +58,7 @@ def test_json_adds_up_and_finds_what_fits(capsys, small):
     report = json.loads(plan(capsys, "--model", small, "--seq-len", 256, "--drop-rate", 0.5, *memory, "--json"))
     budget = report["budget_bytes"]
     assert budget == round(0.015 * 2**30)
-    assert len(report["settings"]) == 2 * 3  # drop rates 0 and 0.5
+    assert len(report["settings"]) == 2 * 4  # drop rates 0 and 0.5
     undropped = report["settings"][0]
     assert undropped["relative_step_time"] == 1.0
     for row in report["settings"]:
@@ -104,7 +104,7 @@ def test_builtin_model_and_a_folder_are_found(capsys, small):
         (["--drop-rate", "1"], "--drop-rate: expected 0 <= drop_rate < 1, got 1.0"),
         (["--drop-rate", "nan"], "--drop-rate: expected 0 <= drop_rate < 1, got nan"),
         (["--adapter", "dora"], "--adapter: expected one of lora, qlora, paca, full, got 'dora'"),
-        (["--checkpoint", "all"], "--checkpoint: expected one of none, block, kept, got 'all'"),
+        (["--checkpoint", "all"], "--checkpoint: expected one of none, block, kept, sliced, got 'all'"),
         (["--dtype", "int8"], "--dtype: expected one of bfloat16"),
         (["--optimizer", "lion"], "--optimizer: expected one of adamw"),
         (["--gpu-memory", "much"], "--gpu-memory: expected GiB, as in 24 or 80"),

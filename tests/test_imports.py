@@ -22,6 +22,7 @@ LEVELS = {
     "missing_grad": 0,
     "schedules": 0,
     "permutation": 0,
+    "slicing": 0,
     "row_plan": 1,
     "ownership": 0,
     "report": 0,

@@ -13,13 +13,14 @@ import torch
 
 from .. import __version__
 
-PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
+PACKAGES = ("triton", "transformers", "peft", "numpy")
 PACKAGE_FOLDER = Path(__file__).resolve().parent.parent
 
 
 def versions() -> dict[str, str | None]:
     """Versions of this package, Python and what matters to it; None: not installed."""
     found: dict[str, str | None] = {"dropbp_kernels": __version__, "python": platform.python_version()}
+    found["torch"] = torch.__version__  # a wheel's own metadata may leave out for which CUDA it was built
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

@@ -27,7 +27,7 @@ from . import four_bit
 from .errors import UserError
 
 ADAPTERS = ("lora", "qlora", "paca", "full")
-CHECKPOINTS = ("none", "block", "kept")
+CHECKPOINTS = ("none", "block", "kept", "sliced")
 # Bytes of AdamW's two moments, as multiples of the parameter's; "adamw8bit": one byte each.
 OPTIMIZERS = ("adamw", "adamw8bit", "sgd")
 LOGITS, ACTIVATIONS = "logits", "activations"
@@ -209,18 +209,20 @@ class StepModel:
     @contextlib.contextmanager
     def _as_set(self, setting: Setting, kept: Sequence[bool]) -> Iterator[None]:
         model: Any = self.model
+        by_branch = setting.checkpoint if setting.checkpoint in ("kept", "sliced") else None
         handler = apply_dropbp(
             model,
             setting.drop_rate,
             dropped_runs=setting.dropped_runs,
             fused_loss=setting.fused_loss,
+            checkpoint=by_branch,
             context=None if setting.target_share is None else "inference",
         )
         try:
             handler.set_plan(kept)
             # There is no noise to repeat, and a fake generator has no state.
             options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-            if setting.checkpoint == "kept":
+            if by_branch:
                 for gate in handler.gates.values():
                     gate.checkpoint = functools.partial(checkpoint, **options)
             if setting.checkpoint == "block":

@@ -129,13 +129,10 @@ def _gated_class(original: Any) -> Any:
             return _call_by_rows(self, functools.partial(original.__call__, self), split, args, kwargs)
         if not any(entry or gate.dropped_runs == "detach" for gate, entry in zip(gates, entries, strict=True)):
             with as_inference("cpu" if stream is None else stream.device.type):
-                return original.__call__(self, *args, **kwargs)
-        checkpoint = next((gate.checkpoint for gate, entry in zip(gates, entries, strict=True) if entry), None)
-        if checkpoint is not None and self.training:
-            # What is computed again is the module alone, never the gate: a plan drawn since then changes nothing.
-            output = checkpoint(functools.partial(original.__call__, self), *args, **kwargs)
-        else:
-            output = original.__call__(self, *args, **kwargs)
+                return gates[0].as_dropped(functools.partial(original.__call__, self))(*args, **kwargs)
+        kept = next((gate for gate, entry in zip(gates, entries, strict=True) if entry), None)
+        run = functools.partial(original.__call__, self)
+        output = (run if kept is None else kept.as_kept(run))(*args, **kwargs)
         last_of = vars(self).get("_dropbp_last_of")
         if last_of is None:
             return output

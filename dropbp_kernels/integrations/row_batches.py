@@ -26,8 +26,6 @@ def tell_gates_of_batches(model: nn.Module) -> None:
         if gates and not isinstance(module, nn.ModuleList):
             vars(module)[_GATES] = gates  # in a tuple, so that nn.Module does not register them
             vars(module)[_HANDLE] = module.register_forward_pre_hook(_tell, with_kwargs=True)
-            for gate in gates:
-                gate.records = recorded_outputs
 
 
 def stop_telling(model: nn.Module) -> None:

@@ -26,7 +26,7 @@ from .discovery import discover, example_inputs, prove, ungated_blocks
 from .families import FAMILIES, Family
 from .fused_loss import check_fused_loss, patch_head, unpatch_head
 from .gating import ModuleGate
-from .row_batches import stop_telling, tell_gates_of_batches
+from .row_batches import recorded_outputs, stop_telling, tell_gates_of_batches
 from .swapping import is_swapped, subclass, swap_back
 from .target_plans import check_context, patch_targets, unpatch_targets
 
@@ -166,6 +166,7 @@ def _patch(block: nn.Module, family: Family) -> None:
     vars(block)["_dropbp_gate_names"] = tuple(gates)
     for name, gate in gates.items():
         block.add_module(name, gate)
+        gate.records = recorded_outputs
     if family.forward is not None:
         _swap_class(block, family.forward)
 
