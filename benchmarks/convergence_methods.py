@@ -1,11 +1,10 @@
 """What is compared in `benchmarks.convergence`: tasks, methods, and which methods stand in which group.
 
 A **task** is a model, data and the size of a run. A **method** is how the model is patched. A **point** is one line of
-a group's table: a method at a drop rate and a batch size.
+a table: a method at a drop rate and a batch size. A **group** is the points of one table.
 
-Every group holds the two controls that a figure of ours has to face: published DropBP, and undropped training with a
-smaller batch whose step takes the same time (`Point.as_fast_as`: the batch size follows from the rows of
-`benchmarks.convergence_timing`) or the same backward FLOPs (`Point.batch_size`).
+Every group holds the controls that a figure of ours has to face: published DropBP, and undropped training with smaller
+batches, of the same backward FLOPs and of the same time (the column `undropped_batch` of timings says which).
 """
 
 from collections.abc import Callable
@@ -14,7 +13,10 @@ from typing import Any
 
 from dropbp_kernels.cli.builtin import Recipe
 
-Options = dict[str, Any]  # of apply_dropbp; under "coreset" those of CoresetSelector
+# Of apply_dropbp; with "schedule", the drop rate is the mean of the run. And three of our own, see `convergence_runs`:
+# "coreset": options of CoresetSelector; "calibrate": the allocation of rates by sensitivity, after a tenth of the
+# steps; "attention_rate": of all attention branches, where the MLPs' is the rate that drops as many FLOPs in all.
+Options = dict[str, Any]
 BUILTIN = Recipe()
 
 
@@ -36,24 +38,28 @@ class Task:
 
 @dataclass(frozen=True)
 class Point:
-    """One line of a table. batch_size None: that of the task; as_fast_as: the point whose step time it matches.
+    """One line of a table. batch_size, learning_rate None: that of the task.
 
     adapter: where a group compares adapters; None: that of the command line.
+    published_rate: of the published DropBP it is compared with; None: its own drop_rate.
     """
 
     method: str
     drop_rate: float = 0.0
     batch_size: int | None = None
-    as_fast_as: tuple[str, float] | None = None
     adapter: str | None = None
+    learning_rate: float | None = None
+    published_rate: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The first cell of its line."""
+        of_adapter = f", {self.adapter}" if self.adapter else ""
+        at = f", learning rate {self.learning_rate:g}" if self.learning_rate else ""
+        return label(self.method, self.drop_rate) + of_adapter + at
 
     def __str__(self) -> str:
-        if self.as_fast_as is not None:
-            return f"{self.method}, as fast as {label(*self.as_fast_as)}"
-        of_adapter = f", {self.adapter}" if self.adapter else ""
-        return (
-            label(self.method, self.drop_rate) + of_adapter + (f", batch {self.batch_size}" if self.batch_size else "")
-        )
+        return self.name + (f", batch {self.batch_size}" if self.batch_size else "")
 
 
 def label(method: str, drop_rate: float) -> str:
@@ -62,13 +68,18 @@ def label(method: str, drop_rate: float) -> str:
 
 @dataclass(frozen=True)
 class Group:
+    """The points of one table. rows_of: the group of the same task under whose name its runs are recorded, too."""
+
     task: Task
     points: tuple[Point, ...]
+    rows_of: str | None = None
 
 
 def _published(rate: float) -> Options:
     return {"sampler": "published", "dropped_runs": "detach", "keep_one": False}
 
+
+_ALIGNED: Options = {"granularity": "sample", "aligned": True}
 
 # None: the model stays unpatched.
 METHODS: dict[str, Callable[[float], Options] | None] = {
@@ -77,10 +88,20 @@ METHODS: dict[str, Callable[[float], Options] | None] = {
     "branch": lambda rate: {},
     "cyclic": lambda rate: {"sampler": "cyclic"},
     "sample": lambda rate: {"granularity": "sample"},
-    "sample, aligned": lambda rate: {"granularity": "sample", "aligned": True},
+    "sample, aligned": lambda rate: _ALIGNED,
+    "sample, aligned by 2 blocks": lambda rate: {"granularity": "sample", "aligned": 2},
     "token": lambda rate: {"granularity": "token"},
     "token, scaled": lambda rate: {"granularity": "token", "grad_scale": (1 - rate) ** -0.5},
     "token, unbiased": lambda rate: {"granularity": "token", "grad_scale": "unbiased"},
+    "published, by sensitivity": lambda rate: {**_published(rate), "calibrate": "published"},
+    "sample, aligned, by sensitivity": lambda rate: {**_ALIGNED, "calibrate": "optimal"},
+    "token, by sensitivity": lambda rate: {"granularity": "token", "calibrate": "optimal"},
+    "published, warm-up": lambda rate: {**_published(rate), "schedule": "warmup"},
+    "sample, aligned, warm-up": lambda rate: {**_ALIGNED, "schedule": "warmup"},
+    "published, recovery": lambda rate: {**_published(rate), "schedule": "recovery:0.2"},
+    "sample, aligned, recovery": lambda rate: {**_ALIGNED, "schedule": "recovery:0.2"},
+    "token, attention 0.5": lambda rate: {"granularity": "token", "attention_rate": 0.5},
+    "token, attention 0.9": lambda rate: {"granularity": "token", "attention_rate": 0.9},
     "target plan": lambda rate: {"context": "inference"},
     "target plan, one_hop": lambda rate: {"context": "inference", "context_gradient": "one_hop"},
     "coreset, one fixed direction": lambda rate: {"coreset": {"features": "spsa", "directions": 1, "fixed": True}},
@@ -93,69 +114,82 @@ METHODS: dict[str, Callable[[float], Options] | None] = {
 TARGETS = Task("builtin:docstrings", 192, 8, 60, {"lora": 8e-3, "full": 1e-3})
 TARGETS_LONG = Task("summaries", 512, 4, 40, {"lora": 8e-3, "full": 1e-3})
 TEXT = Task("builtin:docs", 48, 12, 50, {"lora": 8e-3, "full": 1e-3, "paca": 4e-3})
+DEEP = replace(TEXT, recipe=Recipe(hidden_size=96, intermediate_size=256, num_hidden_layers=24))
 MIXTURE = Task("mixture", 32, 32, 40, {"lora": 8e-3, "full": 1e-3})
 TINY = Recipe(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, steps=2, seq_len=32)
 
 
-def _target_points(published_rate: float) -> tuple[Point, ...]:
+def _target_points(published_rate: float, *smaller: int) -> tuple[Point, ...]:
     """published_rate: the nominal rate at which published DropBP keeps as many backward FLOPs as the target plan.
 
     context_gradient="full" is missing: it is undropped training to rounding (tests/test_target_plans.py).
     """
     return (
         Point("undropped"),
-        Point("target plan"),
-        Point("target plan, one_hop"),
+        Point("target plan", published_rate=published_rate),
+        Point("target plan, one_hop", published_rate=published_rate),
         Point("published", published_rate),
-        Point("undropped", as_fast_as=("target plan", 0.0)),
+        *_smaller(*smaller),
     )
 
 
-def _plan_points(rates: tuple[float, ...]) -> tuple[Point, ...]:
-    """The rows of the table of plans. Plans by branches take one time, plans by rows another: a control for each."""
-    points = [Point("undropped")]
-    for rate in rates:
-        points += [
-            Point("published", rate),
-            Point("branch", rate),
-            Point("cyclic", rate),
-            Point("sample", rate),
-            Point("sample, aligned", rate),
-            Point("token", rate),
-            Point("token, scaled", rate),
-            Point("token, unbiased", rate),
-            Point("undropped", as_fast_as=("branch", rate)),
-            Point("undropped", as_fast_as=("sample", rate)),
-            Point("undropped", batch_size=max(1, round((1 - rate) * TEXT.batch_size))),
-        ]
-    return tuple(points)
+def _at(rate: float, *methods: str) -> tuple[Point, ...]:
+    return tuple(Point(method, rate) for method in methods)
 
+
+def _smaller(*batch_sizes: int, adapter: str | None = None) -> tuple[Point, ...]:
+    """Undropped training with fewer examples."""
+    return tuple(Point("undropped", batch_size=size, adapter=adapter) for size in batch_sizes)
+
+
+_ROW_PLANS = ("published", "branch", "sample", "sample, aligned", "token")
+_CORESETS = tuple(Point(method) for method in METHODS if method.startswith("coreset"))
+# As fast as plans by rows, as plans by branches; of the backward FLOPs of rate 0.75, of published DropBP at 0.75.
+_SMALLER_TEXTS = _smaller(8, 5, 3, 2)
 
 GROUPS = {
-    "targets": Group(TARGETS, _target_points(0.4)),
-    "targets_long": Group(TARGETS_LONG, _target_points(0.75)),
-    "plans": Group(TEXT, _plan_points((0.75, 0.5, 0.875))),
+    "targets": Group(TARGETS, _target_points(0.4, 6, 4, 2)),
+    "targets_long": Group(TARGETS_LONG, _target_points(0.75, 2)),
+    "plans": Group(
+        TEXT,
+        (
+            Point("undropped"),
+            *_at(0.75, *_ROW_PLANS, "cyclic", "token, scaled", "token, unbiased"),
+            *_SMALLER_TEXTS,
+        ),
+    ),
+    "rates": Group(
+        TEXT,
+        (Point("undropped"), *_at(0.5, *_ROW_PLANS), *_at(0.875, *_ROW_PLANS), *_smaller(8, 6, 5, 3, 2)),
+        rows_of="plans",
+    ),
+    "variations": Group(
+        TEXT,
+        (
+            Point("undropped"),
+            *_at(0.75, "published", "published, by sensitivity", "published, warm-up", "published, recovery"),
+            *_at(0.75, "sample, aligned", "sample, aligned, by sensitivity", "sample, aligned, warm-up"),
+            *_at(0.75, "sample, aligned, recovery", "sample, aligned by 2 blocks"),
+            *_at(0.75, "token", "token, by sensitivity", "token, attention 0.5", "token, attention 0.9"),
+            *_SMALLER_TEXTS,
+        ),
+        rows_of="plans",
+    ),
+    "deep": Group(
+        DEEP,
+        (Point("undropped"), *_at(0.75, "published", "branch", "sample, aligned", "token"), *_SMALLER_TEXTS),
+    ),
     "paca": Group(
         TEXT,
         (
-            Point("undropped", adapter="lora"),
-            Point("undropped", adapter="paca"),
-            Point("undropped", adapter="full"),
+            *(Point("undropped", adapter=adapter) for adapter in ("lora", "paca", "full")),
             Point("published", 0.5, adapter="lora"),
-            Point("branch", 0.5, adapter="lora"),
-            Point("branch", 0.5, adapter="paca"),
+            *(Point("branch", 0.5, adapter=adapter) for adapter in ("lora", "paca")),
+            *_smaller(9, 7, adapter="lora"),  # as fast as full fine-tuning, and as PaCA
         ),
     ),
-    "coreset": Group(
-        MIXTURE,
-        (
-            Point("undropped"),
-            *(Point(method) for method in METHODS if method.startswith("coreset")),
-            Point("published", 0.5),
-            Point("undropped", as_fast_as=("coreset, exact", 0.0)),
-            Point("undropped", batch_size=MIXTURE.batch_size // 2),
-        ),
-    ),
+    "coreset": Group(MIXTURE, (Point("undropped"), *_CORESETS, *_smaller(16))),
+    "coreset64": Group(replace(MIXTURE, batch_size=64), (Point("undropped"), *_CORESETS, *_smaller(32))),
 }
 
 
@@ -165,6 +199,6 @@ def group_of(name: str, scale: str) -> Group:
     if scale == "full":
         return group
     task = replace(group.task, batch_size=8, seq_len=32, steps=2, recipe=TINY)
-    one_of_each = {(point.method, point.adapter, point.as_fast_as is None): point for point in reversed(group.points)}
-    points = [replace(point, batch_size=point.batch_size and 2) for point in reversed(one_of_each.values())]
-    return Group(task, tuple(points))
+    one_of_each = {(point.method, point.adapter): point for point in reversed(group.points)}
+    points = [replace(point, batch_size=None) for point in reversed(one_of_each.values())]
+    return replace(group, task=task, points=tuple(points))

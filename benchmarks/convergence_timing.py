@@ -2,7 +2,7 @@
 
 From the times of undropped steps at several batch sizes follows the batch size at which an undropped step takes as long
 as a method's (`undropped_batch`): the control that the method has to beat. FLOPs are counted beside it, by PyTorch's
-counter, which knows what was run and not what was meant.
+counter, which knows what was run and not what was meant. A method with a schedule is not timed: its steps differ.
 """
 
 import random
@@ -17,15 +17,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dropbp_kernels.cli.training import Run
 
-from .convergence_methods import Group, Point, label
+from .convergence_methods import METHODS, Group, Point, label
+from .convergence_runs import make_run
 from .rows import Machine, append_rows, machine
 from .timing import quantile
 
 FILE = "convergence_step.csv"
-BATCH_SHARES = (1.0, 0.75, 0.5, 0.25)  # of the task's batch: undropped steps between which times are interpolated
-NUM_ROUNDS = {"full": 15, "tiny": 1}
-NUM_WARM_UP_ROUNDS = {"full": 2, "tiny": 0}
-NUM_COUNTED_STEPS = {"full": 4, "tiny": 1}
+# Of the task's batch: undropped steps between which times are interpolated.
+BATCH_SHARES = (1.0, 0.75, 0.5, 0.25, 0.125)
+NUM_WARM_UP_ROUNDS = 2
+NUM_COUNTED_STEPS = 8  # plans by whole branches differ in their FLOPs from step to step
 
 
 @dataclass(frozen=True)
@@ -65,25 +66,22 @@ class ConvergenceStepRow(Machine):
         )
 
 
-def run(name: str, group: Group, adapter: str, out: Path, scale: str) -> int:
+def run(name: str, group: Group, adapter: str, out: Path, num_rounds: int) -> int:
     """Time every point of the group that has a batch size of its own, and the undropped batches between."""
     from tqdm import tqdm
-
-    from .convergence import make_run  # it names this module on its command line
 
     task, where = group.task, machine(torch.device("cpu"))
     batches = [max(1, round(share * task.batch_size)) for share in BATCH_SHARES]
     undropped_points = [Point("undropped", batch_size=batch) for batch in dict.fromkeys(batches)]
-    others = [point for point in group.points if point.method != "undropped" or point.adapter not in (None, adapter)]
+    others = [point for point in group.points if _is_timed(point, adapter)]
     runs = {}
     for point in [*undropped_points, *others]:
         own = point.adapter or adapter
         batch_size = point.batch_size or task.batch_size
         runs[point] = make_run(task, own, point, batch_size, task.learning_rates[own], 0)
-    flops = {point: _count_flops(run, NUM_COUNTED_STEPS[scale]) for point, run in runs.items()}
-    order, num_warm_up = random.Random(0), NUM_WARM_UP_ROUNDS[scale]
-    num_rounds = num_warm_up + NUM_ROUNDS[scale]
-    for step in tqdm(range(num_rounds), desc=f"timing {name}, {adapter}", leave=False, disable=None):
+    flops = {point: _count_flops(run, min(NUM_COUNTED_STEPS, num_rounds)) for point, run in runs.items()}
+    order, num_warm_up = random.Random(0), min(NUM_WARM_UP_ROUNDS, num_rounds - 1)
+    for step in tqdm(range(num_warm_up + num_rounds), desc=f"timing {name}, {adapter}", leave=False, disable=None):
         for run in order.sample(list(runs.values()), len(runs)):
             run.step(step)
     samples = {point: [1e3 * s for s in run.history.step_s[num_warm_up:]] for point, run in runs.items()}
@@ -117,6 +115,13 @@ def run(name: str, group: Group, adapter: str, out: Path, scale: str) -> int:
     append_rows(out / FILE, rows)
     print(ConvergenceStepRow.HEADER, *rows, sep="\n")
     return 0
+
+
+def _is_timed(point: Point, adapter: str) -> bool:
+    make_options = METHODS[point.method]
+    if make_options is None:
+        return point.adapter not in (None, adapter)  # the others stand among the undropped batches
+    return point.learning_rate is None and "schedule" not in make_options(point.drop_rate)
 
 
 def batch_as_fast_as(step_ms: float, undropped: dict[int, float]) -> float:

@@ -1,6 +1,8 @@
 """benchmarks.convergence: runs are trained once and recorded whole, controls follow from timings, tables add up."""
 
+import dataclasses
 import re
+import statistics
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -17,8 +19,11 @@ sys.path.append(str(ROOT))
 from benchmarks import (  # noqa: E402
     convergence,
     convergence_data,
+    convergence_gradients,
+    convergence_lines,
     convergence_methods,
     convergence_report,
+    convergence_runs,
     convergence_timing,
     coreset_data,
 )
@@ -58,10 +63,10 @@ def tiny(tmp_path, monkeypatch):
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group", ["targets", "variations", "plans", "paca", "coreset"])
 def test_a_group_is_timed_and_trained_and_a_second_call_has_nothing_to_do(group, tiny, capsys, monkeypatch):
     call = ["--group", group, "--scale", "tiny", "--out", str(tiny)]
-    assert convergence.main([*call, "--time"]) == 0
+    assert convergence.main([*call, "--time", "--rounds", "1"]) == 0
     assert convergence.main([*call, "--seeds", "3"]) == 0
     rows = read_rows(tiny / convergence.FILE)
     assert {(row["method"], float(row["drop_rate"])) for row in rows} == {
@@ -77,12 +82,20 @@ def test_a_group_is_timed_and_trained_and_a_second_call_has_nothing_to_do(group,
     assert float(undropped["validation_loss"]) != pytest.approx(curve[0], abs=1e-4)
     steps = read_rows(tiny / convergence_timing.FILE)
     assert {row["adapter"] for row in rows} == {row["adapter"] for row in steps}
+    assert {row["group"] for row in rows} == {row["group"] for row in steps} == {GROUPS[group].rows_of or group}
     assert all(float(row["backward_gflop"]) >= 0 for row in steps)
 
     monkeypatch.setattr(convergence, "train", lambda *args: pytest.fail("trained again"))
     capsys.readouterr()
     assert convergence.main([*call, "--seeds", "3"]) == 0
     assert f"0 of {len(rows)} runs to do" in capsys.readouterr().out
+
+
+def test_no_method_is_left_out():
+    """The groups that are not run above hold no method that those do not."""
+    points = [point for name in ("targets", "variations", "plans", "paca", "coreset") for point in GROUPS[name].points]
+    assert {point.method for group in GROUPS.values() for point in group.points} == {point.method for point in points}
+    assert convergence_methods.METHODS.keys() == {point.method for point in points}
 
 
 def test_an_interrupted_call_goes_on_where_it_was(tiny):
@@ -99,28 +112,68 @@ def test_an_interrupted_call_goes_on_where_it_was(tiny):
     assert again[0]["validation_loss"] != again[1]["validation_loss"]
 
 
-def test_the_size_of_a_control_follows_from_the_newest_timing():
+def test_a_step_is_as_fast_as_an_undropped_one_of_some_batch():
     undropped = {4: 10.0, 8: 14.0, 16: 30.0}
     batch = convergence_timing.batch_as_fast_as
     assert [batch(ms, undropped) for ms in (14.0, 22.0, 12.0, 40.0)] == [8, 12, 6, 16]
     assert batch(8.0, undropped) == 2.0  # on the line through the two smallest
     assert batch(1.0, undropped) == 1.0
 
-    task, point = GROUPS["targets"].task, Point("undropped", as_fast_as=("published", 0.5))
-    row = {"group": "targets", "adapter": "lora", "method": "published", "drop_rate": "0.5", "undropped_batch": "6.1"}
-    rows = [row, {**row, "undropped_batch": "4.6"}, {**row, "group": "plans", "undropped_batch": "1"}]
-    assert convergence.batch_size_of(point, task, "targets", "lora", rows) == 5
-    assert convergence.batch_size_of(point, task, "targets", "full", rows) is None
+
+def test_tables_of_one_task_share_their_runs():
+    for name, group in GROUPS.items():
+        assert group.rows_of is None or group.task == GROUPS[group.rows_of].task, name
+        assert len({str(point) for point in group.points}) == len(group.points), name
+    group = Group(GROUPS["plans"].task, (Point("undropped"), Point("published", 0.75, learning_rate=4e-3)))
+    runs = list(convergence.wanted_runs(group, "lora", [0, 1], [], "plans"))
+    assert [(run.seed, run.group, run.learning_rate) for run in runs] == [
+        (seed, "plans", rate) for seed in (0, 1) for rate in (8e-3, 4e-3)
+    ]
+    swept = list(convergence.wanted_runs(group, "lora", [100], [1e-3, 2e-3], "plans"))
+    assert [run.learning_rate for run in swept] == [1e-3, 1e-3, 2e-3, 2e-3]
 
 
-def test_controls_of_one_size_are_one_run(capsys):
-    points = (Point("undropped"), Point("undropped", batch_size=3), Point("undropped", as_fast_as=("branch", 0.75)))
-    group = Group(GROUPS["plans"].task, points)
-    timed = {"group": "plans", "adapter": "lora", "method": "branch", "drop_rate": "0.75", "undropped_batch": "3.2"}
-    runs = list(convergence.wanted_runs("plans", group, "lora", [0, 1], [], [timed]))
-    assert [(run.seed, run.batch_size) for run in runs] == [(0, 12), (0, 3), (1, 12), (1, 3)]
-    assert len(list(convergence.wanted_runs("plans", group, "lora", [0, 1], [], []))) == 4
-    assert "plans, lora: undropped, as fast as branch 0.75 waits for a timing" in capsys.readouterr().out
+def test_methods_drop_the_same_share_of_the_work(tiny):
+    """Rates by kind, by schedule and by sensitivity alike: their mean over the run, by FLOPs, is the drop rate."""
+    task = dataclasses.replace(convergence_methods.group_of("plans", "tiny").task, steps=50)
+    for method in convergence_methods.METHODS:
+        if method.startswith(("undropped", "target plan", "coreset")):
+            continue
+        run = convergence_runs.make_run(task, "lora", Point(method, 0.75), 2, 8e-3, 0)
+        if run.settings.rates == "sensitivity":
+            run._calibrate(run.data.batch(0, 2))
+        flops = run.handler.flops()
+        steps = [zip(run.handler.rates_at(step), flops, strict=True) for step in range(task.steps)]
+        dropped = statistics.mean(sum(rate * cost for rate, cost in step) / sum(flops) for step in steps)
+        is_on_a_grid = method == "published, by sensitivity"  # of tenths
+        assert dropped == pytest.approx(0.75, abs=0.1 if is_on_a_grid else 1e-6), method
+        if "attention" in method:
+            assert len(set(run.handler.drop_rates)) == 2
+
+
+def test_gradients_of_plans_are_compared_with_those_of_the_whole_batch(tiny):
+    call = ["--scale", "tiny", "--batches", "1", "--plans", "3", "--steps", "2", "--rates", "0.5", "--out", str(tiny)]
+    assert convergence_gradients.main(call) == 0
+    rows = {row["method"]: row for row in read_rows(tiny / convergence_gradients.FILE)}
+    assert list(rows) == [*convergence_gradients.PLANS, convergence_gradients.FEWER]
+    assert all(-1.0 <= float(row["cosine"]) <= 1.0 for row in rows.values())
+    # Halves of one batch: their mean points better than each of them.
+    fewer = rows[convergence_gradients.FEWER]
+    assert 0.2 < float(fewer["cosine"]) < float(fewer["cosine_of_mean"]) < 1.0
+
+
+def test_aligned_samples_are_a_smaller_batch_to_an_adapter(tiny):
+    """Nothing but branches is trained, so a sample that all of them drop leaves nothing to the gradient."""
+    task = convergence_methods.group_of("plans", "tiny").task
+    run = convergence_runs.make_run(task, "lora", Point("sample, aligned", 0.75), 8, 8e-3, 0)
+    run.step(0)
+    ids, labels = run.data.batch(1, 8)
+    kept = torch.tensor([True, False, False, True, False, False, False, False])
+    run.handler.set_plan([kept] * len(run.handler.gates))
+    ours = convergence_gradients.gradient(run, ids, labels)
+    run.handler.set_plan([True] * len(run.handler.gates))
+    theirs = convergence_gradients.gradient(run, ids[kept], labels[kept])
+    assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0).item() == pytest.approx(1.0, abs=1e-5)
 
 
 def test_windows_cover_all_values_once():
@@ -130,15 +183,15 @@ def test_windows_cover_all_values_once():
 
 def test_a_difference_is_paired_by_seed_and_real_only_beyond_its_noise():
     losses = {0: 2.0, 1: 3.0, 2: 4.0, 7: 9.0}
-    close = convergence_report.difference(losses, {0: 1.9, 1: 2.9, 2: 3.9, 8: 0.0})
+    close = convergence_lines.difference(losses, {0: 1.9, 1: 2.9, 2: 3.9, 8: 0.0})
     assert (close.mean, close.num) == (pytest.approx(0.1), 3)
     assert close.is_real
     assert str(close) == "**+0.100**"
     # mean 0.1, deviation 0.05: t = 0.1 / (0.05 / sqrt(3)) = 3.46, below 4.303
-    noisy = convergence_report.difference(losses, {0: 1.95, 1: 2.9, 2: 3.85})
+    noisy = convergence_lines.difference(losses, {0: 1.95, 1: 2.9, 2: 3.85})
     assert str(noisy) == "+0.100"
-    assert not convergence_report.difference({0: 2.0}, {0: 1.0}).is_real
-    assert convergence_report.difference({0: 2.0}, {1: 1.0}) is None
+    assert not convergence_lines.difference({0: 2.0}, {0: 1.0}).is_real
+    assert convergence_lines.difference({0: 2.0}, {1: 1.0}) is None
 
 
 def run_row(method, drop_rate, batch_size, seed, loss, **different):
@@ -179,21 +232,22 @@ def test_a_table_by_hand(tmp_path):
             run_row("undropped", 0, 12, seed, 2.0 + noise),
             run_row("published", 0.75, 12, seed, 2.5 + noise),
             run_row("branch", 0.75, 12, seed, 2.3 + noise + 0.01 * seed),
-            run_row("undropped", 0, 6, seed, 2.2 + noise),
+            run_row("undropped", 0, 5, seed, 2.2 + noise),
         ]
-    rows.append(run_row("branch", 0.75, 12, convergence_report.FIRST_SWEEP_SEED, 1.0))
+    rows.append(run_row("branch", 0.75, 12, convergence_lines.FIRST_SWEEP_SEED, 1.0))
     rows.append(run_row("branch", 0.75, 12, 0, 1.0, learning_rate="1e-5"))
     steps = [
         step_row("undropped", 0, 12, 1.0, 8.0),
         step_row("undropped", 0, 3, 0.4, 2.0),
         step_row("published", 0.75, 12, 0.6, 1.5),
-        step_row("branch", 0.75, 12, 0.61, 2.0),
+        step_row("branch", 0.75, 12, 0.61, 3.35),
     ]
     assert convergence_report.table("plans", "lora", rows, steps).splitlines()[-4:] == [
-        "| undropped | 12 | 1.00 | 1.00 | 2.050 ± 0.050 |  |  |  | 3 |",
-        "| published 0.75 | 12 | 0.60 | 0.19 | 2.550 ± 0.050 | **+0.500** | **+0.300** (6) |  | 3 |",
-        "| branch 0.75 | 12 | 0.61 | 0.25 | 2.360 ± 0.056 | **+0.310** | **+0.110** (6) | 38% | 3 |",
-        "| undropped | 6 | 0.60 | 0.50 | 2.250 ± 0.050 | **+0.200** |  |  | 3 |",
+        "| undropped | 12 | 1.00 | 1.00 | 2.050 ± 0.050 |  |  |  |  | 3 |",
+        "| published 0.75 | 12 | 0.60 | 0.19 | 2.550 ± 0.050 | **+0.500** | **+0.300** (5) |  |  | 3 |",
+        "| branch 0.75 | 12 | 0.61 | 0.42 | 2.360 ± 0.056 | **+0.310** | **+0.110** (5) | **+0.110** (5) "
+        "| **-0.190** (38%) | 3 |",
+        "| undropped | 5 | 0.53 | 0.42 | 2.250 ± 0.050 | **+0.200** |  |  |  | 3 |",
     ]
     page = "a\n<!-- convergence: plans, lora -->\nold\n<!-- end -->\nb"
     filled = convergence_report.with_tables(page, rows, steps)
@@ -210,8 +264,8 @@ def test_the_page_says_what_the_committed_rows_say():
     rows, steps = read_rows(RESULTS / convergence.FILE), read_rows(RESULTS / convergence_timing.FILE)
     text = convergence_report.PAGE.read_text()
     assert convergence_report.with_tables(text, rows, steps) == text, "run: python -m benchmarks.convergence --report"
-    for group, adapter in re.findall("<!-- convergence: (\\w+), (\\w+) -->", text):
-        assert (convergence_report.DOCS / f"convergence-{group}-{adapter}.png").exists()
+    pictures = set(re.findall(r"\]\((convergence-.*?\.png)\)", text))
+    assert pictures == {path.name for path in convergence_report.DOCS.glob("convergence-*.png")}
 
 
 def test_summaries_are_long_and_end_where_the_docstring_does(monkeypatch):

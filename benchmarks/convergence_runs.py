@@ -1,0 +1,105 @@
+"""How a run of `benchmarks.convergence` is made: a model patched by the method of a point, before its first step."""
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dropbp_kernels import DropBPHandler, apply_dropbp
+from dropbp_kernels.cli import builtin, models
+from dropbp_kernels.cli.settings import Settings
+from dropbp_kernels.cli.training import Run
+from dropbp_kernels.coreset import CoresetSelector
+from dropbp_kernels.schedules import factor_at, get_schedule
+
+from . import convergence_data
+from .convergence_methods import METHODS, Options, Point, Task
+
+PACA_RANK = 16  # 221,184 trained parameters of the built-in model; LoRA of rank 8 has 217,088
+MAX_RATE = 0.95  # of a schedule whose mean is the drop rate; only a run of a few steps meets it
+
+
+def make_run(task: Task, adapter: str, point: Point, batch_size: int, learning_rate: float, seed: int) -> Run:
+    settings, data = _settings(task, adapter, learning_rate, seed), convergence_data.load(task.data, task.seq_len, seed)
+    model = models.load_model(settings, data)
+    if adapter == "paca":
+        model = _with_paca(model, seed)
+    make_options = METHODS[point.method]
+    if make_options is None:
+        return Run(point.method, model, None, batch_size, data, settings)
+    options = dict(make_options(point.drop_rate))
+    if "coreset" in options:
+        return CoresetRun(point.method, model, None, batch_size, data, settings, options=options["coreset"])
+    if (allocation := options.pop("calibrate", None)) is not None:
+        settings = replace(settings, rates="sensitivity", allocation=allocation)
+    handler = patch(model, point.drop_rate, task, seed, options)
+    return Run(point.method, model, handler, batch_size, data, settings)
+
+
+class CoresetRun(Run):
+    """A run whose steps train on a part of each batch, chosen inside the step so that it counts into its time."""
+
+    def __init__(self, *args: Any, options: Mapping[str, Any]):
+        super().__init__(*args)
+        seed = self.settings.seed
+        self.selector = CoresetSelector(self.model, keep=0.5, sources=self.data.counts, seed=seed, **options)
+
+    def loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        if self.model.training:
+            batch, _ = self.selector.subset({"input_ids": input_ids, "labels": labels}, self.data.sources)
+            input_ids, labels = batch["input_ids"], batch["labels"]
+        return super().loss(input_ids, labels)
+
+
+def _settings(task: Task, adapter: str, learning_rate: float, seed: int) -> Settings:
+    folder = builtin.ensure_pretrained(task.recipe, torch.device("cpu"))
+    return Settings(
+        model=str(folder),
+        data=task.data,
+        adapter="lora" if adapter == "lora" else "full",
+        steps=task.steps,
+        batch_size=task.batch_size,
+        seq_len=task.seq_len,
+        learning_rate=learning_rate,
+        dtype="float32",
+        device="cpu",
+        seed=seed,
+        compare=False,
+    )
+
+
+def _with_paca(model: nn.Module, seed: int) -> nn.Module:
+    """The model with PaCA on all linear layers, of about as many trained parameters as the command line's LoRA."""
+    from peft import get_peft_model
+
+    from dropbp_kernels.paca import PacaConfig
+
+    config = PacaConfig(r=PACA_RANK, alpha=64, target_modules="all-linear", seed=seed, task_type="CAUSAL_LM")
+    return get_peft_model(model, config).train()
+
+
+def patch(model: nn.Module, drop_rate: float, task: Task, seed: int, options: Options) -> DropBPHandler:
+    """drop_rate: the share of the branches' backward FLOPs that the whole run is to drop, whatever the options."""
+    attention_rate = options.pop("attention_rate", None)
+    if (schedule := get_schedule(options.get("schedule"))) is not None:
+        mean = statistics.mean(factor_at(schedule, step, task.steps) for step in range(task.steps))
+        drop_rate = min(drop_rate / mean, MAX_RATE)
+        options["total_steps"] = task.steps
+    handler = apply_dropbp(model, drop_rate, seed=seed, **options)
+    if attention_rate is not None:
+        for gate in handler.gates.values():
+            gate.seq_len = task.seq_len  # attention costs what it costs at this length; no call has shown it yet
+        handler.set_drop_rates(rates_by_kind(handler, attention_rate))
+    return handler
+
+
+def rates_by_kind(handler: DropBPHandler, attention_rate: float) -> list[float]:
+    """attention_rate for attention branches; for the others the rate that drops handler.drop_rate of all FLOPs."""
+    is_attention = ["attention" in name.rpartition(".")[2] for name in handler.gates]
+    flops = handler.flops()
+    of_attention = sum(cost for cost, is_of_kind in zip(flops, is_attention, strict=True) if is_of_kind)
+    other_rate = (handler.drop_rate * sum(flops) - attention_rate * of_attention) / (sum(flops) - of_attention)
+    return [attention_rate if is_of_kind else other_rate for is_of_kind in is_attention]
