@@ -51,6 +51,8 @@ WAYS = [
     ("ours", DROP_RATE, "block", "chunked", False, "float32"),
     ("ours", DROP_RATE, "kept", "chunked", False, "float32"),
     ("ours", DROP_RATE, "kept", "chunked", False, "bfloat16"),
+    ("ours", DROP_RATE, "sliced", "chunked", False, "float32"),
+    ("ours", DROP_RATE, "sliced", "chunked", False, "bfloat16"),
 ]
 
 

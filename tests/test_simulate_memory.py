@@ -38,6 +38,8 @@ def test_committed_rows_are_those_of_the_table_and_meet_the_targets():
     kib = {way: float(row["kib_per_token"]) for way, row in rows.items()}
     assert kib["ours", 0.875, "none", "off", False, "float32"] <= 1700
     assert kib["ours", 0.875, "kept", "chunked", False, "bfloat16"] <= 250
+    assert kib["ours", 0.875, "sliced", "chunked", False, "float32"] <= 250
+    assert kib["ours", 0.875, "sliced", "chunked", False, "bfloat16"] <= 190
     assert kib["undropped", 0.0, "none", "off", False, "float32"] == pytest.approx(8660, rel=0.05)
     assert kib["detach", 0.875, "none", "off", True, "float32"] == pytest.approx(2907, rel=0.1)
 
