@@ -14,7 +14,7 @@ Parameter names are those of transformers' Llama layer, so ``block.load_state_di
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,13 +52,34 @@ class SeenKeys:
         self.before = tuple(before)  # as it is now: the list goes on
         self.mask = mask
         self.has_gradient = has_gradient
-        self.own: tuple[Tensor, Tensor] | None = None  # once the block has run; a recompute does not change it
+        self.samples: Tensor | None = None  # those that it is about, int64 (K,); None: all
+        self._own: tuple[Tensor, Tensor] | None = None  # once the block has run; a recompute does not change it
+        self._parts: list[SeenKeys] = []
+
+    @property
+    def own(self) -> tuple[Tensor, Tensor] | None:
+        """The stage's own keys and values, of all samples; None before the block has run."""
+        if not self._parts:
+            return self._own
+        samples = torch.cat([part.samples for part in self._parts if part.samples is not None]).argsort()
+        keys, values = zip(*(part._own for part in self._parts if part._own is not None), strict=True)
+        return torch.cat(keys)[samples], torch.cat(values)[samples]
+
+    def of_samples(self, samples: Tensor) -> "SeenKeys":
+        """What some samples of the batch see, int64 (K,), for a call that goes by rows."""
+        part = SeenKeys(self.before, None if self.mask is None else self.mask[samples], self.has_gradient)
+        part.samples = samples
+        self._parts.append(part)
+        return part
 
     def join(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """All that the stage's rows see: what came before, then their own key and value."""
-        if self.own is None:
-            self.own = key, value
-        keys, values = zip(*self.before, (key, value), strict=True)
+        if self._own is None:
+            self._own = key, value
+        before = self.before
+        if self.samples is not None:
+            before = tuple((keys[self.samples], values[self.samples]) for keys, values in before)
+        keys, values = zip(*before, (key, value), strict=True)
         return torch.cat(keys, dim=-2), torch.cat(values, dim=-2)
 
 
@@ -170,17 +191,18 @@ class LlamaBlock(nn.Module):
         self.gate_mlp = DropBP(self.mlp.flops, modules=(self.post_attention_layernorm, self.mlp), per_token=True)
 
     def forward(self, stream: Stream, rope: tuple[Tensor, Tensor], seen: SeenKeys | None = None) -> Stream:
-        if seen is not None and not isinstance(self.gate_attention.kept, bool):
-            raise ValueError(
-                "seen: expected None under a plan by rows, since keys of whole samples do not fit some rows"
-            )
         stream = extend(
-            stream, self.input_layernorm, self.gate_attention, lambda x, *r: self.self_attn(x, r, seen), *rope
+            stream,
+            self.input_layernorm,
+            self.gate_attention,
+            lambda x, *args: self.self_attn(x, args[:2], args[2]),
+            *rope,
+            seen,
         )
         return extend(stream, self.post_attention_layernorm, self.gate_mlp, self.mlp)
 
 
-def extend(stream: Stream, norm: RMSNorm, gate: DropBP, branch: Callable[..., Tensor], *args: Tensor) -> Stream:
+def extend(stream: Stream, norm: RMSNorm, gate: DropBP, branch: Callable[..., Tensor], *args: Any) -> Stream:
     """branch(norm(stream), *args) behind `gate`, pending; under a plan by rows it is added already.
 
     By rows the norm reads through the permutation, and holds the kept rows instead of the sum.

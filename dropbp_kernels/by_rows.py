@@ -72,10 +72,15 @@ class RowSplit:
         return kept, self._select(stream.detach(), self.dropped), stream
 
     def arguments(self, tree: Any, which: Tensor) -> Any:
-        """What else the branch is called with, for the rows `which`: see the rules of `_has_rows`; no caches."""
+        """What else the branch is called with, for the rows `which`: see the rules of `_has_rows`.
+
+        Key/value caches that can be taken apart say so by `of_samples`; others are left out.
+        """
         return tree_map(lambda leaf: self._argument(leaf, which), tree)
 
     def _argument(self, leaf: Any, which: Tensor) -> Any:
+        if hasattr(leaf, "of_samples"):
+            return None if self.rows.by_token else leaf.of_samples(which)
         if not isinstance(leaf, Tensor):
             return None if hasattr(leaf, "get_seq_length") and hasattr(leaf, "update") else leaf  # a key/value cache
         if not self._has_rows(leaf):

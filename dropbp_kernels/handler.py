@@ -185,6 +185,7 @@ class DropBPHandler:
     def _tell_targets(self, labels: Tensor | None = None) -> None:
         if self.targets is not None:
             self.targets.seed, self.targets.step, self.targets.labels = self.seed, self.plan.step, labels
+            self.targets.num_target = None
 
     def draw(self, step: int) -> DropPlan:
         """The plan of `step`: a pure function of (seed, step), the rates and the FLOPs; changes nothing.
@@ -235,6 +236,8 @@ class DropBPHandler:
         return self.plan
 
     def _check_called(self) -> None:
+        if self.targets is not None and self.targets.num_target == 0:
+            return  # the batch ran without autograd
         missed = [name for name, gate in self.gates.items() if not gate.was_called]
         if missed:
             shown = ", ".join(missed[:4]) + (", ..." if len(missed) > 4 else "")

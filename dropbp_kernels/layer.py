@@ -23,6 +23,7 @@ from .by_rows import RowSplit
 from .ops.gated_residual_add import gated_residual_add
 from .row_plan import Batch, ChosenRows, Rows, RowsOfBranch
 from .slicing import run_in_slices
+from .targets import StagedRows
 
 # What a plan holds for a branch: kept, dropped, or which of its rows are kept.
 Entry = bool | RowsOfBranch | ChosenRows
@@ -89,6 +90,7 @@ class DropBP(nn.Module):
             says otherwise.
         num_samples, is_real: the batch size of the model and which of its tokens, bool (batch, seq), are not padding,
             where somebody knows and tells the gate; 0 and None: unknown, and all are real.
+        stage: while a target plan runs, the rows that do so with autograd and which of their stages this is, or None.
         records: None, or where somebody keeps what modules inside the branch return (transformers: router logits), by
             name; what a call by rows adds there twice is put together.
         checkpoint: None, or the function(branch, residual) that runs a kept branch in training mode so that it saves
@@ -121,6 +123,7 @@ class DropBP(nn.Module):
         self.kept: Entry = True
         self.num_samples = 0
         self.is_real: Tensor | None = None
+        self.stage: tuple[StagedRows, int] | None = None
         self.records: Callable[[], dict[str, list[Any]]] | None = None
         self.checkpoint: Callable[..., Any] | None = None
         self.slice_tokens = 0
@@ -250,6 +253,14 @@ class DropBP(nn.Module):
 
     def batch_of(self, stream: Tensor) -> Batch:
         """The batch of which `stream`, (batch, seq, ..., D) or flattened to (batch * seq, D), holds the tokens."""
+        if self.stage is not None:
+            staged, number = self.stage
+            num_samples, seq_len = staged.stages[number].rows.shape
+            if tuple(stream.shape[:2]) != (num_samples, seq_len) and stream.shape[0] != num_samples * seq_len:
+                raise ValueError(
+                    f"stream: expected the rows of a stage, ({num_samples}, {seq_len}, ...), got {tuple(stream.shape)}"
+                )
+            return Batch(num_samples, seq_len, stream.device, None, staged, number)
         num_samples, seq_len = stream.shape[0], stream.shape[1] if stream.dim() > 2 else 1
         if stream.dim() == 2 and self.num_samples and num_samples % self.num_samples == 0:
             num_samples, seq_len = self.num_samples, num_samples // self.num_samples

@@ -1,6 +1,7 @@
 """The drop plan: which branches, or which of their rows, send a gradient in this step. Fixed before the forward."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from .layer import DropBP, Entry
 from .row_plan import ChosenRows, RowsOfBranch
+from .targets import Stage, StagedRows
 
 
 @dataclass(frozen=True)
@@ -69,3 +71,16 @@ def set_plan(gates: dict[str, DropBP], kept: Sequence[Entry]) -> None:
     for gate, entry in zip(gates.values(), entries, strict=True):
         gate.refresh()
         gate.kept = entry
+
+
+@contextmanager
+def running(gates: Iterable[DropBP], staged: StagedRows, stage: Stage) -> Iterator[None]:
+    """Let `gates` know that `stage` of a target plan runs: a plan by rows keeps its share of `staged`."""
+    numbers = [number for number, other in enumerate(staged.stages) if other is stage]
+    for gate in gates:
+        gate.stage = (staged, numbers[0]) if numbers else None
+    try:
+        yield
+    finally:
+        for gate in gates:
+            gate.stage = None

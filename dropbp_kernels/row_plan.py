@@ -22,7 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .permutation import draw_permutation
+from .row_draws import draw_samples, draw_tokens, tokens_by_stage
+from .targets import StagedRows
 
 GRANULARITIES = ("branch", "sample", "token")
 
@@ -50,12 +51,18 @@ class Rows(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a plan has to know of a batch: its size, and which tokens are real, bool (num_samples, seq_len) or None."""
+    """What a plan has to know of a batch: its size, and which tokens are real, bool (num_samples, seq_len) or None.
+
+    staged, stage: of a target plan the rows that run with autograd, and which of its stages this is; seq_len is then
+    that of the stage, and what is padding is said by the stage.
+    """
 
     num_samples: int
     seq_len: int
     device: torch.device
     is_real: Tensor | None = None
+    staged: StagedRows | None = None
+    stage: int = 0
 
 
 class RowPlan:
@@ -87,7 +94,7 @@ class RowPlan:
         self.round_up = round_up
         self.seed = seed
         self.step = step
-        self._drawn: tuple[Batch, list[Rows]] | None = None  # of the last batch
+        self._drawn: _Drawn | None = None  # of the last batch
 
     def rows(self, branch: int, batch: Batch) -> Rows:
         """The rows of a branch. Drawn for all branches when the first of them asks.
@@ -96,9 +103,9 @@ class RowPlan:
         Cost:   once a batch: a copy of (num_branches, num_samples) int64 to the device, and the sorts of
                 `draw_permutation` for tokens; with is_real the host waits for the number of real tokens.
         """
-        if self._drawn is None or not _is_same(self._drawn[0], batch):
-            self._drawn = batch, self._draw(batch)
-        return self._drawn[1][branch]
+        if self._drawn is None or not _is_same(self._drawn.batch, batch):
+            self._drawn = self._draw(batch)
+        return self._drawn.rows[batch.stage][branch]
 
     def kept_share(self, branch: int) -> float:
         """The share of its rows that the branch kept in the last batch; before that, what is expected."""
@@ -107,10 +114,7 @@ class RowPlan:
 
     def counts(self, branch: int) -> tuple[int, int]:
         """(rows kept, rows) of the branch in the last batch; before one, none."""
-        if self._drawn is None:
-            return 0, 0
-        rows = self._drawn[1][branch]
-        return rows.num_kept, rows.num_rows
+        return (0, 0) if self._drawn is None else self._drawn.counts[branch]
 
     def num_kept(self, num_samples: int, num_tokens: int) -> list[int]:
         """How many rows each branch keeps of a batch of so many samples and (real) tokens: numbers of the host.
@@ -126,31 +130,27 @@ class RowPlan:
         more = self.round_up(rates)
         return [ceiling - 1 + is_up for ceiling, is_up in zip(ceilings, more, strict=True)]
 
-    def _draw(self, batch: Batch) -> list[Rows]:
-        num_samples, seq_len, device, is_real = batch
-        if num_samples * seq_len == 0:
-            raise ValueError(f"batch: expected at least one row, got {num_samples} samples of {seq_len} tokens")
-        if num_samples == 1 and not all(self.by_token):
+    def _draw(self, batch: Batch) -> "_Drawn":
+        if batch.num_samples * batch.seq_len == 0:
+            raise ValueError(
+                f"batch: expected at least one row, got {batch.num_samples} samples of {batch.seq_len} tokens"
+            )
+        stages = _Stages.of(batch, any(self.by_token))
+        # Of a target plan: a sample without a row has nothing to keep.
+        samples = [place for place, counts in enumerate(zip(*stages.counts, strict=True)) if any(counts)]
+        if len(samples) == 1 and not all(self.by_token):
             _say_that_one_sample_is_no_share()
-        num_tokens = num_samples * seq_len
-        if is_real is not None and any(self.by_token):
-            if tuple(is_real.shape) != (num_samples, seq_len):
-                raise ValueError(
-                    f"is_real: expected shape ({num_samples}, {seq_len}), as the batch has, got {tuple(is_real.shape)}"
-                )
-            num_real = int(is_real.sum())
-            if num_real == num_tokens:
-                is_real = None
-            num_tokens = max(1, num_real)
-        num_kept = self.num_kept(num_samples, num_tokens)
+        num_kept = self.num_kept(len(samples), stages.num_tokens)
         if any(self.covering):
             num_kept = self._with_one_kept(num_kept)
-        samples = self._draw_samples(num_kept, num_samples, device)
-        tokens = self._draw_tokens(num_samples * seq_len, device, is_real)
-        return [
-            Rows(tokens[run], count, num_tokens, True) if by_token else Rows(samples[run], count, num_samples, False)
-            for run, count, by_token in zip(self.run_of, num_kept, self.by_token, strict=True)
-        ]
+        rows = self._sample_rows(num_kept, samples, stages, batch.device)
+        rows |= self._token_rows(num_kept, stages, batch.device)
+        sizes = [stages.num_tokens if by_token else len(samples) for by_token in self.by_token]
+        return _Drawn(
+            batch,
+            list(zip(num_kept, sizes, strict=True)),
+            [[rows[branch][stage] for branch in range(len(num_kept))] for stage in range(len(stages.widths))],
+        )
 
     def _with_one_kept(self, num_kept: list[int]) -> list[int]:
         """num_kept, or with one more where no row would be kept by any branch that has something to train."""
@@ -161,34 +161,92 @@ class RowPlan:
         chosen = random.Random(f"keep_one:{self.seed}:{self.step}").choices(candidates, weights)[0]
         return [count + (branch == chosen) for branch, count in enumerate(num_kept)]
 
-    def _draw_samples(self, num_kept: list[int], num_samples: int, device: torch.device) -> dict[int, Tensor]:
-        """A permutation of the samples for each run of blocks."""
+    def _sample_rows(
+        self, num_kept: list[int], samples: list[int], stages: "_Stages", device: torch.device
+    ) -> dict[int, list[Rows]]:
+        """By branch whose rows are samples: its rows in each stage. A sample is kept in all stages or in none."""
         branches = [branch for branch, by_token in enumerate(self.by_token) if not by_token]
-        runs = list(dict.fromkeys(self.run_of[branch] for branch in branches))
-        if not runs:
+        if not branches:
             return {}
-        drawn = draw_permutation(num_samples, seed=self.seed, step=self.step, branch=torch.tensor(runs)).tolist()
-        orders = dict(zip(runs, drawn, strict=True))
-        most_kept = dict.fromkeys(runs, 0)
+        most_kept = {self.run_of[branch]: 0 for branch in branches}
         for branch in branches:
             if self.covering[branch]:
                 run = self.run_of[branch]
                 most_kept[run] = max(most_kept[run], num_kept[branch])
-        cover(orders, most_kept, random.Random(f"cover:{self.seed}:{self.step}"))
-        on_device = torch.tensor([orders[run] for run in runs]).to(device, non_blocking=True)
-        return dict(zip(runs, on_device.unbind(), strict=True))
+        orders = draw_samples(most_kept, samples, seed=self.seed, step=self.step)
+        rows: dict[int, list[Rows]] = {branch: [] for branch in branches}
+        # Samples that have no row in a stage stand last there.
+        table = [
+            [_with_others([sample for sample in order if counts[sample]], len(counts)) for order in orders.values()]
+            for counts in stages.counts
+        ]
+        on_device = torch.tensor(table).to(device, non_blocking=True)
+        for counts, of_stage in zip(stages.counts, on_device.unbind(), strict=True):
+            of_run = dict(zip(orders, of_stage.unbind(), strict=True))
+            for branch in branches:
+                run = self.run_of[branch]
+                here = sum(counts[sample] > 0 for sample in orders[run][: num_kept[branch]])
+                rows[branch].append(Rows(of_run[run], here, sum(count > 0 for count in counts), False))
+        return rows
 
-    def _draw_tokens(self, num_rows: int, device: torch.device, is_real: Tensor | None) -> dict[int, Tensor]:
-        """A permutation of the tokens of the flattened batch for each run of blocks, padding last."""
-        runs = list(dict.fromkeys(run for run, by_token in zip(self.run_of, self.by_token, strict=True) if by_token))
+    def _token_rows(self, num_kept: list[int], stages: "_Stages", device: torch.device) -> dict[int, list[Rows]]:
+        """By branch whose rows are tokens: its rows in each stage, which together are its share."""
+        branches = [branch for branch, by_token in enumerate(self.by_token) if by_token]
+        runs = list(dict.fromkeys(self.run_of[branch] for branch in branches))
         if not runs:
             return {}
-        branch = torch.tensor(runs, device=device)
-        drawn = draw_permutation(num_rows, seed=self.seed, step=self.step, branch=branch, device=device)
-        if is_real is not None:
-            is_padding = ~is_real.to(device).flatten()[drawn]
-            drawn = drawn.gather(1, is_padding.to(torch.int8).argsort(dim=1, stable=True))
-        return dict(zip(runs, drawn.unbind(), strict=True))
+        num_rows = len(stages.counts[0]) * sum(stages.widths)
+        drawn = draw_tokens(runs, num_rows, device, stages.is_real, seed=self.seed, step=self.step)
+        kept = [(runs.index(self.run_of[branch]), num_kept[branch]) for branch in branches]
+        orders, kept_here = tokens_by_stage(drawn, kept, stages.widths)
+        of_run = [dict(zip(runs, order.unbind(), strict=True)) for order in orders]
+        num_real = [stages.num_tokens] if len(orders) == 1 else [sum(counts) for counts in stages.counts]
+        return {
+            branch: [
+                Rows(of_run[stage][self.run_of[branch]], here[stage], num_real[stage], True)
+                for stage in range(len(orders))
+            ]
+            for branch, here in zip(branches, kept_here, strict=True)
+        }
+
+
+class _Drawn(NamedTuple):
+    """What was drawn for a batch: (rows kept, rows) of each branch, and by stage the rows of each branch."""
+
+    batch: Batch
+    counts: list[tuple[int, int]]
+    rows: list[list[Rows]]
+
+
+class _Stages(NamedTuple):
+    """What is drawn from: a batch as a whole is one stage.
+
+    widths: tokens of a sample, with padding, by stage. counts: rows of each sample, by stage (of a whole batch: 1).
+    num_tokens: real ones of all stages. is_real: which, bool (B, sum(widths)); None: all.
+    """
+
+    widths: list[int]
+    counts: list[list[int]]
+    num_tokens: int
+    is_real: Tensor | None
+
+    @staticmethod
+    def of(batch: Batch, by_token: bool) -> "_Stages":
+        num_samples, seq_len, _, is_real, staged, _ = batch
+        if staged is not None:
+            widths = [stage.rows.shape[1] for stage in staged.stages]
+            counts = [list(stage.num_rows) for stage in staged.stages]
+            num_tokens, num_rows = sum(map(sum, counts)), num_samples * sum(widths)
+            is_real = None if num_tokens == num_rows else torch.cat([stage.is_row for stage in staged.stages], dim=1)
+            return _Stages(widths, counts, num_tokens, is_real)
+        num_rows = num_tokens = num_samples * seq_len
+        if is_real is not None and by_token:
+            if tuple(is_real.shape) != (num_samples, seq_len):
+                raise ValueError(
+                    f"is_real: expected shape ({num_samples}, {seq_len}), as the batch has, got {tuple(is_real.shape)}"
+                )
+            num_tokens = int(is_real.sum())
+        return _Stages([seq_len], [[1] * num_samples], max(1, num_tokens), None if num_tokens == num_rows else is_real)
 
 
 class RowsOfBranch(NamedTuple):
@@ -233,12 +291,17 @@ class ChosenRows:
 
         Errors: ValueError when the batch has another number of rows than the plan.
         """
-        num_tokens = batch.num_samples * batch.seq_len
+        num_tokens = batch.num_samples * (batch.seq_len if batch.staged is None else batch.staged.seq_len)
         if len(self.kept) not in (batch.num_samples, num_tokens if per_token else -1):
             expected = f"{batch.num_samples} samples" + (f" or {num_tokens} tokens" if per_token else "")
             raise ValueError(f"plan: expected as many rows as the batch has, {expected}, got {len(self.kept)}")
-        permutation = torch.cat((self.kept.nonzero(), (~self.kept).nonzero())).flatten().to(batch.device)
-        return Rows(permutation, self.num_kept, len(self.kept), len(self.kept) != batch.num_samples)
+        kept, by_token = self.kept, len(self.kept) != batch.num_samples
+        if by_token and batch.staged is not None:
+            stage = batch.staged.stages[batch.stage]
+            of_sample = kept.to(batch.device).view(batch.num_samples, -1)
+            kept = (of_sample.gather(1, stage.rows) & stage.is_row).flatten()
+        permutation = torch.cat((kept.nonzero(), (~kept).nonzero())).flatten().to(batch.device)
+        return Rows(permutation, int(kept.sum()), len(kept), by_token)
 
     @property
     def kept_share(self) -> float:
@@ -254,39 +317,15 @@ class ChosenRows:
         return self.kept.tolist()  # type: ignore[no-any-return]
 
 
-def cover(orders: dict[int, list[int]], num_kept: dict[int, int], generator: random.Random) -> None:
-    """Let samples change places so that every one is among the first num_kept of some order, as far as these reach.
-
-    orders: permutations of the same samples, by run; changed in place. Who changes with whom is drawn without regard to
-    which sample is which, so every sample is as likely as before to be at any place.
-
-    Cost: on the host, the length of all kept places, and again for each sample that was in none.
-    """
-    num_samples = len(next(iter(orders.values())))
-    times = [0] * num_samples
-    for run, order in orders.items():
-        for sample in order[: num_kept[run]]:
-            times[sample] += 1
-    missing = [sample for sample in range(num_samples) if times[sample] == 0]
-    # Not by shuffle, whose stream Python may change.
-    for sample in sorted(missing, key=lambda _: generator.random()):
-        places = [
-            (run, place)
-            for run, order in orders.items()
-            for place, other in enumerate(order[: num_kept[run]])
-            if times[other] > 1
-        ]
-        if not places:
-            return
-        run, place = places[math.floor(generator.random() * len(places))]
-        order = orders[run]
-        times[order[place]] -= 1
-        times[sample] += 1
-        order[order.index(sample)], order[place] = order[place], sample
-
-
 def _is_same(one: Batch, other: Batch) -> bool:
+    if one.staged is not None or other.staged is not None:
+        return one.staged is other.staged and one.device == other.device
     return one[:3] == other[:3] and one.is_real is other.is_real
+
+
+def _with_others(order: list[int], num_samples: int) -> list[int]:
+    """`order`, and behind it the samples that are not in it."""
+    return [*order, *sorted(set(range(num_samples)) - set(order))]
 
 
 @functools.cache  # once a process

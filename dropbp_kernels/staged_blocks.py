@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .blocks import LlamaBlock, RMSNorm, SeenKeys, Stream, finish
-from .layer import as_inference
+from .layer import DropBP, as_inference
+from .plan import running
 from .stage_masks import StageMasks
 from .targets import IGNORED, TargetPlan
 
@@ -60,14 +61,16 @@ def run_by_targets(
     before: list[list[tuple[Tensor, Tensor]]] = [[] for _ in blocks]
     masks = StageMasks(plan.documents)
     hidden = []
+    gates = [module for block in blocks for module in block.modules() if isinstance(module, DropBP)]
+    staged = plan.staged_rows(with_context=context_gradient == "full")
     for stage in plan.stages:
         masks.add(stage)
         mask = None if masks.is_causal else masks.mask()
         places = stage.gather(position_ids)
         rope_of_rows = rope[0][places], rope[1][places]
         has_graph = torch.is_grad_enabled() and (stage.is_target or context_gradient == "full")
-        one_hop = context_gradient == "one_hop" and torch.is_grad_enabled()
-        with nullcontext() if has_graph else as_inference(x.device.type):
+        one_hop = context_gradient == "one_hop" and not stage.is_target and torch.is_grad_enabled()
+        with running(gates, staged, stage), nullcontext() if has_graph else as_inference(x.device.type):
             stream = Stream(stage.gather(x))
             for block, keys in zip(blocks, before, strict=True):
                 seen = SeenKeys(keys, mask, has_gradient=one_hop)

@@ -33,6 +33,9 @@ class TargetRule:
     """By what the plans of a model are made: options of apply_dropbp, and what its handler was told in `step`.
 
     labels: of the batches until the next step, where the model is called without any.
+    num_target: targets of the last batch since the step; None: no batch yet.
+    zero_gradient: whether the loss of a batch without a target has a graph all the same, for a training loop that runs
+        its backward come what may.
     """
 
     context_gradient: str = "none"
@@ -41,6 +44,8 @@ class TargetRule:
     seed: int = 0
     step: int = 0
     labels: Tensor | None = None
+    num_target: int | None = None
+    zero_gradient: bool = False
     has_warned: bool = False
 
     def put_on(self, decoder: nn.Module) -> None:
@@ -69,9 +74,10 @@ class Stage:
     """Rows of each sample that run together, in their order, padded on the right to the longest.
 
     rows: int64 (B, L), places along the sequence; 0 where padding. is_row: bool (B, L), False where padding.
-    is_target: whether these are target rows, and kept context. is_prefix: whether they are, unpadded, the first rows of
-    one document in every sample.
+    is_target: whether these are target rows, and kept context. is_prefix: whether they are the first rows of one
+    document in every sample, so that a causal mask does: what stands on the right is seen by nobody.
     targets: the columns that hold targets, int64 (B, T), and where these are no padding, bool (B, T); None: all.
+    num_rows: how many rows each sample has here, numbers of the host.
     samples: of context that samples share, those that run for all, int64 (U,); None: every sample runs.
     sample_of: whose keys each sample takes, int64 (B,), indices into samples.
     """
@@ -80,6 +86,7 @@ class Stage:
     is_row: Tensor
     is_target: bool
     is_prefix: bool
+    num_rows: tuple[int, ...]
     targets: tuple[Tensor, Tensor] | None = None
     samples: Tensor | None = None
     sample_of: Tensor | None = None
@@ -106,9 +113,21 @@ class Stage:
                 rows=self.rows[:, start : start + width],
                 is_row=self.is_row[:, start : start + width],
                 is_prefix=self.is_prefix and start == 0,
+                num_rows=tuple(min(max(count - start, 0), width) for count in self.num_rows),
             )
             for start in range(0, num_rows, width)
         ]
+
+
+@dataclass(frozen=True, eq=False)
+class StagedRows:
+    """The rows of a batch that run with autograd, by the stages in which they do: what plans by rows draw from.
+
+    stages: these stages, in their order. seq_len: of the batch.
+    """
+
+    stages: tuple[Stage, ...]
+    seq_len: int
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
@@ -141,6 +160,12 @@ class TargetPlan:
     def is_dense(self) -> bool:
         """Whether there is nothing to save: no context, and no sample skips more than its last row."""
         return self.num_context == 0 and self.num_skipped <= self.documents.shape[0]
+
+    def staged_rows(self, *, with_context: bool) -> StagedRows:
+        """The rows that run with autograd: those of target stages, or of context stages too."""
+        return StagedRows(
+            tuple(stage for stage in self.stages if stage.is_target or with_context), self.documents.shape[1]
+        )
 
     @property
     def head_rows(self) -> tuple[Tensor, Tensor]:
@@ -292,12 +317,14 @@ def _stage(
 ) -> Stage:
     rows, is_row = _columns(chosen)
     width = rows.shape[1]
-    is_prefix = bool(chosen[:, :width].all() and (documents[:, :width] == documents[:, :1]).all())
+    is_first = (rows == torch.arange(width)) & (documents.gather(1, rows) == documents[:, :1])
+    is_prefix = bool((is_first | ~is_row).all())
     targets = None
     if runs_targets and (chosen & is_kept).any():
         columns, is_column = _columns(is_row & is_target.gather(1, rows))
         targets = columns.to(device), is_column.to(device)
-    return Stage(rows.to(device), is_row.to(device), runs_targets, is_prefix, targets)
+    num_rows = tuple(chosen.sum(1).tolist())
+    return Stage(rows.to(device), is_row.to(device), runs_targets, is_prefix, num_rows, targets)
 
 
 def _columns(chosen: Tensor) -> tuple[Tensor, Tensor]:

@@ -180,14 +180,25 @@ def test_context_on_a_model_that_cannot_is_refused(tmp_path, checkpoint_folder, 
     assert "no target plan is compared: model: expected a decoder" in capsys.readouterr().out
 
 
-def test_granularity_is_kept_by_ours_alone_and_not_with_context(tmp_path, capsys):
+def test_granularity_is_kept_by_ours_alone_also_with_context(tmp_path, capsys):
     assert finetune(tmp_path / "out", "--granularity", "token", "--drop-rate", "0.5", "--steps", "2", "--compare") == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["settings"]["granularity"] == "token"
     assert report["results"][compare.OURS]["backward_flops_kept"] == pytest.approx(0.5, abs=0.01)
     assert "drop rate 0.5 by token" in capsys.readouterr().out
-    assert finetune(tmp_path / "other", "--granularity", "sample", "--context", "inference", "--no-compare") == 2
-    assert "--granularity sample: expected --context off with it" in capsys.readouterr().err
+    options = [
+        "--granularity",
+        "sample",
+        "--context",
+        "inference",
+        "--drop-rate",
+        "0.5",
+        "--steps",
+        "2",
+        "--no-compare",
+    ]
+    assert finetune(tmp_path / "other", *pairs(tmp_path), *options) == 0
+    assert "drop rate 0.5 by sample, tokens without a loss as inference" in capsys.readouterr().out
 
 
 def test_published_dropbp_is_given_the_backward_of_ours(tmp_path):

@@ -159,7 +159,7 @@ def test_padding_is_told_to_the_gates_and_never_kept(model_type):
     last_modules = [gate.modules_of_branch[-1] for gate in handler.gates.values()]
     masks = []
     for branch, gate in enumerate(handler.gates.values()):
-        rows = handler.plan.kept[branch].plan._drawn[1][branch]
+        rows = handler.plan.kept[branch].plan._drawn.rows[0][branch]
         assert (rows.num_kept, rows.num_rows) == ((6, 12) if gate.per_token else (rows.num_kept, 3))
         kept = torch.zeros(len(rows.permutation), dtype=torch.bool)
         kept[rows.permutation[: rows.num_kept]] = True

@@ -10,8 +10,10 @@ from models import ToyBlock, tiny_batch, toy_model, with_lora
 from models import tiny_causal_lm as tiny_llama
 
 from dropbp_kernels import DropBPHandler, apply_dropbp, row_plan
-from dropbp_kernels.row_plan import Batch, ChosenRows, RowPlan, cover
+from dropbp_kernels.row_draws import cover
+from dropbp_kernels.row_plan import Batch, ChosenRows, RowPlan
 from dropbp_kernels.samplers import balanced
+from dropbp_kernels.targets import IGNORED, plan_targets
 
 CPU = torch.device("cpu")
 
@@ -265,10 +267,34 @@ def test_a_branch_that_returns_other_rows_is_an_error():
         model(torch.randn(4, 3, 8, requires_grad=True))
 
 
-def test_context_goes_without_rows():
-    model = tiny_llama()
-    with pytest.raises(ValueError, match='granularity: expected "branch" with context'):
-        apply_dropbp(model, 0.5, context="inference", granularity="sample")
+def staged_rows():
+    """Three samples of 8: one turn, two turns, no target; rows of the stages 3 + 0, 2 + 3, 0 + 0."""
+    labels = torch.full((3, 8), IGNORED)
+    labels[0, 2:5] = labels[1, 1:3] = labels[1, 5:8] = 7
+    return plan_targets(labels).staged_rows(with_context=False)
+
+
+def test_rows_of_a_target_plan_are_one_share_of_all_its_stages():
+    staged, seen = staged_rows(), set()
+    batches = [Batch(3, stage.rows.shape[1], CPU, None, staged, number) for number, stage in enumerate(staged.stages)]
+    for step in range(30):
+        plan = make_plan([0.5, 0.5, 0.0], by_token=[True, False, True], step=step)
+        tokens, samples, whole = [[plan.rows(branch, batch) for batch in batches] for branch in range(3)]
+        assert [rows.num_rows for rows in tokens] == [5, 3]
+        assert sum(rows.num_kept for rows in tokens) == 4  # of 8
+        assert [rows.num_kept for rows in whole] == [5, 3]
+        for rows, stage in zip(tokens, staged.stages, strict=True):
+            assert sorted(rows.permutation.tolist()) == list(range(stage.rows.numel()))
+            assert stage.is_row.flatten()[rows.permutation[: rows.num_rows]].all()  # padding stands last
+        # One of the two samples that have targets; the second turn is that of sample 1.
+        first, second = ({*rows.permutation[: rows.num_kept].tolist()} for rows in samples)
+        assert [rows.num_rows for rows in samples] == [2, 1]
+        assert (first, second) in (({0}, set()), ({1}, {1}))
+        seen.add((tuple(first), tokens[0].num_kept))
+        assert plan.counts(0) == (4, 8)
+        assert plan.counts(1) == (1, 2)
+    assert {kept for kept, _ in seen} == {(0,), (1,)}
+    assert {count for _, count in seen} >= {2, 3}
 
 
 def test_a_step_of_tokens_gives_every_parameter_a_gradient():

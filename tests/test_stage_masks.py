@@ -18,8 +18,12 @@ def masks_of(plan):
 
 
 def test_padding_is_seen_by_itself_only():
-    masks, (context, targets) = masks_of(plan_targets(torch.tensor([[X, X, 3, 4, X], [X, X, X, 4, X]])))
-    assert context == [
+    plan = plan_targets(torch.tensor([[X, X, 3, 4, X], [X, X, X, 4, X]]))
+    masks, (context, targets) = masks_of(plan)
+    assert context is None  # causal does: no row sees what stands on its right
+    first = StageMasks(plan.documents)
+    first.add(plan.stages[0])
+    assert first.mask()[:, 0].int().tolist() == [
         [[1, 0], [0, 1]],  # row 0 and its padding
         [[1, 0], [1, 1]],  # rows 0 and 1
     ]
@@ -28,7 +32,7 @@ def test_padding_is_seen_by_itself_only():
         [[1, 1, 1, 0], [0, 0, 0, 1]],  # row 2 sees rows 0 to 2
     ]
     assert masks.is_row().int().tolist() == [[1, 0, 1, 1], [1, 1, 1, 0]]
-    assert masks_of(plan_targets(torch.tensor([[X, 3, X], [X, X, X]])))[1] == [[[[1]], [[1]]]]
+    assert masks_of(plan_targets(torch.tensor([[X, 3, X], [X, X, X]])))[0].mask().int().tolist() == [[[[1]]], [[[1]]]]
 
 
 def test_the_first_rows_of_one_document_are_causal():

@@ -62,7 +62,7 @@ def backward(model, loss):
 def assert_same(ours, dense):
     torch.testing.assert_close(ours[0], dense[0])
     for name, grad in dense[1].items():
-        grads = [torch.zeros(()) if g is None else g for g in (ours[1][name], grad)]
+        grads = [torch.zeros((), dtype=torch.float64) if g is None else g for g in (ours[1][name], grad)]
         torch.testing.assert_close(*torch.broadcast_tensors(*grads), msg=lambda m, name=name: f"{name}: {m}")
 
 
@@ -111,6 +111,32 @@ def test_context_keys_and_values_are_constants(kept, cut_keys):
         gate.checkpoint = None
     cut_keys(is_target(labels))
     assert_same(ours, backward(model, model.dense(tokens, labels)))
+
+
+@pytest.mark.parametrize("context_gradient", ["none", "one_hop", "full"])
+@pytest.mark.parametrize("checkpoint", [None, checkpoint_branch])
+def test_rows_of_targets(context_gradient, checkpoint, cut_keys):
+    """Rows by hand, of samples and of tokens of the batch: what is dropped is cut off behind the branch."""
+    model, (tokens, labels) = Model(), talks()
+    targets = is_target(labels)
+    handler = DropBPHandler(model, 0.5)
+    generator = torch.Generator().manual_seed(2)
+    masks = [torch.rand(shape, generator=generator) < 0.5 for shape in (3, 48) * 3]
+    handler.set_plan(masks)
+    for gate in handler.gates.values():
+        gate.checkpoint = checkpoint
+    ours = backward(model, model.staged(tokens, labels, context_gradient=context_gradient))
+    dense = copy.deepcopy(model)
+    DropBPHandler(dense, 0.0).set_plan([True] * 6)
+    modules = [module for block in dense.blocks for module in (block.self_attn, block.mlp)]
+    for module, mask in zip(modules, masks, strict=True):
+        kept = mask.view(3, -1, 1).expand(3, SEQ_LEN, 1)
+        module.register_forward_hook(lambda _, args, out, kept=kept: torch.where(kept, out, out.detach()))
+        if context_gradient == "one_hop" and isinstance(module, blocks.Attention):
+            module.register_forward_pre_hook(lambda module, args: cut(module, args, targets))
+    if context_gradient == "none":
+        cut_keys(targets)
+    assert_same(ours, backward(dense, dense.dense(tokens, labels)))
 
 
 def test_kept_and_sliced_context(cut_keys):

@@ -1,6 +1,7 @@
 """Target plans on tiny models of transformers, against dense models whose context is cut off by hand."""
 
 import copy
+import itertools
 from functools import partial
 
 import pytest
@@ -290,9 +291,44 @@ def test_a_batch_without_a_target_has_no_gradient_and_says_so():
         assert not model(**batch).loss.requires_grad
     assert not model(**batch).loss.requires_grad  # and once
     labels = batch.pop("labels")
-    DropBPHandler(model, 0.0).step(labels=labels)
+    handler = DropBPHandler(model, 0.0)
+    handler.step(labels=labels)
     assert not model(**batch).logits.requires_grad
     assert not model.model(**batch).last_hidden_state.requires_grad
+    handler.step()  # strict: that no gate was called is no mistake
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("num_micro_batches", [1, 3])
+def test_a_trainer_goes_on_after_a_batch_without_a_target(tmp_path, num_micro_batches):
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from dropbp_kernels import DropBPCallback
+
+    class Watch(TrainerCallback):
+        weights = ()
+
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            self.weights += ([p.detach().clone() for p in model.parameters()],)
+
+    batch = chat(3)
+    batch["labels"][1] = IGNORED
+    data = [{name: batch[name][index] for name in ("input_ids", "labels")} for index in range(3)]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=4, per_device_train_batch_size=1, gradient_accumulation_steps=num_micro_batches,
+        logging_steps=1, report_to="none", use_cpu=True, optim="sgd", learning_rate=0.1, lr_scheduler_type="constant",
+    )  # fmt: skip
+    model, watch = tiny(dtype=torch.float32), Watch()
+    callback = DropBPCallback(0.0, context="inference", rates="sensitivity", calibrate_at=0.0)
+    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[callback, watch])
+    with pytest.warns(UserWarning, match="no target in a batch; its gradient is zero"):
+        trainer.train()
+    weights = (*watch.weights, [p.detach() for p in model.parameters()])
+    moved = [any(map(torch.ne, map(torch.sum, old), map(torch.sum, new))) for old, new in itertools.pairwise(weights)]
+    assert sum(moved) in ((4,) if num_micro_batches == 3 else (2, 3))  # of four steps, by the order of the samples
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    batch["labels"][:] = IGNORED
+    assert not model(**batch).loss.requires_grad  # a loop of one's own asks
 
 
 def test_saved_bytes_are_those_of_the_target_rows():
@@ -358,10 +394,12 @@ def test_prompts_that_an_adapter_learns_are_refused():
         model(**chat())
 
 
-@pytest.mark.parametrize("checkpoint", ["transformers", "kept"])
-def test_checkpointing(checkpoint):
+@pytest.mark.parametrize(
+    ("model_type", "checkpoint"), [("llama", "transformers"), ("gpt2", "transformers"), ("llama", "kept")]
+)
+def test_checkpointing(model_type, checkpoint):
     batch = chat()
-    model = tiny()
+    model = tiny(model_type)
     plain = copy.deepcopy(model)
     apply_dropbp(plain, 0.0, context="inference")
     expected = backward(plain, batch)

@@ -20,8 +20,14 @@ def test_a_prompt_and_its_completion_by_hand():
     assert plan.shift_labels.tolist() == [[X, X, 7, 8, X], [X, 6, 7, X, X]]
     assert (plan.num_context, plan.num_target, plan.num_skipped) == (3, 4, 3)
     assert not plan.is_dense
-    assert [stage.is_prefix for stage in plan.stages] == [False, False]
-    assert plan_targets(torch.tensor([[X, X, X, 7, 8], [X, X, X, 7, X]])).stages[0].is_prefix
+    assert [stage.is_prefix for stage in plan.stages] == [True, False]
+    assert [stage.num_rows for stage in plan.stages] == [tuple(stage.is_row.sum(1).tolist()) for stage in plan.stages]
+    left = plan_targets(
+        torch.tensor([[X, X, X, 7, 8], [X, X, X, 7, 8]]), torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])
+    )
+    assert not left.stages[0].is_prefix
+    places = torch.tensor([[0, 1, 0, 1, 2]])
+    assert not plan_targets(torch.tensor([[X, 7, X, X, 8]]), position_ids=places).stages[0].is_prefix  # two documents
 
 
 def test_turns_run_in_their_order():

@@ -122,8 +122,6 @@ def _check(settings: Settings) -> None:
         raise UserError(f"--save-every: expected 0 (only when interrupted) or more, got {settings.save_every}")
     if settings.context_gradient != "none" and settings.context == "off":
         raise UserError(f"--context-gradient {settings.context_gradient}: expected --context inference with it")
-    if settings.granularity != "branch" and settings.context != "off":
-        raise UserError(f"--granularity {settings.granularity}: expected --context off with it")
     if settings.drop_rate is None or not 0.0 <= settings.drop_rate < 1.0:
         raise UserError(f"--drop-rate: expected 0 <= drop_rate < 1, got {settings.drop_rate}")
     try:

@@ -119,12 +119,12 @@ def _with_this_plan(gates: list[DropBP], run: Callable[..., Any]) -> Callable[..
 
 def _plan_of(gates: list[DropBP]) -> list[tuple[Any, ...]]:
     """What decides which rows are kept, gate by gate: the plan entry, and what is known of the batch."""
-    return [(gate.kept, gate.num_samples, gate.is_real) for gate in gates]
+    return [(gate.kept, gate.num_samples, gate.is_real, gate.stage) for gate in gates]
 
 
 def _set(gates: list[DropBP], plan: list[tuple[Any, ...]]) -> None:
     for gate, entry in zip(gates, plan, strict=True):
-        gate.kept, gate.num_samples, gate.is_real = entry
+        gate.kept, gate.num_samples, gate.is_real, gate.stage = entry
 
 
 @functools.cache  # once a process
@@ -143,7 +143,8 @@ def without_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     A branch that is computed again would append its keys twice, unless the cache `is_recomputable`. transformers takes
     the cache away from the blocks that it checkpoints; this is for apply_dropbp(..., checkpoint="kept"). A branch by
-    rows would append those of some samples, and then those of others.
+    rows would append those of some samples, and then those of others, unless the cache can be taken apart, as the
+    recomputable one can (`stage_keys`).
     """
 
     @functools.wraps(forward)

@@ -1,8 +1,8 @@
 """The keys and values that the stages of a target plan leave to later stages, as a cache of transformers.
 
-It differs from a generation cache in three ways. Rows lie in the order of the stages, so who may attend to whom is said
+It differs from a generation cache in four ways. Rows lie in the order of the stages, so who may attend to whom is said
 by a mask of our own. Every stage writes into a place of its own, so a checkpointed layer that runs again writes the
-same again. And keys of target rows keep their graph.
+same again. Keys of target rows keep their graph. And under a plan by rows a layer runs on some samples at a time.
 """
 
 from typing import Any
@@ -42,31 +42,54 @@ class StageKeys(Cache):
         self.before = before or {}
         self.num_before = num_before
         self.stage = stage
-        self._own: dict[int, _Keys] | None = None if is_last else {}
+        self._own: dict[int, list[_Keys]] | None = None if is_last else {}
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Keys and values (B, H, rows, D) of this stage's rows behind those of the stages before."""
         sample_of = None if self.stage is None else self.stage.sample_of
         if self._own is not None:
-            self._own[layer_idx] = key_states, value_states, sample_of
-        if layer_idx not in self.before:
-            return key_states, value_states
-        pairs = [
+            self._own[layer_idx] = [(key_states, value_states, sample_of)]
+        return self._join(key_states, value_states, layer_idx, is_spread=sample_of is None)
+
+    def of_samples(self, samples: Tensor) -> "SampleKeys":
+        """What some samples of the batch see, int64 (K,), and where they leave their keys."""
+        return SampleKeys(self, samples)
+
+    def update_samples(self, key_states: Tensor, value_states: Tensor, layer_idx: int, samples: Tensor) -> Any:
+        """As `update`, of some samples, int64 (K,); the others come in calls of their own."""
+        if self._own is not None:
+            self._own.setdefault(layer_idx, []).append((key_states, value_states, samples))
+        return self._join(key_states, value_states, layer_idx, is_spread=True, samples=samples)
+
+    def _join(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *,
+        is_spread: bool,
+        samples: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        pairs = []
+        for keys, values, whose in self.before.get(layer_idx, ()):
             # Context that samples share is spread here and not before: kept, it is as large as what ran.
-            (keys, values)
-            if sample_of is not None or whose is None
-            else (keys.index_select(0, whose), values.index_select(0, whose))
-            for keys, values, whose in self.before[layer_idx]
-        ]
-        pairs.append((key_states, value_states))
-        return tuple(torch.cat(parts, dim=-2) for parts in zip(*pairs, strict=True))
+            index = whose if is_spread else None
+            if samples is not None:
+                index = samples if index is None else index[samples]
+            pairs.append(
+                (keys, values) if index is None else (keys.index_select(0, index), values.index_select(0, index))
+            )
+        if not pairs:
+            return key_states, value_states
+        all_keys, all_values = zip(*pairs, (key_states, value_states), strict=True)
+        return torch.cat(all_keys, dim=-2), torch.cat(all_values, dim=-2)
 
     def of_next(self, stage: Stage, *, is_last: bool = False) -> "StageKeys":
         """What `stage` sees, which runs after this one; a recompute of this one keeps nothing more."""
         own, self._own = self._own or {}, None
         num_own = 0 if self.stage is None else self.stage.rows.shape[1]
         # Stage by stage and not joined: what a context stage joins has no graph, and keys of targets need theirs.
-        before = {layer: [*self.before.get(layer, []), keys] for layer, keys in own.items()}
+        before = {layer: [*self.before.get(layer, []), _of_all(parts)] for layer, parts in own.items()}
         return StageKeys(before, self.num_before + num_own, stage, is_last)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -76,6 +99,37 @@ class StageKeys(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Length and offset of the keys that a stage of query_length rows sees."""
         return self.num_before + query_length, 0
+
+
+def _of_all(parts: list[_Keys]) -> _Keys:
+    """Keys that some samples left after others, as those of the whole batch."""
+    if len(parts) == 1:
+        return parts[0]
+    keys, values, samples = zip(*parts, strict=True)
+    return torch.cat(keys), torch.cat(values), torch.cat(samples).argsort()
+
+
+class SampleKeys(Cache):
+    """What some samples see of a `StageKeys`, for a layer that runs on these alone."""
+
+    is_recomputable = True
+
+    def __init__(self, whole: StageKeys, samples: Tensor):
+        super().__init__(layer_class_to_replicate=DynamicLayer)
+        self.whole = whole
+        self.samples = samples
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Keys and values (K, H, rows, D) of these samples behind those of the stages before."""
+        return self.whole.update_samples(key_states, value_states, layer_idx, self.samples)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Rows of the stages before, padding included."""
+        return self.whole.get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Length and offset of the keys that a stage of query_length rows sees."""
+        return self.whole.get_mask_sizes(query_length, layer_idx)
 
 
 def is_flash(config: Any) -> bool:

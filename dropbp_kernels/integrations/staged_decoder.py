@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..handler import find_gates
 from ..layer import as_inference
+from ..plan import running
 from ..targets import TargetPlan, TargetRule
 from .stage_keys import ModelMasks, StageKeys
 
@@ -34,6 +35,8 @@ def run_in_stages(decoder: Any, run: Callable[..., Any], inputs: dict[str, Any],
         num_rows = max(stage.rows.numel() for stage in plan.stages if stage.is_target)
         plan = plan.with_slices(rows_at_once(decoder, num_rows))
     masks = ModelMasks(decoder.config, plan.documents)
+    staged = plan.staged_rows(with_context=rule.context_gradient == "full")
+    gates = list(find_gates(decoder).values())
     keys, hidden = StageKeys(), []
     output: Any = None
     with _caches_under_checkpointing(decoder):
@@ -41,7 +44,8 @@ def run_in_stages(decoder: Any, run: Callable[..., Any], inputs: dict[str, Any],
             rows = {name: stage.running(stage.gather(inputs[name])) for name in _BY_ROW if inputs.get(name) is not None}
             mask = masks.add(stage, parameter.dtype)
             keys = keys.of_next(stage, is_last=stage is plan.stages[-1])
-            with contextlib.nullcontext() if stage.is_target else _context(decoder, rule, parameter.device.type):
+            context = contextlib.nullcontext() if stage.is_target else _context(decoder, rule, parameter.device.type)
+            with running(gates, staged, stage), context:
                 output = run(**{**inputs, **rows, "attention_mask": mask, "past_key_values": keys, "use_cache": True})
             if stage.is_target:
                 hidden.append(stage.of_targets(output.last_hidden_state))
@@ -54,14 +58,15 @@ def rows_at_once(decoder: Any, num_target_rows: int) -> int:
     """How many context rows run at a time, so that the peak of memory is that of the targets.
 
     A context row holds what its branch makes at that moment, about 12 times the hidden size; so does a target row, and
-    in addition what every kept branch saved, 3 to 12 times the hidden size, or once under checkpointing. That is taken
-    with a margin, since a branch may be kept for a part of its rows.
+    in addition what every kept branch saved, 3 to 12 times the hidden size, or once under checkpointing; of a branch
+    that is kept for a share of its rows, that share.
     """
     gates = find_gates(decoder).values()
     if getattr(decoder, "is_gradient_checkpointing", False) or any(gate.checkpoint is not None for gate in gates):
         times = 1 + len(gates) // 32
     else:
-        times = 1 + sum(bool(gate.kept) for gate in gates) // 8
+        shares = (float(gate.kept) if isinstance(gate.kept, bool) else gate.kept.kept_share for gate in gates)
+        times = 1 + int(sum(shares)) // 8
     return max(MIN_ROWS, times * num_target_rows)
 
 
@@ -96,15 +101,23 @@ def _end_hop(module: nn.Module, args: Any, output: Any) -> Any:
 
 @contextmanager
 def _caches_under_checkpointing(decoder: nn.Module) -> Iterator[None]:
-    """Let layers that transformers checkpoints keep the cache they are given: ours may be written again."""
+    """Let layers that transformers checkpoints keep the cache they are given: ours may be written again.
+
+    Some decoders (GPT-2) do not even give it to their layers while they are told of checkpointing, which the layers do.
+    """
     layers = [
         module for module in decoder.modules() if getattr(type(module), "_can_checkpoint_with_cache", None) is False
     ]
     for layer in layers:
         vars(layer)["_can_checkpoint_with_cache"] = True
+    was_told = vars(decoder).get("gradient_checkpointing")
+    if was_told:
+        vars(decoder)["gradient_checkpointing"] = False
     try:
         yield
     finally:
+        if was_told:
+            vars(decoder)["gradient_checkpointing"] = True
         for layer in layers:
             vars(layer).pop("_can_checkpoint_with_cache", None)
 

@@ -30,8 +30,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ..handler import check_drop_rate
+from ..ops.derivative import first_derivative
 from ..targets import IGNORED, TargetPlan, TargetRule, plan_targets
 from .swapping import is_swapped, subclass, swap_back
 
@@ -172,9 +174,7 @@ def _call_with_labels(self: Any, run: Callable[..., Any], *args: Any, **kwargs: 
     if plan.is_dense:
         return run(*args, **kwargs)
     if plan.num_target == 0:
-        _warn_of_no_target(rule)
-        with torch.no_grad():
-            return run(*args, **kwargs)
+        return _run_without_target(self, rule, functools.partial(run, *args, **kwargs))
     seq_len = plan.documents.shape[1]
     logits_to_keep = kwargs.pop("logits_to_keep", 0) if is_given else 0
     vars(decoder)[_PLAN] = plan
@@ -210,9 +210,7 @@ def _call_decoder(self: Any, run: Callable[..., Any], *args: Any, **kwargs: Any)
     if plan.is_dense:
         return run(*args, **kwargs)
     if plan.num_target == 0:
-        _warn_of_no_target(rule)
-        with torch.no_grad():
-            return run(*args, **kwargs)
+        return _run_without_target(self, rule, functools.partial(run, *args, **kwargs))
     output = run_in_stages(self, run, inputs, plan)
     output.last_hidden_state = plan.to_places(output.last_hidden_state, plan.documents.shape[1])
     return output
@@ -240,6 +238,7 @@ def _make_plan(decoder: Any, rule: TargetRule, labels: Tensor, inputs: dict[str,
         seed=rule.seed,
         step=rule.step,
     )
+    rule.num_target = plan.num_target
     if plan.is_packed and attention not in TAKES_MASKS:
         raise ValueError(
             f"position_ids: expected one document a sample with context and attention {attention!r}, got packed ones; "
@@ -260,10 +259,39 @@ def _check_mask(mask: Any) -> Tensor | None:
     raise ValueError("attention_mask: expected shape (batch, seq_len) with context, got another kind of mask")
 
 
-def _warn_of_no_target(rule: TargetRule) -> None:
+def _run_without_target(module: nn.Module, rule: TargetRule, run: Callable[[], Any]) -> Any:
+    """run() of a batch without a target, under no_grad; by the rule, with a gradient of zero."""
     if not rule.has_warned:
-        warnings.warn("labels: no target in a batch; its loss has no gradient", UserWarning, stacklevel=5)
+        ends = "its gradient is zero" if rule.zero_gradient else "its loss has no gradient"
+        warnings.warn(f"labels: no target in a batch; {ends}", UserWarning, stacklevel=5)
     rule.has_warned = True
+    with torch.no_grad():
+        output = run()
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not rule.zero_gradient or not trained:
+        return output
+    parameter = min(trained, key=Tensor.numel)
+    return tree_map_only(
+        Tensor, lambda x: _WithZeroGradient.apply(x, parameter) if x.is_floating_point() else x, output
+    )
+
+
+class _WithZeroGradient(torch.autograd.Function):
+    """Values that a loss may be taken of and differentiated: the parameter's gradient is zero, no other gets any.
+
+    Of one parameter and not of none, since a GradScaler stops at a step without any gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, parameter: Tensor) -> Tensor:
+        ctx.save_for_backward(parameter)
+        return values.clone()
+
+    @staticmethod
+    @first_derivative
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        (parameter,) = ctx.saved_tensors
+        return None, torch.zeros_like(parameter)
 
 
 def with_plan(labels: Tensor, plan: TargetPlan) -> Tensor:

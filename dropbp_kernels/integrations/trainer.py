@@ -139,6 +139,7 @@ class DropBPCallback(TrainerCallback, ExportableState):
         if state.global_step > 0:
             self._resume(state.stateful_callbacks.get(name), state.global_step)
         state.stateful_callbacks.setdefault(name, self.state())  # the Trainer writes into the entry it expects to find
+        self._let_run_without_target(True)
         self._plans = PlanMeter(self._handler())
         self._times = TimeMeter(model) if self.measure else None
 
@@ -146,6 +147,7 @@ class DropBPCallback(TrainerCallback, ExportableState):
         if self._times is not None and state.is_world_process_zero:
             print(f"DropBP: {self._times.summary()}")
         self._stop()
+        self._let_run_without_target(False)
         if self.remove_at_end and self._patched is not None:
             remove_dropbp(self._patched)
             self._patched = None
@@ -163,6 +165,11 @@ class DropBPCallback(TrainerCallback, ExportableState):
             self.handler.set_drop_rates(depth_linear_rates(self.handler.flops(), self.drop_rate))
         elif self.rates.endswith(".json"):
             self.handler.use_calibration(self.rates, allocation=self.allocation)
+
+    def _let_run_without_target(self, is_training: bool) -> None:
+        """Let the loss of a batch without a target have a graph: the Trainer runs the backward of every batch."""
+        if (targets := self._handler().targets) is not None:
+            targets.zero_gradient = is_training
 
     def _handler(self) -> DropBPHandler:
         if self.handler is None:

@@ -77,10 +77,10 @@ def apply_dropbp(
         raise ValueError(f'fused: expected True, False or "auto", got {fused!r}')
     check_fused_loss(fused_loss)
     check_context(model, context, context_gradient, context_keep, shared_context)
-    if context is not None and options.get("granularity", "branch") != "branch":
+    if shared_context and context_gradient == "full" and options.get("granularity", "branch") != "branch":
         raise ValueError(
-            f'granularity: expected "branch" with context, whose stages share keys of whole samples, got '
-            f"{options['granularity']!r}"
+            'granularity: expected "branch" with shared_context and context_gradient="full", since a context that '
+            f"samples share is kept for all of them or for none, got {options['granularity']!r}"
         )
     if find_gates(model):
         raise ValueError("model: expected one without DropBP gates, got one that has them; call remove_dropbp first")
