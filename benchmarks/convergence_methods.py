@@ -104,6 +104,8 @@ METHODS: dict[str, Callable[[float], Options] | None] = {
     "token, attention 0.9": lambda rate: {"granularity": "token", "attention_rate": 0.9},
     "target plan": lambda rate: {"context": "inference"},
     "target plan, one_hop": lambda rate: {"context": "inference", "context_gradient": "one_hop"},
+    "target plan, sample": lambda rate: {"context": "inference", "granularity": "sample"},
+    "target plan, token": lambda rate: {"context": "inference", "granularity": "token"},
     "coreset, one fixed direction": lambda rate: {"coreset": {"features": "spsa", "directions": 1, "fixed": True}},
     "coreset, eight directions": lambda rate: {"coreset": {"features": "spsa", "directions": 8}},
     "coreset, exact": lambda rate: {"coreset": {"features": "exact"}},
@@ -119,18 +121,17 @@ MIXTURE = Task("mixture", 32, 32, 40, {"lora": 8e-3, "full": 1e-3})
 TINY = Recipe(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, steps=2, seq_len=32)
 
 
-def _target_points(published_rate: float, *smaller: int) -> tuple[Point, ...]:
-    """published_rate: the nominal rate at which published DropBP keeps as many backward FLOPs as the target plan.
+def _target_points(published_rates: dict[float, float], *smaller: int) -> tuple[Point, ...]:
+    """published_rates: by drop rate of the target rows, that at which published DropBP keeps as many backward FLOPs.
 
     context_gradient="full" is missing: it is undropped training to rounding (tests/test_target_plans.py).
     """
-    return (
-        Point("undropped"),
-        Point("target plan", published_rate=published_rate),
-        Point("target plan, one_hop", published_rate=published_rate),
-        Point("published", published_rate),
-        *_smaller(*smaller),
-    )
+    points = [Point("undropped")]
+    for rate, published in published_rates.items():
+        methods = ("target plan, sample", "target plan, token") if rate else ("target plan", "target plan, one_hop")
+        points += [Point(method, rate, published_rate=published) for method in methods]
+        points.append(Point("published", published))
+    return (*points, *_smaller(*smaller))
 
 
 def _at(rate: float, *methods: str) -> tuple[Point, ...]:
@@ -148,8 +149,8 @@ _CORESETS = tuple(Point(method) for method in METHODS if method.startswith("core
 _SMALLER_TEXTS = _smaller(8, 5, 3, 2)
 
 GROUPS = {
-    "targets": Group(TARGETS, _target_points(0.4, 6, 4, 2)),
-    "targets_long": Group(TARGETS_LONG, _target_points(0.75, 2)),
+    "targets": Group(TARGETS, _target_points({0.0: 0.4, 0.5: 0.7, 0.75: 0.85}, 6, 4, 2, 1)),
+    "targets_long": Group(TARGETS_LONG, _target_points({0.0: 0.75}, 2)),
     "plans": Group(
         TEXT,
         (
