@@ -67,6 +67,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--gpu-memory", metavar="GIB", help="memory of the GPU in GiB: also find what fits")
     add("--reserve", RESERVE_GIB, "GiB of it that tensors cannot have", type=float)
     add("--fused-loss", "auto", f"{', '.join(FUSED_LOSSES)}: as in apply_dropbp")
+    parser.add_argument("--fused", action="store_true", help="as in apply_dropbp: fused norms and MLPs save less")
     parser.add_argument(
         "--target-share", type=float, help="share of a row's tokens that carry a loss: compare target plans too"
     )
@@ -101,7 +102,9 @@ def run(args: argparse.Namespace) -> int:
             f"--gpu-memory {args.gpu_memory}: weights and optimizer state alone take {resident / GiB:.1f} GiB, and "
             f"{budget / GiB:.1f} GiB are left after the reserve of {args.reserve:g} GiB{hint}"
         )
-    asked = Setting(args.batch_size, args.seq_len, args.drop_rate, args.checkpoint, fused_loss=args.fused_loss)
+    asked = Setting(
+        args.batch_size, args.seq_len, args.drop_rate, args.checkpoint, fused_loss=args.fused_loss, fused=args.fused
+    )
     report = make_report(model, asked, budget)
     report = {"model": args.model, "options": _options(args), **report}
     if args.target_share is not None:

@@ -49,6 +49,7 @@ class Setting:
     checkpoint: str = "none"
     dropped_runs: str = "inference"
     fused_loss: str = "auto"
+    fused: bool = False
     target_share: float | None = None
 
     @property
@@ -215,6 +216,7 @@ class StepModel:
             setting.drop_rate,
             dropped_runs=setting.dropped_runs,
             fused_loss=setting.fused_loss,
+            fused=setting.fused,
             checkpoint=by_branch,
             context=None if setting.target_share is None else "inference",
         )

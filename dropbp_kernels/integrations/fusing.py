@@ -203,7 +203,7 @@ def _is_fused(block: Any, device: torch.device) -> bool:
     setting = block._dropbp_fused
     if setting is False or torch.compiler.is_compiling() or _is_checkpointed(block):
         return False
-    return setting is True or _has_kernel(device.type)
+    return setting is True or has_kernel(device.type)
 
 
 def _is_checkpointed(block: Any) -> bool:
@@ -212,7 +212,7 @@ def _is_checkpointed(block: Any) -> bool:
 
 
 @functools.cache
-def _has_kernel(device_type: str, op: str = "gated_residual_rms_norm") -> bool:
+def has_kernel(device_type: str, op: str = "gated_residual_rms_norm") -> bool:
     """Whether something faster than plain PyTorch serves the norm: the measured default."""
     return _backend.serving(op, device_type) != "reference"
 
@@ -233,7 +233,7 @@ def _permuted_casting(norm: Any, residual: Tensor) -> str | None:
     """
     if residual.dtype is torch.float64:
         return None
-    if torch.compiler.is_compiling() or not _has_kernel(residual.device.type, "permuted_norm"):
+    if torch.compiler.is_compiling() or not has_kernel(residual.device.type, "permuted_norm"):
         return None
     casting = _known_casting(norm)
     return casting if casting is not None and norm.weight.dtype is residual.dtype else None
@@ -241,7 +241,7 @@ def _permuted_casting(norm: Any, residual: Tensor) -> str | None:
 
 def _known_casting(norm: Any) -> str | None:
     """How `norm` casts when it is known, of weight and statistics alone, and nobody watches it; else None."""
-    if _is_watched(norm):
+    if is_watched(norm):
         return None
     name, forward = type(norm).__name__, vars(norm).get("forward")
     if name.startswith("LigerRMSNorm") or getattr(forward, "__qualname__", "") == "LigerRMSNorm.forward":
@@ -253,7 +253,7 @@ def _eps(norm: Any) -> float:
     return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
 
 
-def _is_watched(module: nn.Module) -> bool:
+def is_watched(module: nn.Module) -> bool:
     """Whether anybody but the caller sees what goes into or comes out of `module`."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
@@ -315,7 +315,7 @@ def _hand_on(backbone: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dic
     device: Any = norm.weight.device
     for block in backbone.layers:
         # What wraps or replaces a block (FSDP, accelerate's device map) would be passed something unknown to it.
-        if "_dropbp_fused" not in vars(block) or "forward" in vars(block) or _is_watched(block):
+        if "_dropbp_fused" not in vars(block) or "forward" in vars(block) or is_watched(block):
             return None
         if not _is_fused(block, device):
             return None

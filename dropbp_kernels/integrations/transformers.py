@@ -20,7 +20,7 @@ from torch import nn
 
 from ..handler import DropBPHandler, check_drop_rate, find_gates
 from ..targets import TargetRule
-from . import fusing
+from . import fused_mlp, fusing
 from .checkpointing import CheckpointByPlan, without_cache
 from .discovery import discover, example_inputs, prove, ungated_blocks
 from .families import FAMILIES, Family
@@ -54,7 +54,8 @@ def apply_dropbp(
     families: the names or entries to look for, in place of all known. A model without known blocks is traced by a
         forward on `inputs` (default: four tokens), and what is found is proved (see `discovery`).
     fused: whether adds wait for the norms behind them and both are one kernel, where the family's norms allow it (see
-        `fusing`); "auto": where something faster than plain PyTorch serves that op.
+        `fusing`), and a gated MLP's activation and product are (see `fused_mlp`); "auto": where something faster than
+        plain PyTorch serves the op.
     fused_loss: how cross entropy is taken of the output head's logits in training: "chunked", a slice of the rows at a
         time, so that they never exist as a whole; "torch" or "liger", by their operators; "off"; "auto", chunked where
         that needs less memory, nothing where the head is no plain linear. Logits are then computed when they are read.
@@ -98,6 +99,7 @@ def apply_dropbp(
             "Name your blocks' branches with register_family, or pass inputs=... to have them looked for."
         )
     try:
+        fused_mlp.install(model, fused)
         for block, family in blocks:
             _patch(block, family)
         if traced is not None:
@@ -207,6 +209,7 @@ def _unpatch(model: nn.Module) -> bool:
     stop_telling(model)
     for module in filter(is_swapped, model.modules()):
         swap_back(module)
+    fused_mlp.uninstall(model)  # last: it was put on first
     return bool(blocks)
 
 

@@ -1,0 +1,92 @@
+"""Gated MLPs of transformers models with the activation and the product in one kernel (`ops.glu`).
+
+As written, silu(gate(x)) * up(x) saves three tensors of the MLP's inner width for the backward. Fused it saves gate(x)
+and up(x), whose gradients are then written where they lay, and a dropped branch writes the product over gate(x). Values
+are equal up to rounding.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.glu import DTYPES, geglu, swiglu
+from .fusing import has_kernel, is_watched
+from .swapping import is_swapped, subclass, swap_back
+
+_ORIGINAL = "_dropbp_original_mlp"  # of its own: gating may make a class of the one that is made here
+# MLPs by class name that compute down_proj(act(gate_proj(x)) * up_proj(x)), and the name of their activation;
+_SEPARATE = {
+    **dict.fromkeys(("LlamaMLP", "MistralMLP", "MinistralMLP", "GraniteMLP", "SmolLM3MLP", "StableLmMLP"), "act_fn"),
+    **dict.fromkeys(("Qwen2MLP", "Qwen2MoeMLP", "Qwen3MLP", "Qwen3MoeMLP", "CohereMLP", "Cohere2MLP"), "act_fn"),
+    **dict.fromkeys(("GemmaMLP", "Gemma2MLP", "Gemma3MLP", "DeepseekV2MLP", "DeepseekV3MLP"), "act_fn"),
+    **dict.fromkeys(("OlmoMLP", "Olmo2MLP", "Olmo3MLP"), "act_fn"),
+}
+# and those whose gate_up_proj holds both, gate first.
+_PACKED = dict.fromkeys(("Phi3MLP", "GlmMLP", "Glm4MLP"), "activation_fn")
+# Activations by class name; nn.GELU tells the rest by its attributes.
+_ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "SiLU": swiglu,
+    "SiLUActivation": swiglu,
+    "GELUTanh": functools.partial(geglu, approximate="tanh"),
+    "GELUActivation": geglu,
+}
+
+
+def install(model: nn.Module, fused: bool | str) -> None:
+    """Fuse the MLPs of `model` that are known, as `fused` of apply_dropbp says. Before its branches are gated."""
+    if fused is False:
+        return
+    for module in model.modules():
+        name = type(module).__name__
+        if name in _SEPARATE or name in _PACKED:
+            module.__class__ = _fused_class(type(module), fused)  # type: ignore[arg-type]
+
+
+def uninstall(model: nn.Module) -> None:
+    """Undo `install`. After its branches were released."""
+    for module in model.modules():
+        if is_swapped(module, _ORIGINAL):
+            swap_back(module, _ORIGINAL)
+
+
+@functools.cache
+def _fused_class(original: Any, fused: bool | str) -> Any:
+    is_packed = original.__name__ in _PACKED
+    activation_name = (_PACKED if is_packed else _SEPARATE)[original.__name__]
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        activation = getattr(self, activation_name)
+        glu = _known(activation)
+        if glu is None or torch.compiler.is_compiling() or not (fused is True or has_kernel(x.device.type, "glu")):
+            return original.forward(self, x)  # type: ignore[no-any-return]
+        makers = (self.gate_up_proj,) if is_packed else (self.gate_proj, self.up_proj)
+        made = [maker(x) for maker in makers]
+        gate, up = made[0].chunk(2, dim=-1) if is_packed else made
+        if gate.dtype not in DTYPES or gate.dtype is not up.dtype:
+            return self.down_proj(activation(gate) * up)  # type: ignore[no-any-return]
+        # Nobody else holds what a projection just made, unless it made no tensor of its own or is watched.
+        is_ours = not any(map(is_watched, makers)) and all(y._base is None and y is not x for y in made)
+        if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+            product = glu(gate, up, donate=is_ours)
+        else:
+            product = glu(gate, up, inplace=is_ours)
+        del made, gate, up  # the product's node alone holds them, or nobody
+        return self.down_proj(product)  # type: ignore[no-any-return]
+
+    return subclass(original, _ORIGINAL, forward=forward)
+
+
+def _known(activation: Any) -> Callable[..., Tensor] | None:
+    """The op for an activation that is known and that nobody watches; else None."""
+    name = type(activation).__name__
+    if is_watched(activation) or "forward" in vars(activation):
+        return None
+    if name == "GELU":
+        return functools.partial(geglu, approximate=activation.approximate)
+    if inspect.ismethod(vars(activation).get("act")):  # asked for in Python, which rounds otherwise
+        return None
+    return _ACTIVATIONS.get(name)

@@ -1,0 +1,154 @@
+"""Gated MLPs of transformers models in one kernel: same values, fewer bytes, watched ones untouched, undone."""
+
+import copy
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from models import gradients, tiny_batch, tiny_causal_lm, with_lora
+from test_fusing import FUSED_MODELS, build
+from torch import nn
+from transformers.activations import ACT2FN
+
+from dropbp_kernels import apply_dropbp, remove_dropbp
+from dropbp_kernels.integrations import fused_mlp
+from dropbp_kernels.measure import PeakLiveBytes, saved_bytes
+
+EXPERTS_ALONE = {"mixtral", "qwen3_moe"}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Calls of the ops with (inplace, donate), since now."""
+    found = []
+
+    def counted(op):
+        def call(gate, up, *, inplace=False, donate=False):
+            found.append((inplace, donate))
+            return op(gate, up, inplace=inplace, donate=donate)
+
+        return call
+
+    for name, op in fused_mlp._ACTIVATIONS.items():
+        monkeypatch.setitem(fused_mlp._ACTIVATIONS, name, counted(op))
+    return found
+
+
+def step(model, batch):
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+@pytest.mark.parametrize("model_type", sorted(set(FUSED_MODELS) - EXPERTS_ALONE))
+def test_loss_and_gradients_are_the_unfused_ones(model_type, calls):
+    model = build(model_type)
+    apply_dropbp(model, 0.5, fused=False).set_plan((True, False, False, True, True, True))
+    expected = step(model, tiny_batch())
+    remove_dropbp(model)
+    assert not calls
+    apply_dropbp(model, 0.5, fused=True).set_plan((True, False, False, True, True, True))
+    torch.testing.assert_close(step(model, tiny_batch()), expected, rtol=1e-4, atol=1e-5)
+    # A dropped MLP writes over its gate, kept ones give their buffers to the gradients.
+    assert {(True, False), (False, True)} == set(calls)
+
+
+def test_what_the_forwards_of_the_named_classes_compute():
+    """A later transformers may write them otherwise; then their names have to go."""
+    product = r"self\.down_proj\(self\.act_fn\(self\.gate_proj\((\w+)\)\) \* self\.up_proj\((\w+)\)\)"
+    packed = (
+        r"up_states = self\.gate_up_proj\(hidden_states\) gate, up_states = up_states\.chunk\(2, dim=-1\) "
+        r"up_states = up_states \* self\.activation_fn\(gate\) return self\.down_proj\(up_states\)$"
+    )
+    bodies = {"separate": rf"return {product}$|down_proj = {product} return down_proj$", "packed": packed}
+    models = named_classes()
+    for kind, names in (("separate", fused_mlp._SEPARATE), ("packed", fused_mlp._PACKED)):
+        for name in names:
+            source = " ".join(inspect.getsource(models[name].forward).split())
+            assert re.search(bodies[kind], source), f"{name}: {source}"
+
+
+def named_classes():
+    """The classes of the tables by name, each from a model that has one."""
+    found = {}
+    for path in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
+        text = path.read_text()
+        for name in {*fused_mlp._SEPARATE, *fused_mlp._PACKED} - set(found):
+            if re.search(rf"^class {name}\(nn\.Module\)", text, flags=re.M):
+                module = f"transformers.models.{path.parent.name}.{path.stem}"
+                found[name] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def test_saved_bytes_and_the_peak_of_a_dropped_mlp_shrink_by_the_activation():
+    hidden = 2 * 10 * 512 * 4
+    counts = {}
+    for fused in (False, True):
+        model = tiny_causal_lm(intermediate_size=512, num_hidden_layers=1)
+        model.requires_grad_(False)
+        model.model.embed_tokens.weight.requires_grad_()
+        handler = apply_dropbp(model, 0.5, fused=fused, fused_loss="off")
+        handler.set_plan((False, True))
+        with saved_bytes() as saved:
+            model(**tiny_batch())
+        handler.set_plan((False, False))
+        with PeakLiveBytes() as live:
+            model(**tiny_batch())
+        counts[fused] = saved.num_bytes, live.peak_bytes
+    assert counts[False][0] - counts[True][0] >= hidden  # silu(gate); norms save less too
+    assert counts[False][1] - counts[True][1] >= hidden  # the product, which lies over the gate
+
+
+@pytest.mark.parametrize("checkpoint", ["kept", "sliced"])
+def test_lora_under_checkpointing(checkpoint):
+    results = []
+    for fused in (False, True):
+        model = with_lora(build())
+        apply_dropbp(model, 0.5, fused=fused, checkpoint=checkpoint).set_plan((True, False, False, True, True, True))
+        results.append(step(model, tiny_batch()))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+def test_watched_projections_keep_their_outputs_and_watched_activations_are_called(calls):
+    model = build()
+    apply_dropbp(model, 0.5, fused=True).set_plan((False,) * 5 + (True,))
+    mlps = [layer.mlp for layer in model.model.layers]
+    seen = []
+    mlps[0].gate_proj.register_forward_hook(lambda module, args, output: seen.append((output, output.clone())))
+    mlps[1].act_fn.register_forward_hook(lambda *_: seen.append(None))
+    model(**tiny_batch()).loss.backward()
+    assert calls == [(False, False), (False, True)]  # of blocks 0 and 2
+    assert len(seen) == 2
+    assert torch.equal(*seen[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "known"), [("silu", True), ("gelu", True), ("gelu_pytorch_tanh", True), ("gelu_new", False)]
+)
+def test_activations(name, known):
+    activation = copy.deepcopy(ACT2FN[name])
+    op = fused_mlp._known(activation)
+    assert (op is not None) is known
+    if op is not None:
+        gate, up = torch.randn(2, 3, 5)
+        torch.testing.assert_close(op(gate, up), activation(gate) * up)
+    assert fused_mlp._known(type("Other", (nn.Module,), {})()) is None
+
+
+def test_undone_and_not_asked_for():
+    model = build()
+    classes = [type(module) for module in model.modules()]
+    state = list(model.state_dict())
+    apply_dropbp(model, 0.5, fused=True)
+    assert type(model.model.layers[0].mlp) not in classes
+    torch.testing.assert_close(step(copy.deepcopy(model), tiny_batch()), step(model, tiny_batch()))
+    assert list(model.state_dict()) == state
+    remove_dropbp(model)
+    assert [type(module) for module in model.modules()] == classes
+    apply_dropbp(model, 0.5)
+    assert type(model.model.layers[0].mlp) in classes
