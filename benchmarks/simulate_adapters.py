@@ -37,20 +37,26 @@ class AdapterMemoryRow(Machine):
     drop_rate: float
     checkpoint: str
     fused_loss: str
+    fused: bool
     peak_bytes: int
     weight_bytes: int
     optimizer_bytes: int
     activation_bytes: int
 
 
-# (dtype of what is trained, drop rate, checkpoint, fused loss)
-WAYS = [
-    ("float32", 0.0, "none", "off"),
-    ("bfloat16", 0.0, "none", "off"),
-    ("bfloat16", 0.0, "none", "chunked"),
-    ("bfloat16", 0.0, "block", "chunked"),
-    ("bfloat16", 0.875, "none", "chunked"),
-    ("bfloat16", 0.875, "kept", "chunked"),
+# (dtype of what is trained, drop rate, checkpoint, fused loss, fused norms and MLPs)
+Way = tuple[str, float, str, str, bool]
+WAYS: list[Way] = [
+    ("float32", 0.0, "none", "off", False),
+    ("float32", 0.0, "none", "off", True),
+    ("bfloat16", 0.0, "none", "off", False),
+    ("bfloat16", 0.0, "none", "off", True),
+    ("bfloat16", 0.0, "none", "chunked", False),
+    ("bfloat16", 0.0, "none", "chunked", True),
+    ("bfloat16", 0.0, "block", "chunked", False),
+    ("bfloat16", 0.875, "none", "chunked", False),
+    ("bfloat16", 0.875, "kept", "chunked", False),
+    ("bfloat16", 0.875, "sliced", "chunked", False),
 ]
 
 
@@ -72,18 +78,18 @@ def main() -> None:
                     append_rows(options.out / "simulated_adapters.csv", [row])
                     print(
                         f"{adapter} {rank:<3} {row.batch_size} x {row.seq_len:<5} {row.adapter_dtype:<9} rate "
-                        f"{row.drop_rate:<6g} checkpoint {row.checkpoint:<6} fused loss {row.fused_loss:<8} peak "
+                        f"{row.drop_rate:<6g} checkpoint {row.checkpoint:<6} fused loss {row.fused_loss:<8} fused "
+                        f"{row.fused!s:<5} peak "
                         f"{row.peak_bytes / 2**30:6.2f} GiB, activations {row.activation_bytes / 2**30:6.2f}",
                         flush=True,
                     )
 
 
-def simulated(
-    model: StepModel, adapter: str, rank: int, way: tuple[str, float, str, str], batch_size: int, seq_len: int
-) -> dict[str, object]:
+def simulated(model: StepModel, adapter: str, rank: int, way: Way, batch_size: int, seq_len: int) -> dict[str, object]:
     """The columns of one row, but the machine's and the model's name."""
-    dtype, drop_rate, checkpoint, fused_loss = way
-    found = model.predict(Setting(batch_size, seq_len, drop_rate, checkpoint, "inference", fused_loss))
+    dtype, drop_rate, checkpoint, fused_loss, fused = way
+    setting = Setting(batch_size, seq_len, drop_rate, checkpoint, fused_loss=fused_loss, fused=fused)
+    found = model.predict(setting)
     return {
         "kind": "simulated",
         "adapter": adapter,
@@ -95,6 +101,7 @@ def simulated(
         "drop_rate": drop_rate,
         "checkpoint": checkpoint,
         "fused_loss": fused_loss,
+        "fused": fused,
         "peak_bytes": found.peak_bytes,
         "weight_bytes": found.by_tag["weights"],
         "optimizer_bytes": found.by_tag["optimizer"],

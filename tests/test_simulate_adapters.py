@@ -12,7 +12,7 @@ from benchmarks.simulate_adapters import BATCHES, RANKS, WAYS, simulated
 from dropbp_kernels.cli.model_config import load_config
 from dropbp_kernels.cli.planning import StepModel
 
-WAY = ("float32", 0.0, "none", "off")
+WAY = ("float32", 0.0, "none", "off", False)
 
 
 def test_small_model_keeps_less_with_paca_than_with_lora():
@@ -34,6 +34,7 @@ def test_committed_rows_are_those_of_the_table_and_say_what_the_page_says():
             float(r["drop_rate"]),
             r["checkpoint"],
             r["fused_loss"],
+            r["fused"] == "True",
             int(r["seq_len"]),
         ): r
         for r in read_rows(RESULTS / "simulated_adapters.csv")
@@ -46,6 +47,7 @@ def test_committed_rows_are_those_of_the_table_and_say_what_the_page_says():
         for _, seq_len in BATCHES:
             lora, paca = (int(rows[(adapter, *way, seq_len)]["peak_bytes"]) for adapter in RANKS)
             less[way] = 1 - paca / lora
-    assert less["float32", 0.0, "none", "off"] >= 0.35  # the goal was 0.25
-    assert 0.13 <= less["bfloat16", 0.0, "none", "off"] < 0.16  # short of the published 0.16
+    assert less["float32", 0.0, "none", "off", False] >= 0.35  # the goal was 0.25
+    assert 0.13 <= less["bfloat16", 0.0, "none", "off", False] < 0.16  # short of the published 0.16
+    assert 0.15 <= less["bfloat16", 0.0, "none", "chunked", True] < 0.16  # and so with everything fused
     assert min(less.values()) > 0.0
