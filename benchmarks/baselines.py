@@ -24,6 +24,9 @@ from dropbp_kernels import _backend, reference
 ATOL = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
+compiler = "inductor"  # of `compiled`; `run` sets another at the tiny scale
+
+
 class WrongResult(RuntimeError):
     """A variant's result is too far from the reference: its time would mean nothing."""
 
@@ -31,7 +34,7 @@ class WrongResult(RuntimeError):
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """torch.compile of `function` for one shape; earlier shapes are forgotten, or they would count towards a limit."""
     torch._dynamo.reset()
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function, dynamic=False, backend=compiler)
 
 
 def backends(stem: str, device: torch.device) -> list[str]:

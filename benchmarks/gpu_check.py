@@ -221,7 +221,7 @@ def _run_stages(check: Check, no_build: bool) -> list[dict[str, Any]]:
     check.stage("microbenchmarks", [*bench, *out, "--only", *OP_SUITES, "--budget-s", "120"], 145)
 
     pytest = [python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-o", "addopts=", "-W", "default"]
-    if importlib.util.find_spec("xdist"):
+    if importlib.util.find_spec("xdist") and not check.is_dry:
         pytest += ["-n", str(min(os.cpu_count() or 1, 8))]  # Triton compiles a kernel for each width
     # On a CPU no test of the ops is marked gpu: pytest's exit code 5.
     tests = OP_TESTS if check.is_dry else ["tests"]

@@ -105,7 +105,8 @@ def measure(case: Case, device: torch.device, *, seconds: float, min_rounds: int
     clock = _CudaClock(device) if device.type == "cuda" else _CpuClock()
     shuffle = random.Random(0)
     num_variants = len(case.variants)
-    sets = _input_sets(case, device)
+    # Without time beyond the least number of rounds there is no use for more sets than these take.
+    sets = _input_sets(case, device, MAX_INPUT_SETS if seconds else num_variants * min_rounds)
     share = len(sets) // num_variants  # sets of one variant
     for variant in case.variants.values():
         for index in range(WARM_UP_CALLS):
@@ -113,9 +114,9 @@ def measure(case: Case, device: torch.device, *, seconds: float, min_rounds: int
 
     timings = {name: Timing() for name in case.variants}
     pending: dict[str, deque[Any]] = {name: deque() for name in case.variants}
-    # The collector would stop one sample or another for milliseconds.
-    gc.collect()
-    gc.disable()
+    if seconds:
+        gc.collect()  # takes a third of a second, which a run without time is not worth
+    gc.disable()  # the collector would stop one sample or another for milliseconds
     try:
         started, num_rounds = time.perf_counter(), 0
         while num_rounds < MAX_ROUNDS:
@@ -167,14 +168,14 @@ def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
     return (time.perf_counter_ns() - start_ns) / 1e6
 
 
-def _input_sets(case: Case, device: torch.device) -> list[Any]:
+def _input_sets(case: Case, device: torch.device, max_sets: int) -> list[Any]:
     """Enough sets of inputs for a cold cache; a multiple of the number of variants."""
     sets = [case.make_inputs()]
     num_sets = 1
     if device.type == "cpu" and case.num_calls == 1:
         set_bytes = sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(sets[0]) if isinstance(leaf, Tensor))
         # Four times the cache: variants share the sets, and each prepares a share of them at once.
-        num_sets = min(math.ceil(4 * cache_bytes(device) / set_bytes), MAX_INPUT_SETS)
+        num_sets = min(math.ceil(4 * cache_bytes(device) / set_bytes), max_sets)
     num_sets = math.ceil(num_sets / len(case.variants)) * len(case.variants)
     if device.type == "cuda" or case.num_calls > 1:
         return sets * num_sets

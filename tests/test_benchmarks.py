@@ -258,6 +258,15 @@ def test_a_wrong_peer_is_left_out_and_ours_is_timed(monkeypatch, capsys, uncompi
     )
 
 
+def test_the_compiled_baseline_is_compiled_and_checked(one_thread):
+    assert baselines.compiler == "inductor"  # the tiny scale's is for a process of its own
+    norm = bench_gated_residual_rms_norm.NORM
+    torch._dynamo.utils.counters.clear()
+    cases = boundary_norms.make_cases(norm, 8, 16, torch.float32, CPU, trains_weight=True)
+    assert torch._dynamo.utils.counters["aot_autograd"]["ok"] == 1
+    assert "compile" in cases["fwd+bwd"].variants
+
+
 def test_moved_bytes_by_hand(uncompiled):
     moved = {
         problem.case: bench_gated_residual_add.make_case(problem, 8, 16, torch.float32, CPU).moved_bytes
@@ -316,6 +325,7 @@ def test_benchmarks_of_a_wrong_op_are_refused(name, tmp_path, monkeypatch, capsy
         op = getattr(bench, name)
         wrong = lambda residual, branch, *parameters, eps: op(residual, 2 * branch, *parameters, eps=eps)  # noqa: E731
         monkeypatch.setattr(bench, name, wrong)
+    monkeypatch.setattr(baselines, "compiler", baselines.compiler)  # put back: run sets the tiny scale's
     code = run.main(["--scale", "tiny", "--device", "cpu", "--only", name, "--out", str(tmp_path)])
     assert code == 1
     assert "REFUSED" in capsys.readouterr().err
