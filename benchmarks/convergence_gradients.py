@@ -102,6 +102,25 @@ def measure(run: Run, task: Task, method: str, rate: float, num_batches: int, nu
     return tuple(map(statistics.mean, zip(*found, strict=True)))
 
 
+def table(rows: list[dict[str, str]], group: str) -> str:
+    """The newest row of each method, as Markdown.
+
+    By noise alone, the cosine c of one plan becomes (1 + (c^-2 - 1) / n)^-1/2 for the mean of n.
+    """
+    newest = {(row["drop_rate"], row["method"]): row for row in rows if row["group"] == group}
+    out = [
+        "| method | cosine of one plan | of the mean of plans | by noise alone it were | norm of one plan |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for (rate, method), row in newest.items():
+        one, of_mean, norm = (float(row[name]) for name in ("cosine", "cosine_of_mean", "norm_over_undropped"))
+        by_noise = (1 + (one**-2 - 1) / int(row["num_plans"])) ** -0.5
+        out.append(
+            f"| {method} {rate} | {one:.2f} | {of_mean:.2f} ({row['num_plans']}) | {by_noise:.2f} | {norm:.2f} |"
+        )
+    return "\n".join(out) + "\n"
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.convergence_gradients", description=__doc__.splitlines()[0]

@@ -161,7 +161,12 @@ GROUPS = {
     ),
     "rates": Group(
         TEXT,
-        (Point("undropped"), *_at(0.5, *_ROW_PLANS), *_at(0.875, *_ROW_PLANS), *_smaller(8, 6, 5, 3, 2)),
+        (
+            Point("undropped"),
+            *_at(0.5, *_ROW_PLANS, "token, by sensitivity"),
+            *_at(0.875, *_ROW_PLANS, "token, by sensitivity"),
+            *_smaller(8, 6, 5, 3, 2),
+        ),
         rows_of="plans",
     ),
     "variations": Group(

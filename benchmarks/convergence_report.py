@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import convergence_gradients
 from .convergence_lines import (
     Line,
     Rows,
@@ -156,8 +157,8 @@ def _train_curve(row: dict[str, str]) -> list[float]:
 # ---- the page
 
 
-def with_tables(page: str, rows: Rows, steps: Rows) -> str:
-    """The page with every marked place filled from the rows."""
+def with_tables(page: str, rows: Rows, steps: Rows, gradients: Rows) -> str:
+    """The page with every marked place filled from the rows: the table of a group, or "gradients" of a group."""
     parts = page.split("<!-- convergence: ")
     out = [parts[0]]
     for part in parts[1:]:
@@ -166,14 +167,24 @@ def with_tables(page: str, rows: Rows, steps: Rows) -> str:
         group, _, adapter = name.partition(", ")
         if not end:
             raise ValueError(f"page: expected <!-- end --> after <!-- convergence: {name} -->, found none")
-        out.append(f"{name} -->\n{table(group, adapter, rows, steps)}{end}{after}")
+        if group == "gradients":
+            text = convergence_gradients.table(gradients, adapter)
+        else:
+            text = table(group, adapter, rows, steps)
+        out.append(f"{name} -->\n{text}{end}{after}")
     return "<!-- convergence: ".join(out)
+
+
+def read_all(folder: Path) -> tuple[Rows, Rows, Rows]:
+    """Losses, step times, gradients."""
+    rows, steps, gradients = (read_rows(folder / file) for file in (FILE, STEP_FILE, convergence_gradients.FILE))
+    return rows, steps, gradients
 
 
 def write(folder: Path) -> int:
     """Write the tables into the page, draw the pictures that it shows, and print all tables that have rows."""
-    rows, steps = read_rows(folder / FILE), read_rows(folder / STEP_FILE)
-    page = with_tables(PAGE.read_text(), rows, steps)
+    rows, steps, gradients = read_all(folder)
+    page = with_tables(PAGE.read_text(), rows, steps, gradients)
     for group, adapter in itertools.product(GROUPS, ADAPTERS):
         own = GROUPS[group].points[0].adapter
         if own in (None, adapter) and (text := table(group, adapter, rows, steps)):

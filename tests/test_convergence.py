@@ -160,6 +160,9 @@ def test_gradients_of_plans_are_compared_with_those_of_the_whole_batch(tiny):
     # Halves of one batch: their mean points better than each of them.
     fewer = rows[convergence_gradients.FEWER]
     assert 0.2 < float(fewer["cosine"]) < float(fewer["cosine_of_mean"]) < 1.0
+    fewer.update(cosine="0.5", cosine_of_mean="0.25", norm_over_undropped="2")  # (1 + (4 - 1) / 3)^-1/2
+    line = convergence_gradients.table(list(rows.values()), "plans").splitlines()[-1]
+    assert line == f"| {convergence_gradients.FEWER} 0.5 | 0.50 | 0.25 (3) | 0.71 | 2.00 |"
 
 
 def test_aligned_samples_are_a_smaller_batch_to_an_adapter(tiny):
@@ -213,16 +216,9 @@ def run_row(method, drop_rate, batch_size, seed, loss, **different):
 
 
 def step_row(method, drop_rate, batch_size, step, backward):
-    return {
-        "date_utc": "2026",
-        "group": "plans",
-        "adapter": "lora",
-        "method": method,
-        "drop_rate": str(drop_rate),
-        "batch_size": str(batch_size),
-        "step_over_undropped": str(step),
-        "backward_gflop": str(backward),
-    }
+    values = {"date_utc": "2026", "group": "plans", "adapter": "lora", "method": method, "drop_rate": str(drop_rate)}
+    costs = {"step_over_undropped": str(step), "backward_gflop": str(backward)}
+    return {**values, **costs, "batch_size": str(batch_size)}
 
 
 def test_a_table_by_hand(tmp_path):
@@ -250,20 +246,20 @@ def test_a_table_by_hand(tmp_path):
         "| undropped | 5 | 0.53 | 0.42 | 2.250 ± 0.050 | **+0.200** |  |  |  | 3 |",
     ]
     page = "a\n<!-- convergence: plans, lora -->\nold\n<!-- end -->\nb"
-    filled = convergence_report.with_tables(page, rows, steps)
-    assert convergence_report.with_tables(filled, rows, steps) == filled
+    filled = convergence_report.with_tables(page, rows, steps, [])
+    assert convergence_report.with_tables(filled, rows, steps, []) == filled
     assert filled.startswith("a\n<!-- convergence: plans, lora -->\nbyte Llama, 8 blocks")
     assert filled.endswith("| 3 |\n<!-- end -->\nb")
     with pytest.raises(ValueError, match="expected <!-- end --> after <!-- convergence: plans, lora -->"):
-        convergence_report.with_tables(page[:-14], rows, steps)
+        convergence_report.with_tables(page[:-14], rows, steps, [])
     convergence_report.draw("plans", "lora", rows, steps, tmp_path / "plans.png")
     assert (tmp_path / "plans.png").stat().st_size > 10_000
 
 
 def test_the_page_says_what_the_committed_rows_say():
-    rows, steps = read_rows(RESULTS / convergence.FILE), read_rows(RESULTS / convergence_timing.FILE)
     text = convergence_report.PAGE.read_text()
-    assert convergence_report.with_tables(text, rows, steps) == text, "run: python -m benchmarks.convergence --report"
+    filled = convergence_report.with_tables(text, *convergence_report.read_all(RESULTS))
+    assert filled == text, "run: python -m benchmarks.convergence --report"
     pictures = set(re.findall(r"\]\((convergence-.*?\.png)\)", text))
     assert pictures == {path.name for path in convergence_report.DOCS.glob("convergence-*.png")}
 
@@ -286,9 +282,10 @@ def test_committed_rows_have_the_columns_of_today():
     for file, row_type in (
         (convergence.FILE, convergence.ConvergenceRow),
         (convergence_timing.FILE, convergence_timing.ConvergenceStepRow),
+        (convergence_gradients.FILE, convergence_gradients.GradientRow),
     ):
         rows = read_rows(RESULTS / file)
-        assert rows
+        assert rows, file
         assert list(rows[0]) == [column.name for column in fields(row_type)]
         assert all(None not in row and None not in row.values() for row in rows)  # too long or too short a line
 
