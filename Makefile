@@ -31,10 +31,10 @@ build: $(SETUP) ## rebuild the kernels in place (only what changed)
 finetune: $(SETUP) ## fine-tune a small model with and without dropping, and compare
 	$(BIN)/dropbp-kernels finetune $(ARGS)
 
-# As many processes as cores, a test file to each; one thread each, and passive: threads that spin while they wait make
-# every process slow where cores are shared.
+# As many processes as cores, a test file to each, in the order of tests/conftest.py; one thread each, and passive:
+# threads that spin while they wait make every process slow where cores are shared.
 test: $(SETUP) ## run the tests
-	OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadscope $(ARGS)
+	OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 sanitize: $(SETUP) ## run the kernels under sanitizers: address and undefined behaviour; on a GPU compute-sanitizer
 	$(BIN)/python tests/sanitize.py $(ARGS)

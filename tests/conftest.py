@@ -17,6 +17,12 @@ from dropbp_kernels.ops.schema import SCHEMAS
 torch.set_num_threads(2)
 
 
+def pytest_collection_modifyitems(items):
+    """Files with a slow test run first, so that no process is left alone with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

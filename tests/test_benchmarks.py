@@ -436,6 +436,7 @@ def test_pytest_finds_and_runs_the_benchmarks():
     assert "test_bench_host_overhead" in result.stdout
 
 
+@pytest.mark.slow
 def test_gpu_check_dry_run(tmp_path):
     command = [sys.executable, "benchmarks/gpu_check.py", "--out", str(tmp_path), "--dry-run", "--no-build"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -3,12 +3,14 @@
 import json
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from dropbp_kernels.cli import main, model_config
+from dropbp_kernels.cli import main, model_config, plan_tables
 from dropbp_kernels.cli.plan_report import _largest, recommend
+from dropbp_kernels.cli.planning import Setting, StepModel
 
 SMALL = {
     "model_type": "llama",
@@ -74,9 +76,9 @@ def test_json_adds_up_and_finds_what_fits(capsys, small):
 
     # the longest sequence fits, and the next one does not
     longest = report["asked"]["longest_seq_len"]
+    model = StepModel(model_config.load_config(str(small)), adapter_dtype=torch.float32)
     for seq_len, fits in ((longest, True), (longest + 64, False)):
-        again = json.loads(plan(capsys, "--model", small, "--seq-len", seq_len, "--drop-rate", 0.5, "--json"))
-        assert (again["asked"]["peak_bytes"] <= budget) is fits
+        assert (model.predict(Setting(1, seq_len, 0.5)).peak_bytes <= budget) is fits
 
 
 @pytest.mark.parametrize(
@@ -184,7 +186,8 @@ def test_target_share_of_a_data_set_and_what_it_gains(capsys, tmp_path, small):
     peaks = [row["peak_bytes"] for row in report["target_plans"][1:]]
     assert times == sorted(times)
     assert peaks[1:] == sorted(peaks[1:])  # at the smallest shares the pass over the context is the peak
-    text = plan(capsys, "--model", small, *data)
+    plan_tables.show(report)
+    text = capsys.readouterr().out
     for part in ("targets", "18.8%", "no plan", "0.47", "pairs.jsonl by batch size"):
         assert part in text
 
