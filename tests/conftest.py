@@ -28,6 +28,15 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def one_thread():
+    """For tensors so small that a second thread gains nothing, and loses much where other work wants its core."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
 # Where there is a GPU the Triton and CUDA kernels run on it, else Triton's on the CPU.
 _GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("triton", "cuda")] if torch.cuda.is_available() else []
 

@@ -1,12 +1,10 @@
-"""The benchmarks: what is measured and written is what they say, and the GPU check runs on a CPU."""
+"""The benchmarks of ops: what is measured and written is what they say."""
 
 import csv
-import json
 import os
 import subprocess
 import sys
 import time
-import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,10 +36,7 @@ from benchmarks import (  # noqa: E402
     bench_target_step,
     boundary,
     boundary_norms,
-    gpu_check,
-    plots,
     run,
-    steps,
     timing,
 )
 from benchmarks.baselines import WrongResult, check_results  # noqa: E402
@@ -58,15 +53,6 @@ def uncompiled(monkeypatch):
     benches = bench_gated_residual_add, boundary_norms, bench_permuted_norm, bench_partial_gather, bench_l1_distances
     for bench in benches:
         monkeypatch.setattr(bench, "compiled", lambda function: function)
-
-
-@pytest.fixture
-def one_thread():
-    """Tensors here are too small to share, and another process on the machine would make two threads wait."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def case_of(variants, make_inputs=lambda: (), num_calls=1, moved_bytes=0):
@@ -129,19 +115,6 @@ def test_rounds_start_with_another_run_each_and_warm_up_is_left_out():
     runs = {name: lambda number, name=name: calls.append(f"{name}{number}") or number for name in "abc"}
     assert timing.in_turn(runs, num_rounds=2, num_warm_up=1) == {"a": [1, 2], "b": [1, 2], "c": [1, 2]}
     assert calls == ["a0", "b0", "c0", "b1", "c1", "a1", "c2", "a2", "b2"]
-
-
-def test_columns_of_step_times_by_hand():
-    times = [(1.0, 2.0), (2.0, 6.0), (4.0, 1.0)]
-    assert steps.time_columns(times) == {
-        "num_samples": 3,
-        "forward_ms": 2.0,
-        "backward_ms": 2.0,
-        "step_ms": 5.0,
-        "step_p20_ms": pytest.approx(3.8),
-        "step_p80_ms": pytest.approx(6.8),
-    }
-    assert steps.over(times, [(3.0, 3.0), (2.0, 2.0), (1.0, 1.0)]) == 2.0  # of 0.5, 2 and 2.5
 
 
 def test_copy_bandwidth_counts_reads_and_writes(monkeypatch):
@@ -338,64 +311,7 @@ def test_no_case_starts_after_the_deadline(uncompiled):
     assert settings.num_left_out > 0
 
 
-# ---- the step and the boundary
-
-
-def test_step_rows(tmp_path, one_thread):
-    (rows,) = bench_step.run(Settings(CPU, "tiny"))
-    assert [(row.method, row.drop_rate) for row in rows[:3]] == [("undropped", 0), ("published", 0.5), ("ours", 0.5)]
-    undropped, published, ours = rows[0], rows[3], rows[4]
-    assert undropped.flops_kept == 1.0
-    assert ours.flops_kept == pytest.approx(0.25, abs=0.15)
-    assert published.saved_bytes > 0.8 * undropped.saved_bytes  # its dropped branches still build their graphs
-    assert ours.saved_bytes < 0.5 * undropped.saved_bytes
-    assert ours.ideal_step_ms == pytest.approx(undropped.forward_ms + 0.25 * undropped.backward_ms)
-    transient = undropped.ideal_peak_bytes - undropped.peak_live_bytes
-    assert transient > 0
-    assert ours.ideal_peak_bytes == pytest.approx(0.25 * undropped.peak_live_bytes + transient, abs=1)
-    assert all(held for name, held in bench_step.verdicts(rows).items() if name.startswith("peak"))
-    append_rows(tmp_path / "step.csv", rows)
-    assert plots.main(["--rows", str(tmp_path), "--out", str(tmp_path)]) == 0
-    assert (tmp_path / "step.png").stat().st_size > 10_000
-
-
-def test_loss_step_rows(one_thread):
-    suites = list(bench_loss_step.run(Settings(CPU, "tiny")))
-    assert [row.trained_weight for rows in suites for row in rows[:1]] == [False, True]
-    for rows in suites:
-        assert [row.way for row in rows] == list(bench_loss_step.ways())
-        by_way = {row.way: row for row in rows}
-        assert by_way["chunked"].loss_error <= 2 * by_way["unfused"].loss_error + 1e-6
-        assert by_way["chunked"].gradient_error < 1e-2
-        assert by_way["unfused"].speedup_vs_unfused == 1
-
-
-def test_checkpointed_step_rows(one_thread):
-    (rows,) = bench_checkpointed_step.run(Settings(CPU, "tiny"))
-    by_name = {(row.method, row.drop_rate): row for row in rows}
-    undropped, published = by_name["undropped", 0.0], by_name["published", 0.875]
-    assert published.saved_bytes == undropped.saved_bytes  # every block keeps its input
-    for way in ("transformers", "kept"):
-        assert by_name[way, 0.875].saved_bytes < undropped.saved_bytes
-        assert by_name[way, 0.75].flops_kept == pytest.approx(0.25, abs=0.15)
-    assert len(bench_checkpointed_step.verdicts(rows)) == 2
-
-
-def test_row_step_rows(one_thread):
-    first, *_ = bench_row_step.run(Settings(CPU, "tiny"))
-    assert [row.granularity for row in first] == ["branch", "sample", "token"]
-    assert [row.flops_kept for row in first] == pytest.approx([0.5] * 3, abs=0.02)
-    assert first[0].step_over_branch == 1.0
-    assert bench_row_step.verdicts(first) == {}  # the target is for batches of 8 and more
-    large = [replace(row, batch_size=8) for row in first]
-    assert len(bench_row_step.verdicts(large)) == 2
-
-
-def test_patched_step_rows(one_thread):
-    (rows,) = bench_patched_step.run(Settings(CPU, "tiny"))
-    assert [row.method for row in rows] == ["unpatched", "patched", "fused"]
-    assert rows[0].step_over_unpatched == 1.0
-    assert len(bench_patched_step.verdicts(rows)) == 2
+# ---- the boundary
 
 
 def test_the_boundary_is_free_where_the_next_branch_is_dropped():
@@ -434,72 +350,3 @@ def test_pytest_finds_and_runs_the_benchmarks():
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"{bench_host_overhead.NUM_CASES} passed" in result.stdout
     assert "test_bench_host_overhead" in result.stdout
-
-
-@pytest.mark.slow
-def test_gpu_check_dry_run(tmp_path):
-    command = [sys.executable, "benchmarks/gpu_check.py", "--out", str(tmp_path), "--dry-run", "--no-build"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    files = sorted(path.name for path in tmp_path.iterdir())
-    assert files == ["bandwidth.png", "log.txt", "rows.zip", "step.png", "summary.json"]
-    packed = set(zipfile.ZipFile(tmp_path / "rows.zip").namelist())
-    assert {"step.csv", "host_overhead.csv", *(f"gated_residual_{op}_norm.csv" for op in ("rms", "layer"))} <= packed
-    assert all(path.stat().st_size < 1 << 20 for path in tmp_path.iterdir())
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["ok"]
-    assert all(stage["ok"] for stage in summary["stages"])
-    assert {"boundary", "microbenchmarks", "GPU tests", "training step"} <= {s["name"] for s in summary["stages"]}
-    assert summary["targets"][0]["value"] == 0  # the dropped boundary
-    assert summary["machine"]["serving"]["gated_residual_add"].keys() == {"cpu"}
-
-
-def test_gpu_check_measures_and_tests_every_op():
-    from dropbp_kernels.ops.schema import SCHEMAS
-
-    assert set(gpu_check.OP_SUITES) == {name for name in run.SUITES if not name.endswith("step")}
-    assert {f"tests/test_{stem}.py" for stem in SCHEMAS} <= set(gpu_check.OP_TESTS)
-
-
-@pytest.fixture
-def check(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    return gpu_check.Check(out, tmp_path, is_dry=False, deadline=time.monotonic() + 60, commit="")
-
-
-def test_a_failing_stage_is_noted_and_the_next_one_runs(check, capsys):
-    check.stage("fails", [sys.executable, "-c", "print('why'); raise SystemExit(3)"], 30)
-    check.stage("hangs", [sys.executable, "-c", "import time; print('waiting', flush=True); time.sleep(60)"], 3)
-    check.stage("works", [sys.executable, "-c", "print('12 passed in 1.0s')"], 30)
-    assert [stage.ok for stage in check.stages] == [False, False, True]
-    assert [stage.note for stage in check.stages] == ["exit 3", "stopped after 3 s", "12 passed in 1.0s"]
-    log = (check.out / "log.txt").read_text()
-    assert "why" in log
-    assert "waiting" in log
-    assert "FAILED" in capsys.readouterr().out
-    check.deadline = time.monotonic()
-    check.stage("late", ["true"], 30)
-    assert check.stages[-1].note == "no time left"
-
-
-def test_targets_are_judged_by_the_worst_row(check):
-    columns = "backend,direction,case,dtype,rows,width,copy_fraction"
-    lines = [
-        "triton,fwd,weight frozen,bfloat16,16384,4096,0.9",
-        "triton,fwd,weight frozen,bfloat16,8192,8192,0.8",
-        "triton,fwd,weight frozen,bfloat16,65536,1024,0.1",  # too narrow to count
-        "eager,fwd,weight frozen,bfloat16,8192,8192,0.2",
-        "triton,bwd,weight frozen,bfloat16,8192,8192,0.7",
-    ]
-    (check.out / "gated_residual_rms_norm.csv").write_text("\n".join([columns, *lines]) + "\n")
-    free = {"saved_bytes": 0, "backward_kernels": 0, "backward_allocated_bytes": 0, "must_be_free": True}
-    verdicts = {target.name: target for target in gpu_check._targets(check, [free])}
-    forward = verdicts["fused forward: share of copy bandwidth"]
-    assert (forward.value, forward.ok) == (0.8, False)
-    assert verdicts["fused backward, weight frozen: share of copy bandwidth"].ok is True
-    assert verdicts["add: share of copy bandwidth"].ok is None  # not measured: counts as missed on a GPU
-    (boundary_target,) = (target for name, target in verdicts.items() if name.startswith("dropped boundary"))
-    assert boundary_target.ok is True
-    busy = {**free, "backward_kernels": 1}
-    assert gpu_check._targets(check, [free, busy])[0].ok is False

@@ -19,15 +19,7 @@ from dropbp_kernels.coreset.projection import find_projection
 from dropbp_kernels.measure import saved_bytes
 
 SOURCES = [0] * 3 + [1] * 6 + [2] * 7
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from a second one."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def ragged_batch(size=16, width=12):

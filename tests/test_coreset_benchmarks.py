@@ -19,15 +19,7 @@ from benchmarks.rows import RESULTS, append_rows, read_rows  # noqa: E402
 from benchmarks.settings import Settings  # noqa: E402
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors here are too small to share."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_committed_rows_have_the_columns_of_today():

@@ -19,14 +19,7 @@ from dropbp_kernels import DropBPCallback
 from dropbp_kernels.coreset import CoresetSelector, apply_coreset
 from dropbp_kernels.coreset.budgets import source_id
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from a second one."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def data(num_rows=44):

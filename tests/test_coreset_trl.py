@@ -5,8 +5,8 @@ import pytest
 pytest.importorskip("trl")
 
 from models import tiny_causal_lm
-from test_trainer import arguments, data, one_thread  # noqa: F401
 from test_trainer_trl import pytestmark, tokenizer  # noqa: F401
+from trainer_runs import arguments, data
 from trl import SFTConfig, SFTTrainer
 
 from dropbp_kernels.coreset import apply_coreset

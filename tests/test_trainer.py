@@ -1,7 +1,6 @@
-"""DropBPCallback in transformers' Trainer: plans, resumes bit for bit, calibration, logs, and what it refuses."""
+"""DropBPCallback in transformers' Trainer: plans, resumes bit for bit, calibration, and what it refuses."""
 
 import copy
-import dataclasses
 import json
 import os
 import socket
@@ -11,105 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import gradients, tiny_causal_lm, toy_model, with_lora
+from models import tiny_causal_lm, toy_model, with_lora
 
 pytest.importorskip("accelerate")
 
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from trainer_runs import NUM_BRANCHES, Watcher, arguments, assert_same, data, train, weights
+from transformers import Trainer, TrainerCallback
 
 from dropbp_kernels import DropBPCallback, apply_dropbp, remove_dropbp
 from dropbp_kernels.integrations import trainer as trainer_module
-from dropbp_kernels.integrations.families import FAMILIES
-from dropbp_kernels.integrations.meters import saved_bytes_by_branch
 from dropbp_kernels.layer import DropBP
-from dropbp_kernels.measure import saved_bytes
 
-NUM_BRANCHES = 6
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from a second one."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
-def data(num_rows=48, seq_len=12):
-    tokens = torch.randint(64, (num_rows, seq_len), generator=torch.Generator().manual_seed(3))
-    return [{"input_ids": row, "labels": row} for row in tokens]
-
-
-def arguments(folder, **overrides):
-    defaults = {
-        "output_dir": str(folder),
-        "max_steps": 6,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 2,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-    }
-    return TrainingArguments(**{**defaults, **overrides})
-
-
-class Watcher(TrainerCallback):
-    """Notes, for every micro-batch, the plan that ran and which branches' parameters have gradients after it."""
-
-    def __init__(self, callback):
-        self.callback = callback
-        self.plans = []
-        self.grads = []
-        self.is_training = False
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        model.register_forward_pre_hook(lambda *_: self.plans.append(self.plan()) if self.is_training else None)
-
-    def plan(self):
-        assert [gate.kept for gate in self.callback.handler.gates.values()] == list(self.callback.handler.plan.kept)
-        return self.callback.handler.plan
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.is_training = True
-
-    def note(self, model):
-        blocks = [m for m in model.modules() if type(m).__name__.endswith("DecoderLayer")]
-        branches = [branch for block in blocks for branch in (block.self_attn, block.mlp)]
-        self.grads.append(tuple(any(p.grad is not None for p in branch.parameters()) for branch in branches))
-
-    def on_substep_end(self, args, state, control, model=None, **kwargs):
-        self.note(model)
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.note(model)
-        self.is_training = False  # what comes until the next step is a probe
-
-
-def train(folder, callback=None, model=None, resume=None, callbacks=(), eval_data=None, **overrides):
-    callback = DropBPCallback(0.5) if callback is None else callback
-    trainer = Trainer(
-        tiny_causal_lm() if model is None else model,
-        arguments(folder, **overrides),
-        train_dataset=data(),
-        eval_dataset=eval_data,
-        callbacks=[callback, *callbacks],
-    )
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
-
-
-def weights(trainer):
-    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
-
-
-def assert_same(ours, expected):
-    assert set(ours) == set(expected)
-    for name, value in expected.items():
-        assert torch.equal(ours[name], value), name
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_one_plan_for_each_optimizer_step(tmp_path):
@@ -314,89 +226,6 @@ def test_a_model_without_loss_needs_a_loss_function(tmp_path):
     )
     run(callback)
     assert callback.handler.calibration is not None
-
-
-def test_logs_reach_tensorboard(tmp_path, monkeypatch):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
-    callback = DropBPCallback(0.5, measure=True)
-    trainer = train(tmp_path / "run", callback, report_to="tensorboard")
-    events = EventAccumulator(str(next((tmp_path / "logs").rglob("events*")).parent))
-    events.Reload()
-    written = {tag.removeprefix("train/"): [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    names = [name for name in logged[-1] if name.startswith("dropbp_")]
-    assert set(names) == {
-        *("dropbp_drop_rate", "dropbp_flops_kept", "dropbp_bytes_not_saved", "dropbp_tokens_per_second"),
-        *("dropbp_forward_ms", "dropbp_backward_ms", "dropbp_step_ms", "dropbp_peak_memory_mib"),
-    }
-    for name in names:
-        expected = [entry[name] for entry in logged if name in entry]
-        assert written[name] == pytest.approx(expected, rel=1e-6), name
-        assert min(expected[1:]) > 0
-    assert written["dropbp_drop_rate"] == pytest.approx([0.5] * 3)
-
-
-def test_logged_numbers_are_those_of_the_plans(tmp_path):
-    callback = DropBPCallback(0.5, sampler="bernoulli")
-    watcher = Watcher(callback)
-    trainer = train(tmp_path, callback, callbacks=[watcher], gradient_accumulation_steps=2)
-    flops = callback.handler.flops()
-    sizes = saved_bytes_by_branch(callback.handler, lambda: trainer.model(**two_rows()))
-    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    for index, entry in enumerate(logged):
-        kept = [plan.kept for plan in watcher.plans[4 * index : 4 * index + 4]]
-        assert entry["dropbp_drop_rate"] == pytest.approx(1 - sum(map(sum, kept)) / (4 * NUM_BRANCHES))
-        kept_flops = sum(f for plan in kept for f, k in zip(flops, plan, strict=True) if k)
-        assert entry["dropbp_flops_kept"] == pytest.approx(kept_flops / (4 * sum(flops)))
-        if index:  # bytes are measured after the first step
-            not_saved = sum(size for plan in kept for size, k in zip(sizes, plan, strict=True) if not k) / 4
-            assert entry["dropbp_bytes_not_saved"] == pytest.approx(not_saved)
-
-
-def two_rows():
-    rows = data(2)
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-@pytest.mark.parametrize("by_modules", [False, True])
-def test_saved_bytes_by_branch_are_what_dropping_it_takes_off(by_modules):
-    model, batch = tiny_causal_lm(), two_rows()
-    family = dataclasses.replace(FAMILIES["llama"], forward=None) if by_modules else "llama"
-    handler = apply_dropbp(model, 0.5, families=[family], fused=False)  # a fused norm saves in no branch
-    handler.set_plan([True, False, True, True, False, True])
-    grads, plan = gradients(model), handler.plan
-    sizes = saved_bytes_by_branch(handler, lambda: model(**batch))
-    assert handler.plan is plan
-    assert [gate.kept for gate in handler.gates.values()] == list(plan.kept)
-    assert not any("run" in vars(gate) for gate in handler.gates.values())
-    assert gradients(model) == grads
-
-    def saved(kept):
-        handler.set_plan(kept)
-        with saved_bytes() as count:
-            model(**batch)
-        return count.num_bytes
-
-    everything = saved([True] * NUM_BRANCHES)
-    taken_off = [everything - saved([i != index for i in range(NUM_BRANCHES)]) for index in range(NUM_BRANCHES)]
-    assert sizes[1:] == taken_off[1:]
-    assert sizes[0] == taken_off[0] + 2 * 12 * 8 * 4  # cosines and sines, which all attentions save
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert saved_bytes_by_branch(handler, lambda: model(**batch)) == [0] * NUM_BRANCHES
-
-
-def test_measure_prints_times_and_memory(tmp_path, capsys):
-    trainer = train(tmp_path, DropBPCallback(0.5, measure=True), gradient_accumulation_steps=2)
-    out = capsys.readouterr().out
-    assert "DropBP: forward " in out
-    assert "(mean of 6 optimizer steps)" in out
-    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
-    assert 0 < entry["dropbp_forward_ms"] + entry["dropbp_backward_ms"] < entry["dropbp_step_ms"]
-    assert not trainer.model._forward_hooks
-    assert not trainer.model._forward_pre_hooks
 
 
 @pytest.mark.parametrize("remove_at_end", [False, True])

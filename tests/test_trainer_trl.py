@@ -6,13 +6,14 @@ import torch
 pytest.importorskip("trl")
 
 from models import tiny_causal_lm
-from test_trainer import arguments, assert_same, data, one_thread, weights  # noqa: F401
+from trainer_runs import arguments, assert_same, data, weights
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from dropbp_kernels import DropBPCallback
 from dropbp_kernels.targets import TargetPlan
 
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*:DeprecationWarning"),
 ]

@@ -1,0 +1,86 @@
+"""benchmarks/gpu_check.py: what it judges by hand, and the whole of it on a CPU."""
+
+import json
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+if not (ROOT / "benchmarks").is_dir():
+    pytest.skip("the benchmarks are not part of an installed package", allow_module_level=True)
+sys.path.append(str(ROOT))
+
+from benchmarks import gpu_check, run  # noqa: E402
+
+
+@pytest.mark.slow
+def test_gpu_check_dry_run(tmp_path):
+    command = [sys.executable, "benchmarks/gpu_check.py", "--out", str(tmp_path), "--dry-run", "--no-build"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["bandwidth.png", "log.txt", "rows.zip", "step.png", "summary.json"]
+    packed = set(zipfile.ZipFile(tmp_path / "rows.zip").namelist())
+    assert {"step.csv", "host_overhead.csv", *(f"gated_residual_{op}_norm.csv" for op in ("rms", "layer"))} <= packed
+    assert all(path.stat().st_size < 1 << 20 for path in tmp_path.iterdir())
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["ok"]
+    assert all(stage["ok"] for stage in summary["stages"])
+    assert {"boundary", "microbenchmarks", "GPU tests", "training step"} <= {s["name"] for s in summary["stages"]}
+    assert summary["targets"][0]["value"] == 0  # the dropped boundary
+    assert summary["machine"]["serving"]["gated_residual_add"].keys() == {"cpu"}
+
+
+def test_gpu_check_measures_and_tests_every_op():
+    from dropbp_kernels.ops.schema import SCHEMAS
+
+    assert set(gpu_check.OP_SUITES) == {name for name in run.SUITES if not name.endswith("step")}
+    assert {f"tests/test_{stem}.py" for stem in SCHEMAS} <= set(gpu_check.OP_TESTS)
+
+
+@pytest.fixture
+def check(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    return gpu_check.Check(out, tmp_path, is_dry=False, deadline=time.monotonic() + 60, commit="")
+
+
+def test_a_failing_stage_is_noted_and_the_next_one_runs(check, capsys):
+    check.stage("fails", [sys.executable, "-c", "print('why'); raise SystemExit(3)"], 30)
+    check.stage("hangs", [sys.executable, "-c", "import time; print('waiting', flush=True); time.sleep(60)"], 3)
+    check.stage("works", [sys.executable, "-c", "print('12 passed in 1.0s')"], 30)
+    assert [stage.ok for stage in check.stages] == [False, False, True]
+    assert [stage.note for stage in check.stages] == ["exit 3", "stopped after 3 s", "12 passed in 1.0s"]
+    log = (check.out / "log.txt").read_text()
+    assert "why" in log
+    assert "waiting" in log
+    assert "FAILED" in capsys.readouterr().out
+    check.deadline = time.monotonic()
+    check.stage("late", ["true"], 30)
+    assert check.stages[-1].note == "no time left"
+
+
+def test_targets_are_judged_by_the_worst_row(check):
+    columns = "backend,direction,case,dtype,rows,width,copy_fraction"
+    lines = [
+        "triton,fwd,weight frozen,bfloat16,16384,4096,0.9",
+        "triton,fwd,weight frozen,bfloat16,8192,8192,0.8",
+        "triton,fwd,weight frozen,bfloat16,65536,1024,0.1",  # too narrow to count
+        "eager,fwd,weight frozen,bfloat16,8192,8192,0.2",
+        "triton,bwd,weight frozen,bfloat16,8192,8192,0.7",
+    ]
+    (check.out / "gated_residual_rms_norm.csv").write_text("\n".join([columns, *lines]) + "\n")
+    free = {"saved_bytes": 0, "backward_kernels": 0, "backward_allocated_bytes": 0, "must_be_free": True}
+    verdicts = {target.name: target for target in gpu_check._targets(check, [free])}
+    forward = verdicts["fused forward: share of copy bandwidth"]
+    assert (forward.value, forward.ok) == (0.8, False)
+    assert verdicts["fused backward, weight frozen: share of copy bandwidth"].ok is True
+    assert verdicts["add: share of copy bandwidth"].ok is None  # not measured: counts as missed on a GPU
+    (boundary_target,) = (target for name, target in verdicts.items() if name.startswith("dropped boundary"))
+    assert boundary_target.ok is True
+    busy = {**free, "backward_kernels": 1}
+    assert gpu_check._targets(check, [free, busy])[0].ok is False

@@ -1,0 +1,98 @@
+"""The benchmarks of whole steps: what is measured and written is what they say."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+if not (ROOT / "benchmarks").is_dir():
+    pytest.skip("the benchmarks are not part of an installed package", allow_module_level=True)
+sys.path.append(str(ROOT))
+
+from benchmarks import (  # noqa: E402
+    bench_checkpointed_step,
+    bench_loss_step,
+    bench_patched_step,
+    bench_row_step,
+    bench_step,
+    plots,
+    steps,
+)
+from benchmarks.rows import append_rows  # noqa: E402
+from benchmarks.settings import Settings  # noqa: E402
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_columns_of_step_times_by_hand():
+    times = [(1.0, 2.0), (2.0, 6.0), (4.0, 1.0)]
+    assert steps.time_columns(times) == {
+        "num_samples": 3,
+        "forward_ms": 2.0,
+        "backward_ms": 2.0,
+        "step_ms": 5.0,
+        "step_p20_ms": pytest.approx(3.8),
+        "step_p80_ms": pytest.approx(6.8),
+    }
+    assert steps.over(times, [(3.0, 3.0), (2.0, 2.0), (1.0, 1.0)]) == 2.0  # of 0.5, 2 and 2.5
+
+
+def test_step_rows(tmp_path):
+    (rows,) = bench_step.run(Settings(CPU, "tiny"))
+    assert [(row.method, row.drop_rate) for row in rows[:3]] == [("undropped", 0), ("published", 0.5), ("ours", 0.5)]
+    undropped, published, ours = rows[0], rows[3], rows[4]
+    assert undropped.flops_kept == 1.0
+    assert ours.flops_kept == pytest.approx(0.25, abs=0.15)
+    assert published.saved_bytes > 0.8 * undropped.saved_bytes  # its dropped branches still build their graphs
+    assert ours.saved_bytes < 0.5 * undropped.saved_bytes
+    assert ours.ideal_step_ms == pytest.approx(undropped.forward_ms + 0.25 * undropped.backward_ms)
+    transient = undropped.ideal_peak_bytes - undropped.peak_live_bytes
+    assert transient > 0
+    assert ours.ideal_peak_bytes == pytest.approx(0.25 * undropped.peak_live_bytes + transient, abs=1)
+    assert all(held for name, held in bench_step.verdicts(rows).items() if name.startswith("peak"))
+    append_rows(tmp_path / "step.csv", rows)
+    assert plots.main(["--rows", str(tmp_path), "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "step.png").stat().st_size > 10_000
+
+
+def test_loss_step_rows():
+    suites = list(bench_loss_step.run(Settings(CPU, "tiny")))
+    assert [row.trained_weight for rows in suites for row in rows[:1]] == [False, True]
+    for rows in suites:
+        assert [row.way for row in rows] == list(bench_loss_step.ways())
+        by_way = {row.way: row for row in rows}
+        assert by_way["chunked"].loss_error <= 2 * by_way["unfused"].loss_error + 1e-6
+        assert by_way["chunked"].gradient_error < 1e-2
+        assert by_way["unfused"].speedup_vs_unfused == 1
+
+
+def test_checkpointed_step_rows():
+    (rows,) = bench_checkpointed_step.run(Settings(CPU, "tiny"))
+    by_name = {(row.method, row.drop_rate): row for row in rows}
+    undropped, published = by_name["undropped", 0.0], by_name["published", 0.875]
+    assert published.saved_bytes == undropped.saved_bytes  # every block keeps its input
+    for way in ("transformers", "kept"):
+        assert by_name[way, 0.875].saved_bytes < undropped.saved_bytes
+        assert by_name[way, 0.75].flops_kept == pytest.approx(0.25, abs=0.15)
+    assert len(bench_checkpointed_step.verdicts(rows)) == 2
+
+
+def test_row_step_rows():
+    first, *_ = bench_row_step.run(Settings(CPU, "tiny"))
+    assert [row.granularity for row in first] == ["branch", "sample", "token"]
+    assert [row.flops_kept for row in first] == pytest.approx([0.5] * 3, abs=0.02)
+    assert first[0].step_over_branch == 1.0
+    assert bench_row_step.verdicts(first) == {}  # the target is for batches of 8 and more
+    large = [replace(row, batch_size=8) for row in first]
+    assert len(bench_row_step.verdicts(large)) == 2
+
+
+def test_patched_step_rows():
+    (rows,) = bench_patched_step.run(Settings(CPU, "tiny"))
+    assert [row.method for row in rows] == ["unpatched", "patched", "fused"]
+    assert rows[0].step_over_unpatched == 1.0
+    assert len(bench_patched_step.verdicts(rows)) == 2
