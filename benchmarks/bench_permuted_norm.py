@@ -1,6 +1,6 @@
 """permuted_rms_norm and permuted_residual_add, a quarter of the rows kept, against the unpermuted kernels and eager.
 
-eager       index_select and a norm in plain PyTorch; index_add for the sum
+eager       index_select and a norm in plain PyTorch, which keeps what its backward needs; index_add for the sum
 compile     torch.compile of eager
 unpermuted  this package's kernel of the same traffic without a permutation: gated_residual_rms_norm's backward, the
             plain sum; and for the forward PyTorch's own norm. It computes something else, so it is not checked.
@@ -35,6 +35,8 @@ def make_inputs(rows: int, width: int, dtype: torch.dtype, device: torch.device)
     return {
         "residual": residual,
         "branch": branch,
+        "kept": branch[:num_kept],  # as the branch computed them, in two
+        "dropped": branch[num_kept:],
         "grad": grad,
         "weight": torch.ones(width, device=device, dtype=dtype),
         "permutation": permutation,
@@ -45,11 +47,13 @@ def make_inputs(rows: int, width: int, dtype: torch.dtype, device: torch.device)
     }
 
 
-def eager_norm(t: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    x = t["residual"].index_select(0, t["permutation"]).float()
-    normed = t["weight"] * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)).to(t["residual"].dtype)
-    num_kept = len(t["kept_x"])
-    return normed[:num_kept], normed[num_kept:]
+def eager_norm(t: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """kept, dropped, and what the backward of the kept rows needs of them alone: rows and rstd."""
+    rows, num_kept = t["residual"].index_select(0, t["permutation"]), len(t["kept_x"])
+    x = rows.float()
+    rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
+    normed = t["weight"] * (x * rstd).to(rows.dtype)
+    return normed[:num_kept], normed[num_kept:], rows[:num_kept].clone(), rstd[:num_kept].flatten()
 
 
 def eager_norm_backward(t: dict[str, Tensor]) -> Tensor:
@@ -66,9 +70,10 @@ def eager_add(t: dict[str, Tensor]) -> Tensor:
 
 
 def ours(name: str, raw: Callable[..., Any]) -> Callable[[dict[str, Tensor]], Any]:
-    def norm(t: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def norm(t: dict[str, Tensor]) -> tuple[Tensor, ...]:
         num_kept, dtype = len(t["kept_x"]), t["residual"].dtype
-        return raw(t["residual"], t["weight"], None, t["permutation"], num_kept, EPS, False, False, dtype)[:2]
+        found = raw(t["residual"], t["weight"], None, t["permutation"], num_kept, EPS, False, False, dtype)
+        return (*found[:3], found[4])
 
     def norm_backward(t: dict[str, Tensor]) -> Tensor:
         saved = t["kept_x"], t["weight"], t["mean"], t["rstd"], t["permutation"]
@@ -76,8 +81,7 @@ def ours(name: str, raw: Callable[..., Any]) -> Callable[[dict[str, Tensor]], An
         return t["grad"]
 
     def add(t: dict[str, Tensor]) -> Tensor:
-        num_kept = len(t["kept_x"])
-        return raw(t["residual"], t["branch"][:num_kept], t["branch"][num_kept:], t["permutation"])
+        return raw(t["residual"], t["kept"], t["dropped"], t["permutation"])
 
     return {"norm": norm, "norm backward": norm_backward, "add": add}[name]
 

@@ -69,13 +69,6 @@ inline Tensor new_like(const Tensor& tensor, int32_t dtype) {
   return new_tensor(tensor.sizes().data(), tensor.dim(), dtype, tensor);
 }
 
-// The same with dim 0 of another size.
-inline Tensor new_rows(const Tensor& tensor, int64_t num_rows, int32_t dtype) {
-  std::vector<int64_t> sizes(tensor.sizes().begin(), tensor.sizes().end());
-  sizes[0] = num_rows;
-  return new_tensor(sizes.data(), tensor.dim(), dtype, tensor);
-}
-
 inline void check_numel(const char* name, const Tensor& tensor, int64_t expected) {
   if (tensor.numel() != expected) {
     fail(name, ": expected ", expected, " elements, got ", tensor.numel());
@@ -89,34 +82,14 @@ inline void check_dtype(const char* name, const Tensor& tensor, ScalarType expec
   }
 }
 
-// The shape contract of `rows`: residual (R, ..., D), branch (K, ..., D), rows (K,) of int64.
-inline void check_rows(const Tensor& rows, const Tensor& residual, const Tensor& branch) {
-  check_dtype("rows", rows, ScalarType::Long);
-  if (residual.dim() == 0 || branch.dim() != residual.dim()) {
-    fail("branch: expected residual's ", residual.dim(), " dimensions, at least one, got ",
-         branch.dim());
-  }
-  for (int64_t d = 1; d < residual.dim(); ++d) {
-    if (residual.size(d) != branch.size(d)) {
-      fail("branch: expected size ", residual.size(d), " in dimension ", d, ", got ",
-           branch.size(d));
+// Before `tensor` is written in place: elements that share memory would be written twice.
+inline void check_own_elements(const char* name, const Tensor& tensor) {
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (tensor.stride(d) == 0 && tensor.size(d) > 1) {
+      fail<std::runtime_error>(name, ": expected elements with memory of their own, got stride 0 ",
+                               "in dimension ", d);
     }
   }
-  check_numel("rows", rows, branch.size(0));
-}
-
-// The sizes of `count` rows of a permutation of num_rows: count, then the dimensions within a row.
-// A row is an index of the fewest leading dimensions that have num_rows elements.
-inline std::vector<int64_t> sizes_of_rows(const Tensor& residual, int64_t num_rows, int64_t count) {
-  int64_t product = 1;
-  for (int64_t d = 0; d + 1 < residual.dim(); ++d) {
-    product *= residual.size(d);
-    if (product != num_rows) continue;
-    std::vector<int64_t> sizes = {count};
-    for (int64_t rest = d + 1; rest < residual.dim(); ++rest) sizes.push_back(residual.size(rest));
-    return sizes;
-  }
-  fail("permutation: expected the size of leading dimensions of residual, got ", num_rows);
 }
 
 }  // namespace dropbp

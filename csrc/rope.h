@@ -1,7 +1,9 @@
-// What the CPU and the CUDA kernels of rope know of their tensors.
+// What the CPU and the CUDA kernels of rope know of their tensors. Include after dispatch.h or
+// launch.h, as dtypes.h.
 #pragma once
 
-#include "checks.h"
+#include "dtypes.h"
+#include "rows.h"
 
 namespace dropbp {
 
@@ -37,14 +39,16 @@ inline Tensor with_contiguous_heads(const Tensor& x) {
   return x.dim() == 4 && (x.stride(3) == 1 || x.size(3) <= 1) ? x : torch::stable::contiguous(x);
 }
 
-// Before x is written in place.
-inline void check_own_elements(const Tensor& x) {
-  for (int64_t d = 0; d < x.dim(); ++d) {
-    if (x.stride(d) == 0 && x.size(d) > 1) {
-      fail<std::runtime_error>("x: expected elements with memory of their own, got stride 0 in ",
-                               "dimension ", d);
-    }
-  }
+// Calls visitor with a value of the element type of x and one of that of cos and sin.
+template <class Visitor>
+void visit_x_and_table(const Tensor& x, const Tensor& cos, const Visitor& visitor) {
+  visit_dtype("x", x.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    if (cos.scalar_type() == x.scalar_type()) return visitor(T{}, T{});
+    check_dtype("cos", cos,
+                std::is_same_v<Wide<T>, double> ? ScalarType::Double : ScalarType::Float);
+    visitor(T{}, Wide<T>{});
+  });
 }
 
 }  // namespace dropbp

@@ -1,5 +1,5 @@
-// A tensor seen as rows: its last dimension is contiguous and its leading ones lie at one stride,
-// as those of a slice of a packed projection do. Shared by cpu/ and cuda/.
+// Tensors seen as rows: the last dimension is contiguous and the leading ones lie at one stride, as
+// those of a slice of a packed projection do. Shared by cpu/ and cuda/.
 #pragma once
 
 #include "checks.h"
@@ -33,12 +33,7 @@ inline Tensor as_rows(const Tensor& tensor) {
 // The same for a tensor that is written, whose elements may not share memory.
 inline Tensor as_own_rows(const char* name, const Tensor& tensor) {
   if (tensor.numel() == 0) return tensor;
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    if (tensor.stride(d) == 0 && tensor.size(d) > 1) {
-      fail<std::runtime_error>(
-          name, ": expected elements with memory of their own, got stride 0 in ", "dimension ", d);
-    }
-  }
+  check_own_elements(name, tensor);
   const bool is_apart = tensor.dim() < 2 || row_stride(tensor) >= tensor.size(tensor.dim() - 1);
   return is_apart ? as_rows(tensor) : torch::stable::contiguous(tensor);
 }
@@ -46,6 +41,22 @@ inline Tensor as_own_rows(const char* name, const Tensor& tensor) {
 // After `tensor` was written through `own`, which as_own_rows returned.
 inline void copy_back(Tensor tensor, const Tensor& own) {
   if (own.const_data_ptr() != tensor.const_data_ptr()) torch::stable::copy_(tensor, own);
+}
+
+// Every tensor of `width` columns; the number of rows.
+inline int64_t check_width(const Tensor& rows_by_width, int64_t width) {
+  if (rows_by_width.dim() == 0 || rows_by_width.size(rows_by_width.dim() - 1) != width) {
+    fail("weight: expected as many elements as the last dimension of residual, got ", width);
+  }
+  int64_t num_rows = 1;
+  for (int64_t d = 0; d + 1 < rows_by_width.dim(); ++d) num_rows *= rows_by_width.size(d);
+  return num_rows;
+}
+
+// A value for each row of `rows_by_width`: one dimension less.
+inline Tensor new_per_row(const Tensor& rows_by_width, ScalarType dtype) {
+  return new_tensor(rows_by_width.sizes().data(), rows_by_width.dim() - 1, shim_dtype(dtype),
+                    rows_by_width);
 }
 
 // That `tensor` has the sizes and the dtype of `other`.

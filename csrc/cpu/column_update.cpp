@@ -16,7 +16,7 @@ struct Columns {
     if (weight.dim() != 2) fail("weight: expected 2 dimensions, got ", weight.dim());
     num_rows = weight.size(0), count = index.numel();
     row_stride = weight.stride(0), column_stride = weight.stride(1);
-    entries = checked_own_channels(index, weight.size(1));
+    entries = checked_own_indices("index", index, weight.size(1));
   }
 
   template <class Visitor>

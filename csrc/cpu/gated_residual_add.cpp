@@ -1,11 +1,15 @@
 // CPU kernels of dropbp_kernels::gated_residual_add, its in-place form and its backward.
 // Signatures: dropbp_kernels/ops/schema.py; meaning: dropbp_kernels/reference.py.
+#include "../gated_residual_add.h"
+
 #include <algorithm>
 #include <optional>
 
 #define DROPBP_KERNELS "gated_residual_add_kernels.h"
 #include "dispatch.h"
 #include "each_isa.h"
+#include "indices.h"
+#include "row_add.h"
 #include "rows.h"
 
 namespace dropbp {
@@ -14,54 +18,9 @@ namespace {
 // Rows chosen from all over an array start cold, and a second thread pays earlier than kGrain.
 constexpr int64_t kRowsGrain = kGrain / 2;
 
-// Where nothing is converted, memory is the limit and 32-byte vectors reach it best: beyond the L2
-// cache 5 to 25 % faster than 64-byte ones (Zen 4, November 2026).
-template <class R, class B>
-void add_run(R* output, const R* residual, const B* branch, int64_t count) {
-  constexpr int kMaxVectorBytes = std::is_same_v<R, B> && sizeof(R) >= 4 ? 32 : 64;
-  with_kernels<kMaxVectorBytes>(
-      [&](auto kernels) { kernels.add_run(output, residual, branch, count); });
-}
-
 template <class... Arguments>
 void scale_run(Arguments... arguments) {
   with_kernels([&](auto kernels) { kernels.scale_run(arguments...); });
-}
-
-// Cuts elements [begin, end) of an array (num_rows, width) at the ends of its rows.
-template <class Visitor>
-void for_each_row_part(int64_t begin, int64_t end, int64_t width, const Visitor& visitor) {
-  while (begin < end) {
-    const int64_t column = begin % width;
-    const int64_t count = std::min(width - column, end - begin);
-    visitor(begin / width, column, count);
-    begin += count;
-  }
-}
-
-int64_t row_width(const Tensor& tensor) {
-  int64_t width = 1;
-  for (int64_t d = 1; d < tensor.dim(); ++d) width *= tensor.size(d);
-  return width;
-}
-
-const int64_t* checked_rows(const Tensor& rows, int64_t num_rows) {
-  const int64_t* begin = input<int64_t>(rows);
-  for (int64_t k = 0; k < rows.numel(); ++k) {
-    if (begin[k] < 0 || begin[k] >= num_rows) {
-      fail<std::out_of_range>("rows: expected numbers from 0 to ", num_rows - 1, ", got ", begin[k],
-                              " at place ", k);
-    }
-  }
-  return begin;
-}
-
-void check_pair(const Tensor& residual, const Tensor& branch, const std::optional<Tensor>& rows) {
-  if (rows) {
-    check_rows(*rows, residual, branch);
-  } else {
-    check_numel("branch", branch, residual.numel());
-  }
 }
 
 // residual and branch are contiguous and of one size; output may be residual.
@@ -88,26 +47,16 @@ Tensor gated_residual_add(Tensor residual, Tensor branch, std::optional<Tensor> 
     return result;
   }
   const Tensor places = dense(*rows);
-  const int64_t num_rows = residual.size(0), width = row_width(residual);
-  const int64_t* place = checked_rows(places, num_rows);
-  std::vector<int64_t> branch_row(num_rows, -1);  // where each row of residual finds its branch
-  for (int64_t k = 0; k < places.numel(); ++k) branch_row[place[k]] = k;
+  const int64_t num_rows = residual.size(0), width = row_size(residual);
+  const int64_t* place = checked_indices("rows", places, num_rows);
+  const std::vector<int64_t> branch_row = places_in(place, places.numel(), num_rows);
 
   visit_residual_and_branch(residual.scalar_type(), branch.scalar_type(), [&](auto r, auto b) {
     using R = decltype(r);
     using B = decltype(b);
-    R* out = output<R>(result);
-    const R* res = input<R>(residual);
     const B* add = input<B>(branch);
-    torch::stable::parallel_for(0, residual.numel(), kGrain, [&](int64_t begin, int64_t end) {
-      for_each_row_part(begin, end, width, [&](int64_t row, int64_t column, int64_t count) {
-        const int64_t at = row * width + column;
-        if (branch_row[row] < 0) {
-          std::copy_n(res + at, count, out + at);
-        } else {
-          add_run(out + at, res + at, add + branch_row[row] * width + column, count);
-        }
-      });
+    add_rows<R, B>(result, residual, num_rows, width, [&](int64_t row) -> const B* {
+      return branch_row[row] < 0 ? nullptr : add + branch_row[row] * width;
     });
   });
   return result;
@@ -121,17 +70,19 @@ void gated_residual_add_(Tensor residual, Tensor branch, std::optional<Tensor> r
     add_all(target, target, branch);
   } else {
     const Tensor places = dense(*rows);
-    const int64_t width = row_width(residual);
-    const int64_t* place = checked_rows(places, residual.size(0));
+    const int64_t width = row_size(residual);
+    const int64_t* place = checked_indices("rows", places, residual.size(0));
     visit_residual_and_branch(residual.scalar_type(), branch.scalar_type(), [&](auto r, auto b) {
       using R = decltype(r);
       using B = decltype(b);
       R* out = output<R>(target);
       const B* add = input<B>(branch);
+      const int64_t last = places.numel() - 1;
       torch::stable::parallel_for(0, branch.numel(), kRowsGrain, [=](int64_t begin, int64_t end) {
         for_each_row_part(begin, end, width, [=](int64_t k, int64_t column, int64_t count) {
           R* at = out + place[k] * width + column;
-          add_run(at, at, add + k * width + column, count);
+          const R* next = out + place[std::min(k + 1, last)] * width;
+          add_run(at, at, add + k * width + column, count, next);
         });
       });
     });
@@ -147,13 +98,13 @@ Tensor gated_residual_add_backward(Tensor grad_output, std::optional<Tensor> row
   if (!has_dim_0 && (rows || row_scale))
     fail("grad_output: expected at least one dimension, got 0");
   int64_t num_rows = has_dim_0 ? grad_output.size(0) : 1;
-  const int64_t width = row_width(grad_output);
+  const int64_t width = row_size(grad_output);
   std::optional<Tensor> places;
   const int64_t* place = nullptr;
   if (rows) {
     check_dtype("rows", *rows, ScalarType::Long);
     places = dense(*rows);
-    place = checked_rows(*places, num_rows);
+    place = checked_indices("rows", *places, num_rows);
     num_rows = places->numel();
   }
   if (row_scale) check_numel("row_scale", *row_scale, num_rows);

@@ -6,9 +6,11 @@ namespace dropbp::DROPBP_ISA {
 namespace {  // another file has other Kernels
 
 struct Kernels : RowKernels {
-  // output may be residual.
-  template <class R, class B>
-  static void add_run(R* output, const R* residual, const B* branch, int64_t count) {
+  // output may be residual. `next` is what the following call reads first, where that lies
+  // elsewhere.
+  template <class R, class B, class... Next>
+  static void add_run(R* output, const R* residual, const B* branch, int64_t count,
+                      const Next*... next) {
     using W = Wide<R>;
     constexpr int kStep = kLanes<W>;
     int64_t i = 0;
@@ -16,6 +18,7 @@ struct Kernels : RowKernels {
       Vector<W, kStep> sums[4];
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
+        (__builtin_prefetch(next + i + j * kStep), ...);
         sums[j] = load<W>(residual + i + j * kStep) + load<W>(branch + i + j * kStep);
       }
 #pragma GCC unroll 4

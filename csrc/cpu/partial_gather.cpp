@@ -14,7 +14,7 @@ Tensor partial_gather(Tensor input_tensor, Tensor index) {
   if (dim == 0) fail("input: expected at least one dimension, got none");
   const int64_t width = input_tensor.size(dim - 1), num_channels = index.numel();
   index = dense(index);
-  const int64_t* channels = checked_channels(index, width);
+  const int64_t* channels = checked_indices("index", index, width);
   std::vector<int64_t> sizes(input_tensor.sizes().begin(), input_tensor.sizes().end());
   sizes.back() = num_channels;
   Tensor result = new_tensor(sizes.data(), dim, shim_dtype(input_tensor), input_tensor);

@@ -3,7 +3,8 @@
 #define DROPBP_KERNELS "gated_residual_add_kernels.h"
 #include "dispatch.h"
 #include "each_isa.h"
-#include "permutation.h"
+#include "indices.h"
+#include "row_add.h"
 
 namespace dropbp {
 namespace {
@@ -12,10 +13,11 @@ Tensor permuted_residual_add(Tensor residual, Tensor kept, Tensor dropped, Tenso
   check_dtype("permutation", permutation, ScalarType::Long);
   check_dtype("dropped", dropped, kept.scalar_type());
   permutation = dense(permutation);
-  const int64_t* rows = checked_permutation(permutation);
+  const std::vector<int64_t> places = checked_inverse(permutation);
   const int64_t num_rows = permutation.numel();
-  const int64_t row_size = checked_row_size("residual", residual, num_rows);
+  const int64_t row_size = num_rows > 0 ? residual.numel() / num_rows : 0;
   const int64_t num_kept = kept.dim() > 0 ? kept.size(0) : 0;
+  check_numel("residual", residual, num_rows * row_size);
   check_numel("kept", kept, num_kept * row_size);
   check_numel("dropped", dropped, (num_rows - num_kept) * row_size);
   residual = dense(residual);
@@ -25,17 +27,11 @@ Tensor permuted_residual_add(Tensor residual, Tensor kept, Tensor dropped, Tenso
   visit_residual_and_branch(residual.scalar_type(), kept.scalar_type(), [&](auto r, auto b) {
     using R = decltype(r);
     using B = decltype(b);
-    R* out = output<R>(result);
-    const R* res = input<R>(residual);
     const B* first = input<B>(kept);
     const B* rest = input<B>(dropped);
-    torch::stable::parallel_for(0, residual.numel(), kGrain, [=](int64_t begin, int64_t end) {
-      for_each_part(begin, end, row_size, [=](int64_t k, int64_t column, int64_t count) {
-        const int64_t at = rows[k] * row_size + column;
-        const B* add = k < num_kept ? first + k * row_size : rest + (k - num_kept) * row_size;
-        with_kernels(
-            [&](auto kernels) { kernels.add_run(out + at, res + at, add + column, count); });
-      });
+    add_rows<R, B>(result, residual, num_rows, row_size, [&](int64_t row) {
+      const int64_t k = places[row];
+      return k < num_kept ? first + k * row_size : rest + (k - num_kept) * row_size;
     });
   });
   return result;

@@ -1,27 +1,15 @@
 // CPU kernels of dropbp_kernels::rope and its in-place form.
 // Signatures: dropbp_kernels/ops/schema.py; meaning: dropbp_kernels/reference.py.
-#include "../rope.h"
-
 #include <algorithm>
 
 #define DROPBP_KERNELS "rope_kernels.h"
 #include "dispatch.h"
+// After dispatch.h:
+#include "../rope.h"
 #include "each_isa.h"
 
 namespace dropbp {
 namespace {
-
-// Calls visitor with a value of the element type of x and one of that of cos and sin.
-template <class Visitor>
-void visit_x_and_table(const Tensor& x, const Tensor& cos, const Visitor& visitor) {
-  visit_dtype("x", x.scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    if (cos.scalar_type() == x.scalar_type()) return visitor(T{}, T{});
-    check_dtype("cos", cos,
-                std::is_same_v<Wide<T>, double> ? ScalarType::Double : ScalarType::Float);
-    visitor(T{}, Wide<T>{});
-  });
-}
 
 // `target` has x's sizes and may be x; the channels of both are contiguous.
 void turn_into(const Tensor& target, const Tensor& x, Tensor cos, Tensor sin, bool transpose) {
@@ -64,10 +52,10 @@ Tensor rope(Tensor x, Tensor cos, Tensor sin, bool transpose) {
 }
 
 void rope_(Tensor x, Tensor cos, Tensor sin) {
-  check_own_elements(x);
+  check_own_elements("x", x);
   const Tensor target = with_contiguous_heads(x);
   turn_into(target, target, cos, sin, false);
-  if (target.const_data_ptr() != x.const_data_ptr()) torch::stable::copy_(x, target);
+  copy_back(x, target);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dropbp_kernels, CPU, library) {

@@ -22,21 +22,15 @@ DROPBP_INLINE W mean_of(W sum, int64_t width) {
   return sum / static_cast<W>(width > 0 ? width : 1);
 }
 
-// The pass that works from the cache asks memory for the next row: the processor's own prefetch
-// stops at every page. Beyond the last row it does nothing.
-template <class B, class R>
-DROPBP_INLINE void prefetch_next_row(const B* branch, const R* residual, int64_t width) {
-  __builtin_prefetch(branch + width);
-  __builtin_prefetch(residual + width);
-}
-
 struct RowKernels {
+  // output[i] = values[i] + offset.
   template <class W, class T>
-  static void widen_run(W* output, const T* values, int64_t count) {
+  static void widen_run(W* output, const T* values, W offset, int64_t count) {
     constexpr int kStep = kLanes<W>;
-    int64_t i = 0;
-    for (; i + kStep <= count; i += kStep) store<W>(output + i, load<W>(values + i));
-    if (i < count) store_part<W>(output + i, load_part<W>(values + i, count - i), count - i);
+    for (int64_t i = 0; i < count; i += kStep) {
+      const int64_t rest = count - i < kStep ? count - i : kStep;
+      store_part<W>(output + i, load_part<W>(values + i, rest) + offset, rest);
+    }
   }
 
   // output[i] = the sum of partial (num_blocks, width) over blocks, in order, for `count` columns.

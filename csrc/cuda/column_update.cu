@@ -8,31 +8,12 @@
 namespace dropbp {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kBlocksPerMultiprocessor = 8;  // 2048 threads, all that fit
-
 // index, contiguous, must outlive the launch.
 Columns columns_of(const Tensor& weight, const Tensor& index) {
   if (weight.dim() != 2) fail("weight: expected 2 dimensions, got ", weight.dim());
   check_dtype("index", index, ScalarType::Long);
-  return {static_cast<const int64_t*>(index.const_data_ptr()),
-          weight.size(0),
-          index.numel(),
-          weight.size(1),
-          weight.stride(0),
-          weight.stride(1)};
-}
-
-template <class... Parameters, class... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), int64_t count, const Tensor& weight,
-            Arguments... arguments) {
-  const int64_t blocks =
-      std::min<int64_t>((count + kThreads - 1) / kThreads,
-                        int64_t{num_multiprocessors(weight, name)} * kBlocksPerMultiprocessor);
-  if (blocks == 0) return;
-  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, current_stream(weight)>>>(arguments...,
-                                                                                 count);
-  check_cuda(cudaGetLastError(), name);
+  return {input<int64_t>(index), weight.size(0),   index.numel(),
+          weight.size(1),        weight.stride(0), weight.stride(1)};
 }
 
 Tensor column_update_(Tensor weight, Tensor delta, Tensor index, double scale) {
@@ -49,10 +30,9 @@ Tensor column_update_(Tensor weight, Tensor delta, Tensor index, double scale) {
       using T = decltype(t);
       using D = decltype(d);
       using W = std::conditional_t<std::is_same_v<D, double>, double, Wide<T>>;
-      launch("column_update", column_update_kernel<W, T, D>, count, weight,
-             static_cast<T*>(weight.mutable_data_ptr()),
-             static_cast<T*>(original.mutable_data_ptr()),
-             static_cast<const D*>(delta.const_data_ptr()), columns, static_cast<W>(scale));
+      launch_strided("column_update", column_update_kernel<W, T, D>, count, weight,
+                     output<T>(weight), output<T>(original), input<D>(delta), columns,
+                     static_cast<W>(scale), count);
     });
   });
   return original;
@@ -68,9 +48,8 @@ void column_restore_(Tensor weight, Tensor original, Tensor index) {
   original = dense(original);
   visit_dtype("weight", weight.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    launch("column_restore", column_restore_kernel<T>, count, weight,
-           static_cast<T*>(weight.mutable_data_ptr()),
-           static_cast<const T*>(original.const_data_ptr()), columns);
+    launch_strided("column_restore", column_restore_kernel<T>, count, weight, output<T>(weight),
+                   input<T>(original), columns, count);
   });
 }
 

@@ -1,8 +1,8 @@
 // Device code of column_update_ and column_restore_. Raw pointers, no torch header.
 #pragma once
 
-#include "channels.cuh"
 #include "elements.cuh"
+#include "indices.cuh"
 
 namespace dropbp {
 
@@ -19,7 +19,7 @@ struct Columns {
     const bool by_column = row_stride == 1;
     const int64_t row = by_column ? i % num_rows : i / num_columns;
     const int64_t k = by_column ? i / num_rows : i % num_columns;
-    in_weight = row * row_stride + checked_channel(index, k, width) * column_stride;
+    in_weight = row * row_stride + checked_index("index", index, k, width) * column_stride;
     return row * num_columns + k;
   }
 };

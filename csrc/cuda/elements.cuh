@@ -5,18 +5,13 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
-#include <type_traits>
+
+#include "../element_types.h"
 
 namespace dropbp {
 
-// Sums of T are taken in this type.
-template <class T>
-using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-// Whether every value of From is a value of To.
-template <class To, class From>
-inline constexpr bool holds = std::is_same_v<To, From> || std::is_same_v<To, double> ||
-                              (std::is_same_v<To, float> && !std::is_same_v<From, double>);
+using BFloat16 = __nv_bfloat16;
+using Half = __half;
 
 template <class W, class T>
 __device__ W widen(T value) {

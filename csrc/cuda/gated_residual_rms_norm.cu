@@ -11,32 +11,31 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor> gated_residual_rms_norm(Tensor residual, Tensor branch,
                                                            Tensor weight, double eps, bool gemma) {
-  const int64_t width = weight.numel(), num_rows = check_width(residual, width);
+  const int64_t width = weight.numel(), num_rows = check_packed_width(residual, width);
   check_numel("branch", branch, residual.numel());
   const torch::stable::accelerator::DeviceGuard guard(residual.get_device_index());
   residual = dense(residual);
   branch = dense(branch);
   weight = dense(weight);
-  const bool is_double = residual.scalar_type() == ScalarType::Double;
   Tensor normed = new_like(branch, shim_dtype(branch));
   Tensor new_residual = new_like(residual, shim_dtype(residual));
-  Tensor rstd = new_per_row(residual, is_double ? ScalarType::Double : ScalarType::Float);
+  Tensor rstd = new_per_row(residual, wide_dtype(residual));
   visit_residual_and_branch(residual.scalar_type(), branch.scalar_type(), [&](auto r, auto b) {
     using R = decltype(r);
     using B = decltype(b);
     using W = Wide<R>;
-    const R* res = static_cast<const R*>(residual.const_data_ptr());
-    const B* add = static_cast<const B*>(branch.const_data_ptr());
-    B* out = static_cast<B*>(normed.mutable_data_ptr());
-    R* sum = static_cast<R*>(new_residual.mutable_data_ptr());
+    const R* res = input<R>(residual);
+    const B* add = input<B>(branch);
+    B* out = output<B>(normed);
+    R* sum = output<R>(new_residual);
     const Weight factor = weight_of(weight);
     visit_team<R, B, kForwardPacks, kForwardThreads>(
         width, {res, add, out, sum, factor.values}, [&](auto pack, auto held, dim3 block) {
           launch_rows("gated_residual_rms_norm",
                       gated_residual_rms_norm_kernel<R, B, W, pack.value, held.value>,
                       blocks_for_all(num_rows, block), block, residual, res, add, factor,
-                      static_cast<W>(eps), gemma, out, sum,
-                      static_cast<W*>(rstd.mutable_data_ptr()), num_rows, static_cast<int>(width));
+                      static_cast<W>(eps), gemma, out, sum, output<W>(rstd), num_rows,
+                      static_cast<int>(width));
         });
   });
   return {normed, new_residual, rstd};
@@ -48,47 +47,35 @@ std::tuple<Tensor, Tensor> gated_residual_rms_norm_backward(Tensor grad_normed,
                                                             Tensor rstd, bool gemma,
                                                             bool weight_grad) {
   constexpr const char* kName = "gated_residual_rms_norm_backward";
-  const int64_t width = weight.numel(), num_rows = check_width(new_residual, width);
-  const bool is_double = new_residual.scalar_type() == ScalarType::Double;
-  const auto wide = is_double ? ScalarType::Double : ScalarType::Float;
+  const int64_t width = weight.numel(), num_rows = check_packed_width(new_residual, width);
   check_numel("grad_normed", grad_normed, new_residual.numel());
-  check_numel("rstd", rstd, num_rows);
-  check_dtype("rstd", rstd, wide);
   const torch::stable::accelerator::DeviceGuard guard(new_residual.get_device_index());
   grad_normed = dense(grad_normed);
   new_residual = dense(new_residual);
   weight = dense(weight);
-  rstd = dense(rstd);
-  if (grad_new_residual) {
-    check_numel("grad_new_residual", *grad_new_residual, new_residual.numel());
-    check_dtype("grad_new_residual", *grad_new_residual, new_residual.scalar_type());
-    grad_new_residual = dense(*grad_new_residual);
-  }
+  rstd = checked_statistic("rstd", rstd, num_rows, new_residual);
+  grad_new_residual = checked_gradient("grad_new_residual", grad_new_residual, new_residual);
   Tensor grad_residual = new_like(new_residual, shim_dtype(new_residual));
-  const int64_t grad_weight_size = weight_grad ? width : 0;
-  Tensor grad_weight = new_tensor(&grad_weight_size, 1, shim_dtype(weight), weight);
+  Tensor grad_weight = new_parameter_grad(weight, weight_grad);
 
   visit_residual_and_branch(
       new_residual.scalar_type(), grad_normed.scalar_type(), [&](auto r, auto b) {
         using R = decltype(r);
         using B = decltype(b);
         using W = Wide<R>;
-        const B* grad = static_cast<const B*>(grad_normed.const_data_ptr());
-        const R* grad_new = grad_new_residual
-                                ? static_cast<const R*>(grad_new_residual->const_data_ptr())
-                                : nullptr;
-        const R* x = static_cast<const R*>(new_residual.const_data_ptr());
-        R* out = static_cast<R*>(grad_residual.mutable_data_ptr());
+        const B* grad = input<B>(grad_normed);
+        const R* grad_new = grad_new_residual ? input<R>(*grad_new_residual) : nullptr;
+        const R* x = input<R>(new_residual);
+        R* out = output<R>(grad_residual);
         const Weight factor = weight_of(weight);
         std::optional<Tensor> partial;
         const auto run = [&](auto pack, auto held, dim3 block, auto sums) {
           const auto kernel =
               gated_residual_rms_norm_backward_kernel<R, B, W, pack.value, held.value, sums.value>;
           const int64_t blocks = blocks_at_once(kName, kernel, num_rows, block, new_residual);
-          if (weight_grad) partial = new_partial(blocks, width, wide, weight);
+          if (weight_grad) partial = new_partial(blocks, width, wide_dtype(new_residual), weight);
           launch_rows(kName, kernel, blocks, block, new_residual, grad, grad_new, x, factor, gemma,
-                      static_cast<const W*>(rstd.const_data_ptr()), out,
-                      partial ? static_cast<W*>(partial->mutable_data_ptr()) : nullptr, num_rows,
+                      input<W>(rstd), out, partial ? output<W>(*partial) : nullptr, num_rows,
                       static_cast<int>(width));
         };
         visit_team<R, B, kBackwardPacks, kBackwardThreads>(

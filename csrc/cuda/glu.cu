@@ -10,9 +10,6 @@
 namespace dropbp {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kBlocksPerMultiprocessor = 8;  // 2048 threads, all that fit
-
 // Calls visitor with values of the activation and of the element type.
 template <class Visitor>
 void visit(const std::string& activation, ScalarType dtype, const Visitor& visitor) {
@@ -31,12 +28,12 @@ void visit(const std::string& activation, ScalarType dtype, const Visitor& visit
 
 template <class T>
 Rows<const T> read_of(const Tensor& tensor) {
-  return {static_cast<const T*>(tensor.const_data_ptr()), row_stride(tensor)};
+  return {input<T>(tensor), row_stride(tensor)};
 }
 
 template <class T>
 Rows<T> written(const Tensor& tensor) {
-  return {static_cast<T*>(tensor.mutable_data_ptr()), row_stride(tensor)};
+  return {output<T>(tensor), row_stride(tensor)};
 }
 
 // Runs packed, or single where packs do not fit the rows of all operands, on the current stream.
@@ -50,13 +47,8 @@ void launch(const char* name, Kernel packed, Kernel single, int pack, const Tens
   const int64_t width = is_dense ? count : row;  // one long row
   const bool fits = packs_fit(pack, !is_dense, width, {operands.data...}) &&
                     (is_dense || ((operands.stride % pack == 0) && ...));
-  const int64_t packs = fits ? (count + pack - 1) / pack : count;
-  const int64_t blocks =
-      std::min<int64_t>((packs + kThreads - 1) / kThreads,
-                        int64_t{num_multiprocessors(like, name)} * kBlocksPerMultiprocessor);
-  (fits ? packed : single)<<<static_cast<unsigned>(blocks), kThreads, 0, current_stream(like)>>>(
-      operands..., width, count);
-  check_cuda(cudaGetLastError(), name);
+  launch_strided(name, fits ? packed : single, packs_of(count, fits ? pack : 1), like, operands...,
+                 width, count);
 }
 
 // `target` has gate's sizes and may be gate.

@@ -1,5 +1,4 @@
-// What launches of CUDA kernels share: the current stream, errors, and from a dtype to an element
-// type.
+// What launches of CUDA kernels share: the current stream, errors, and the size of a grid.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -10,6 +9,8 @@
 
 #include "../checks.h"
 #include "elements.cuh"
+// After elements.cuh:
+#include "../dtypes.h"
 
 namespace dropbp {
 
@@ -33,39 +34,30 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Calls visitor with a value of dtype's element type.
-template <class Visitor>
-void visit_dtype(const char* name, ScalarType dtype, const Visitor& visitor) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return visitor(float{});
-    case ScalarType::BFloat16:
-      return visitor(__nv_bfloat16{});
-    case ScalarType::Half:
-      return visitor(__half{});
-    case ScalarType::Double:
-      return visitor(double{});
-    default:
-      fail<std::runtime_error>(name, ": expected dtype Float, Half, BFloat16 or Double, got ",
-                               dtype_name(dtype));
-  }
+// Threads of a block, and blocks of a grid, of a kernel that strides over `count` elements or
+// packs: at most as many as run at the same time.
+inline constexpr int kThreads = 256;
+
+inline unsigned strided_blocks(const char* what, int64_t count, const Tensor& tensor) {
+  constexpr int kBlocksPerMultiprocessor = 8;  // 2048 threads, all that fit
+  return static_cast<unsigned>(
+      std::min<int64_t>((count + kThreads - 1) / kThreads,
+                        int64_t{num_multiprocessors(tensor, what)} * kBlocksPerMultiprocessor));
 }
 
-// Calls visitor with a value of each element type, where residual's holds branch's.
-template <class Visitor>
-void visit_residual_and_branch(ScalarType residual, ScalarType branch, const Visitor& visitor) {
-  visit_dtype("residual", residual, [&](auto r) {
-    using R = decltype(r);
-    visit_dtype("branch", branch, [&](auto b) {
-      if constexpr (holds<R, decltype(b)>) {
-        visitor(R{}, b);
-      } else {
-        fail<std::runtime_error>("residual: expected a dtype that holds branch's ",
-                                 dtype_name(branch), ", got ", dtype_name(residual));
-      }
-    });
-  });
+// Runs a kernel that strides over `count` elements or packs on the current stream of the current
+// device.
+template <class... Parameters, class... Arguments>
+void launch_strided(const char* what, void (*kernel)(Parameters...), int64_t count,
+                    const Tensor& tensor, Arguments... arguments) {
+  if (count == 0) return;
+  kernel<<<strided_blocks(what, count, tensor), kThreads, 0, current_stream(tensor)>>>(
+      arguments...);
+  check_cuda(cudaGetLastError(), what);
 }
+
+// Of `pack` elements each, the last one perhaps of fewer.
+inline int64_t packs_of(int64_t count, int pack) { return (count + pack - 1) / pack; }
 
 // Whether packs of N may be used: every pointer on a 16-byte boundary and no pack across two rows.
 inline bool packs_fit(int n, bool by_row, int64_t width,

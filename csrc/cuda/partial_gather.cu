@@ -10,32 +10,24 @@
 namespace dropbp {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kBlocksPerMultiprocessor = 8;  // 2048 threads, all that fit
-
-Tensor partial_gather(Tensor input, Tensor index) {
+Tensor partial_gather(Tensor input_tensor, Tensor index) {
   check_dtype("index", index, ScalarType::Long);
-  const int64_t dim = input.dim();
+  const int64_t dim = input_tensor.dim();
   if (dim == 0) fail("input: expected at least one dimension, got none");
-  const int64_t width = input.size(dim - 1), num_channels = index.numel();
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  const int64_t width = input_tensor.size(dim - 1), num_channels = index.numel();
+  const torch::stable::accelerator::DeviceGuard guard(input_tensor.get_device_index());
   index = dense(index);
-  std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
+  std::vector<int64_t> sizes(input_tensor.sizes().begin(), input_tensor.sizes().end());
   sizes.back() = num_channels;
-  Tensor result = new_tensor(sizes.data(), dim, shim_dtype(input), input);
+  Tensor result = new_tensor(sizes.data(), dim, shim_dtype(input_tensor), input_tensor);
   const int64_t count = result.numel();
   if (count == 0) return result;
-  input = as_rows(input);
-  visit_dtype("input", input.scalar_type(), [&](auto element) {
+  input_tensor = as_rows(input_tensor);
+  visit_dtype("input", input_tensor.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    const int64_t blocks = std::min<int64_t>(
-        (count + kThreads - 1) / kThreads,
-        int64_t{num_multiprocessors(input, "partial_gather")} * kBlocksPerMultiprocessor);
-    partial_gather_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, current_stream(input)>>>(
-        static_cast<T*>(result.mutable_data_ptr()), static_cast<const T*>(input.const_data_ptr()),
-        static_cast<const int64_t*>(index.const_data_ptr()), row_stride(input), width, num_channels,
-        count);
-    check_cuda(cudaGetLastError(), "partial_gather");
+    launch_strided("partial_gather", partial_gather_kernel<T>, count, input_tensor,
+                   output<T>(result), input<T>(input_tensor), input<int64_t>(index),
+                   row_stride(input_tensor), width, num_channels, count);
   });
   return result;
 }

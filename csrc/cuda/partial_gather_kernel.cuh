@@ -1,7 +1,7 @@
 // Device code of partial_gather. Raw pointers, no torch header.
 #pragma once
 
-#include "channels.cuh"
+#include "indices.cuh"
 
 namespace dropbp {
 
@@ -17,7 +17,7 @@ __global__ void partial_gather_kernel(T* output,             // (num_rows, num_c
   int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   for (; i < count; i += step) {
     const int64_t row = i / num_channels;
-    const int64_t channel = checked_channel(index, i - row * num_channels, width);
+    const int64_t channel = checked_index("index", index, i - row * num_channels, width);
     output[i] = input[row * stride + channel];
   }
 }

@@ -11,7 +11,7 @@ namespace dropbp {
 namespace {
 
 Permutation permutation_of(const Tensor& tensor, int64_t rows_per_entry) {
-  return {static_cast<const int64_t*>(tensor.const_data_ptr()), tensor.numel(), rows_per_entry};
+  return {input<int64_t>(tensor), tensor.numel(), rows_per_entry};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> permuted_norm(
@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> permuted_norm(
   if (num_kept < 0 || num_kept > num_entries) {
     fail("num_kept: expected 0 to ", num_entries, ", got ", num_kept);
   }
-  check_width(residual, width);
+  check_packed_width(residual, width);
   if (bias) {
     check_numel("bias", *bias, width);
     check_dtype("bias", *bias, weight.scalar_type());
@@ -36,8 +36,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> permuted_norm(
   if (bias) bias = dense(*bias);
   permutation = dense(permutation);
 
-  const bool is_double = residual.scalar_type() == ScalarType::Double;
-  const int32_t wide = shim_dtype(is_double ? ScalarType::Double : ScalarType::Float);
+  const int32_t wide = shim_dtype(wide_dtype(residual));
   const int64_t dim = static_cast<int64_t>(sizes.size()), none = 0;
   Tensor kept = new_tensor(sizes.data(), dim, shim_dtype(dtype), residual);
   Tensor kept_x = new_tensor(sizes.data(), dim, shim_dtype(residual), residual);
@@ -51,10 +50,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> permuted_norm(
     using R = decltype(r);
     using B = decltype(b);
     using W = Wide<R>;
-    const R* from = static_cast<const R*>(residual.const_data_ptr());
-    B* first = static_cast<B*>(kept.mutable_data_ptr());
-    B* rest = static_cast<B*>(dropped.mutable_data_ptr());
-    R* x = static_cast<R*>(kept_x.mutable_data_ptr());
+    const R* from = input<R>(residual);
+    B* first = output<B>(kept);
+    B* rest = output<B>(dropped);
+    R* x = output<R>(kept_x);
     const Weight factor = weight_of(weight);
     const Weight shift = bias ? weight_of(*bias) : Weight{nullptr, factor.type};
     visit_team<R, B, kForwardPacks, kForwardThreads>(
@@ -63,10 +62,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> permuted_norm(
           launch_rows("permuted_norm", permuted_norm_kernel<R, B, W, pack.value, held.value>,
                       blocks_for_all(num_entries * rows_per_entry, block), block, residual, from,
                       factor, shift, permutation_of(permutation, rows_per_entry),
-                      static_cast<W>(eps), centered, gemma, first, rest, x,
-                      static_cast<W*>(mean.mutable_data_ptr()),
-                      static_cast<W*>(rstd.mutable_data_ptr()), num_kept * rows_per_entry,
-                      static_cast<int>(width));
+                      static_cast<W>(eps), centered, gemma, first, rest, x, output<W>(mean),
+                      output<W>(rstd), num_kept * rows_per_entry, static_cast<int>(width));
         });
   });
   return {kept, dropped, kept_x, mean, rstd};
@@ -78,16 +75,10 @@ std::tuple<Tensor, Tensor> permuted_norm_backward_(Tensor grad_residual, Tensor 
                                                    bool gemma, bool weight_grad, bool bias_grad) {
   constexpr const char* kName = "permuted_norm_backward_";
   check_dtype("permutation", permutation, ScalarType::Long);
-  const int64_t width = weight.numel(), num_rows = check_width(kept_x, width);
+  const int64_t width = weight.numel(), num_rows = check_packed_width(kept_x, width);
   const int64_t num_kept = kept_x.size(0);
   const int64_t rows_per_entry = num_kept > 0 ? num_rows / num_kept : 1;
-  const bool is_double = kept_x.scalar_type() == ScalarType::Double;
-  const auto wide = is_double ? ScalarType::Double : ScalarType::Float;
   check_numel("grad_kept", grad_kept, kept_x.numel());
-  check_numel("rstd", rstd, num_rows);
-  check_dtype("rstd", rstd, wide);
-  check_dtype("mean", mean, wide);
-  if (centered) check_numel("mean", mean, num_rows);
   check_dtype("grad_residual", grad_residual, kept_x.scalar_type());
   if (num_kept > permutation.numel()) {
     fail("rows: expected at most ", permutation.numel(), ", got ", num_kept);
@@ -100,35 +91,32 @@ std::tuple<Tensor, Tensor> permuted_norm_backward_(Tensor grad_residual, Tensor 
   grad_kept = dense(grad_kept);
   kept_x = dense(kept_x);
   weight = dense(weight);
-  mean = dense(mean);
-  rstd = dense(rstd);
+  if (centered) mean = checked_statistic("mean", mean, num_rows, kept_x);
+  rstd = checked_statistic("rstd", rstd, num_rows, kept_x);
   permutation = dense(permutation);
-  const int64_t weight_size = weight_grad ? width : 0, bias_size = bias_grad ? width : 0;
-  Tensor grad_weight = new_tensor(&weight_size, 1, shim_dtype(weight), weight);
-  Tensor grad_bias = new_tensor(&bias_size, 1, shim_dtype(weight), weight);
+  Tensor grad_weight = new_parameter_grad(weight, weight_grad);
+  Tensor grad_bias = new_parameter_grad(weight, bias_grad);
 
   visit_residual_and_branch(kept_x.scalar_type(), grad_kept.scalar_type(), [&](auto r, auto b) {
     using R = decltype(r);
     using B = decltype(b);
     using W = Wide<R>;
-    const B* grad = static_cast<const B*>(grad_kept.const_data_ptr());
-    const R* x = static_cast<const R*>(kept_x.const_data_ptr());
-    R* out = static_cast<R*>(target.mutable_data_ptr());
+    const B* grad = input<B>(grad_kept);
+    const R* x = input<R>(kept_x);
+    R* out = output<R>(target);
     const Weight factor = weight_of(weight);
     std::optional<Tensor> weight_partial, bias_partial;
     const auto pointer = [](const std::optional<Tensor>& partial) {
-      return partial ? static_cast<W*>(partial->mutable_data_ptr()) : nullptr;
+      return partial ? output<W>(*partial) : nullptr;
     };
     const auto run = [&](auto pack, auto held, dim3 block, auto sums) {
       const auto kernel =
           permuted_norm_backward_kernel<R, B, W, pack.value, held.value, sums.value>;
       const int64_t blocks = blocks_at_once(kName, kernel, num_rows, block, target);
-      if (weight_grad) weight_partial = new_partial(blocks, width, wide, weight);
-      if (bias_grad) bias_partial = new_partial(blocks, width, wide, weight);
-      launch_rows(kName, kernel, blocks, block, target, grad, x, factor,
-                  static_cast<const W*>(mean.const_data_ptr()),
-                  static_cast<const W*>(rstd.const_data_ptr()),
-                  permutation_of(permutation, rows_per_entry), centered, gemma, out,
+      if (weight_grad) weight_partial = new_partial(blocks, width, wide_dtype(kept_x), weight);
+      if (bias_grad) bias_partial = new_partial(blocks, width, wide_dtype(kept_x), weight);
+      launch_rows(kName, kernel, blocks, block, target, grad, x, factor, input<W>(mean),
+                  input<W>(rstd), permutation_of(permutation, rows_per_entry), centered, gemma, out,
                   pointer(weight_partial), pointer(bias_partial), num_rows,
                   static_cast<int>(width));
     };

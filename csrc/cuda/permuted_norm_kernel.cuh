@@ -5,7 +5,7 @@
 // permutation names rows_per_entry consecutive rows of `width` elements.
 #pragma once
 
-#include "permutation.cuh"
+#include "indices.cuh"
 #include "rows.cuh"
 
 namespace dropbp {
@@ -18,7 +18,8 @@ struct Permutation {
 // Where row `row` in permuted order stands in the residual.
 __device__ inline int64_t row_in_residual(const Permutation& permutation, int64_t row) {
   const int64_t place = row / permutation.rows_per_entry;
-  const int64_t entry = checked_entry(permutation.entries, place, permutation.num_entries);
+  const int64_t entry =
+      checked_index("permutation", permutation.entries, place, permutation.num_entries);
   return entry * permutation.rows_per_entry + (row - place * permutation.rows_per_entry);
 }
 

@@ -8,9 +8,6 @@
 namespace dropbp {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kBlocksPerMultiprocessor = 8;  // 2048 threads, all that fit
-
 Tensor permuted_residual_add(Tensor residual, Tensor kept, Tensor dropped, Tensor permutation) {
   check_dtype("permutation", permutation, ScalarType::Long);
   check_dtype("dropped", dropped, kept.scalar_type());
@@ -27,26 +24,20 @@ Tensor permuted_residual_add(Tensor residual, Tensor kept, Tensor dropped, Tenso
   permutation = dense(permutation);
   Tensor result = new_like(residual, shim_dtype(residual));
   const int64_t count = residual.numel();
-  if (count == 0) return result;
 
   visit_residual_and_branch(residual.scalar_type(), kept.scalar_type(), [&](auto r, auto b) {
     using R = decltype(r);
     using B = decltype(b);
-    R* to = static_cast<R*>(result.mutable_data_ptr());
-    const R* from = static_cast<const R*>(residual.const_data_ptr());
-    const B* first = static_cast<const B*>(kept.const_data_ptr());
-    const B* rest = static_cast<const B*>(dropped.const_data_ptr());
-    const auto* entries = static_cast<const int64_t*>(permutation.const_data_ptr());
+    R* to = output<R>(result);
+    const R* from = input<R>(residual);
+    const B* first = input<B>(kept);
+    const B* rest = input<B>(dropped);
+    const auto* entries = input<int64_t>(permutation);
     const auto run = [&](auto pack) {
       constexpr int kN = decltype(pack)::value;
-      const int64_t blocks =
-          std::min<int64_t>((count / kN + kThreads - 1) / kThreads,
-                            int64_t{num_multiprocessors(residual, "permuted_residual_add")} *
-                                kBlocksPerMultiprocessor);
-      permuted_residual_add_kernel<R, B, kN>
-          <<<static_cast<unsigned>(blocks), kThreads, 0, current_stream(residual)>>>(
-              to, from, first, rest, entries, num_rows, num_kept, row_size, count);
-      check_cuda(cudaGetLastError(), "permuted_residual_add");
+      launch_strided("permuted_residual_add", permuted_residual_add_kernel<R, B, kN>,
+                     packs_of(count, kN), residual, to, from, first, rest, entries, num_rows,
+                     num_kept, row_size, count);
     };
     if (packs_fit(kPack<R, B>, true, row_size, {to, from, first, rest})) {
       run(std::integral_constant<int, kPack<R, B>>{});

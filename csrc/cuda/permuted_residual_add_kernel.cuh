@@ -2,7 +2,7 @@
 #pragma once
 
 #include "elements.cuh"
-#include "permutation.cuh"
+#include "indices.cuh"
 
 namespace dropbp {
 
@@ -24,7 +24,8 @@ __global__ void permuted_residual_add_kernel(R* output,                   // (nu
   int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * N;
   for (; i < count; i += stride) {
     const int64_t k = i / row_size;
-    const int64_t at = checked_entry(permutation, k, num_rows) * row_size + (i - k * row_size);
+    const int64_t at =
+        checked_index("permutation", permutation, k, num_rows) * row_size + (i - k * row_size);
     R x[N];
     B h[N];
     load(x, residual + at);

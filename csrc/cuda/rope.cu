@@ -1,27 +1,24 @@
 // CUDA launches of dropbp_kernels::rope and its in-place form.
 // Signatures: dropbp_kernels/ops/schema.py; meaning: dropbp_kernels/reference.py.
-#include "../rope.h"
 #include "launch.h"
 #include "rope_kernel.cuh"
+// After launch.h:
+#include "../rope.h"
 
 namespace dropbp {
 namespace {
-
-constexpr int kThreads = 256;
-constexpr int kBlocksPerMultiprocessor = 8;  // 2048 threads, all that fit
 
 // `target` has x's sizes and may be x; the channels of both are contiguous.
 template <bool kTranspose, class T, class C>
 void launch(const Tensor& target, const Tensor& x, const Tensor& cos, const Tensor& sin) {
   const RopeSizes sizes = rope_sizes(x, cos, sin);
   const RopeStrides to = rope_strides(target), from = rope_strides(x);
-  const Heads<T> output{static_cast<T*>(target.mutable_data_ptr()), to.batch, to.seq, to.head};
-  const Heads<const T> heads{static_cast<const T*>(x.const_data_ptr()), from.batch, from.seq,
-                             from.head};
-  const C* cosines = static_cast<const C*>(cos.const_data_ptr());
-  const C* sines = static_cast<const C*>(sin.const_data_ptr());
+  const Heads<T> turned{output<T>(target), to.batch, to.seq, to.head};
+  const Heads<const T> heads{input<T>(x), from.batch, from.seq, from.head};
+  const C* cosines = input<C>(cos);
+  const C* sines = input<C>(sin);
   constexpr int kPacked = kPack<T, C>;
-  bool fits = packs_fit(kPacked, true, sizes.half, {output.data, heads.data, cosines, sines});
+  bool fits = packs_fit(kPacked, true, sizes.half, {turned.data, heads.data, cosines, sines});
   for (const int64_t stride : {to.batch, to.seq, to.head, from.batch, from.seq, from.head}) {
     fits = fits && stride % kPacked == 0;
   }
@@ -29,13 +26,8 @@ void launch(const Tensor& target, const Tensor& x, const Tensor& cos, const Tens
   const int64_t tokens = sizes.batch_size * sizes.seq_len;
   const auto run = [&](auto kernel, int pack) {
     const int64_t count = tokens * sizes.num_heads * ((sizes.width - sizes.half) / pack);
-    const int64_t blocks =
-        std::min<int64_t>((count + kThreads - 1) / kThreads,
-                          int64_t{num_multiprocessors(x, "rope")} * kBlocksPerMultiprocessor);
-    kernel<<<static_cast<unsigned>(std::max<int64_t>(blocks, 1)), kThreads, 0, current_stream(x)>>>(
-        output, heads, cosines, sines, sizes.table_stride, tokens, sizes.seq_len, sizes.num_heads,
-        sizes.half, sizes.width);
-    check_cuda(cudaGetLastError(), "rope");
+    launch_strided("rope", kernel, count, x, turned, heads, cosines, sines, sizes.table_stride,
+                   tokens, sizes.seq_len, sizes.num_heads, sizes.half, sizes.width);
   };
   if (fits) {
     run(rope_kernel<kTranspose, T, C, kPacked>, kPacked);
@@ -49,17 +41,10 @@ void turn_into(const Tensor& target, const Tensor& x, Tensor cos, Tensor sin, bo
   if (x.numel() == 0) return;
   cos = dense(cos);
   sin = dense(sin);
-  visit_dtype("x", x.scalar_type(), [&](auto element) {
+  visit_x_and_table(x, cos, [&](auto element, auto table) {
     using T = decltype(element);
-    using W = Wide<T>;
-    const auto run = [&](auto table) {
-      using C = decltype(table);
-      transpose ? launch<true, T, C>(target, x, cos, sin)
-                : launch<false, T, C>(target, x, cos, sin);
-    };
-    if (cos.scalar_type() == x.scalar_type()) return run(T{});
-    check_dtype("cos", cos, std::is_same_v<W, double> ? ScalarType::Double : ScalarType::Float);
-    run(W{});
+    using C = decltype(table);
+    transpose ? launch<true, T, C>(target, x, cos, sin) : launch<false, T, C>(target, x, cos, sin);
   });
 }
 
@@ -71,11 +56,11 @@ Tensor rope(Tensor x, Tensor cos, Tensor sin, bool transpose) {
 }
 
 void rope_(Tensor x, Tensor cos, Tensor sin) {
-  check_own_elements(x);
+  check_own_elements("x", x);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Tensor target = with_contiguous_heads(x);
   turn_into(target, target, cos, sin, false);
-  if (target.const_data_ptr() != x.const_data_ptr()) torch::stable::copy_(x, target);
+  copy_back(x, target);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dropbp_kernels, CUDA, library) {

@@ -6,28 +6,18 @@
 #include <optional>
 #include <type_traits>
 
+#include "../norms.h"
 #include "launch.h"
 #include "rows.cuh"
 
 namespace dropbp {
 
-// Every tensor of `width` columns; the number of rows.
-inline int64_t check_width(const Tensor& rows_by_width, int64_t width) {
-  if (rows_by_width.dim() == 0 || rows_by_width.size(rows_by_width.dim() - 1) != width) {
-    fail("weight: expected as many elements as the last dimension of residual, got ", width);
-  }
+// check_width, for kernels that count the columns of a row in 32 bits.
+inline int64_t check_packed_width(const Tensor& rows_by_width, int64_t width) {
   // A pack beyond the row must not pass 2^31.
   constexpr int64_t kWidest = std::numeric_limits<int>::max() / 2;
   if (width > kWidest) fail("weight: expected at most ", kWidest, " elements, got ", width);
-  int64_t num_rows = 1;
-  for (int64_t d = 0; d + 1 < rows_by_width.dim(); ++d) num_rows *= rows_by_width.size(d);
-  return num_rows;
-}
-
-// A value for each row of `rows_by_width`: one dimension less.
-inline Tensor new_per_row(const Tensor& rows_by_width, ScalarType dtype) {
-  return new_tensor(rows_by_width.sizes().data(), rows_by_width.dim() - 1, shim_dtype(dtype),
-                    rows_by_width);
+  return check_width(rows_by_width, width);
 }
 
 inline Tensor new_partial(int64_t num_blocks, int64_t width, ScalarType dtype, const Tensor& like) {
@@ -109,16 +99,15 @@ void launch_rows(const char* name, void (*kernel)(Parameters...), int64_t blocks
   check_cuda(cudaGetLastError(), name);
 }
 
-// output (width) = partial (num_blocks, width) summed in order; zeros where there is no block.
+// sums (width) = partial (num_blocks, width) summed in order; zeros where there is no block.
 template <class W>
-void launch_sum_partials(const char* name, const Tensor& output, const Tensor& partial) {
-  const int64_t width = output.numel();
-  visit_dtype("weight", output.scalar_type(), [&](auto t) {
+void launch_sum_partials(const char* name, const Tensor& sums, const Tensor& partial) {
+  const int64_t width = sums.numel();
+  visit_dtype("weight", sums.scalar_type(), [&](auto t) {
     using T = decltype(t);
     launch_rows(name, sum_partials_kernel<T, W>, (width + kColumns - 1) / kColumns,
-                dim3(kColumns, kParts), output, static_cast<T*>(output.mutable_data_ptr()),
-                static_cast<const W*>(partial.const_data_ptr()), static_cast<int>(partial.size(0)),
-                static_cast<int>(width));
+                dim3(kColumns, kParts), sums, output<T>(sums), input<W>(partial),
+                static_cast<int>(partial.size(0)), static_cast<int>(width));
   });
 }
 

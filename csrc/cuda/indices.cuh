@@ -1,0 +1,23 @@
+// Indices on the device. No torch header.
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+
+namespace dropbp {
+
+// A wrong entry would reach outside of the tensors: stop the program with a message instead. The
+// host cannot check without waiting for the device.
+__device__ inline int64_t checked_index(const char* name, const int64_t* index, int64_t place,
+                                        int64_t size) {
+  const int64_t found = index[place];
+  if (found < 0 || found >= size) {
+    printf("dropbp_kernels: %s: expected numbers from 0 to %lld, got %lld at place %lld\n", name,
+           static_cast<long long>(size - 1), static_cast<long long>(found),
+           static_cast<long long>(place));
+    __trap();
+  }
+  return found;
+}
+
+}  // namespace dropbp
