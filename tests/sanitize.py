@@ -50,8 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def op_tests() -> list[str]:
-    """The test files of all ops."""
+    """The test files of all ops: those of each, and those of what several have in common."""
     stems = sorted(path.stem for path in (ROOT / "dropbp_kernels" / "ops").glob("*.py"))
+    stems += ["op_properties", "boundary_norms", "permuted_norm_stream"]
     return [f"tests/test_{stem}.py" for stem in stems if (ROOT / "tests" / f"test_{stem}.py").exists()]
 
 

@@ -118,13 +118,6 @@ def test_scale_is_not_rounded_to_float32(backend, device):
     assert weight[:, 1].tolist() == [0.1, 0.1]
 
 
-def test_opcheck(backend, device):
-    weight, index = make((4, 5), torch.bfloat16, device=device), torch.tensor([2, 0], device=device)
-    delta = make((4, 2), torch.float32, device=device)
-    torch.library.opcheck(raw.column_update_, (weight, delta, index, 0.5))
-    torch.library.opcheck(raw.column_restore_, (weight.t().contiguous().t(), delta.bfloat16(), index))
-
-
 @pytest.mark.parametrize("bad", [[0, 5], [0, -1], [3, 3]])
 def test_wrong_index_on_a_cpu_leaves_the_weight_untouched(bad):
     for backend in ("reference", "cpp"):
@@ -173,21 +166,6 @@ def test_a_gradient_is_refused():
         original = column_update(weight, delta, index)
         column_restore(weight, original, index)
     assert not original.requires_grad
-
-
-def test_compiles(backend):
-    def run(x, weight, delta, index):
-        original = column_update(weight, delta, index, scale=2.0)
-        product = x @ weight.t()
-        column_restore(weight, original, index)
-        return product
-
-    x, weight, index, delta = torch.randn(6, 7), torch.randn(3, 7), torch.tensor([5, 2]), torch.randn(3, 2)
-    torch.compiler.reset()
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    before = weight.clone()
-    torch.testing.assert_close(compiled(x, weight, delta, index), run(x, weight, delta, index))
-    assert torch.equal(weight, before)
 
 
 COLUMNS = torch.zeros(4, 2)

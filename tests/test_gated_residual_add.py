@@ -123,12 +123,6 @@ def test_extreme_values(backend, device):
         torch.testing.assert_close(grad[1], tensor[1] * 2, equal_nan=True, rtol=0, atol=0)
 
 
-def test_repeats_bit_for_bit(backend, device):
-    residual, branch = make((33, 257), torch.bfloat16, device=device), make((33, 257), torch.bfloat16, device=device)
-    runs = [raw.gated_residual_add(residual, branch, None) for _ in range(3)]
-    assert all(torch.equal(run, runs[0]) for run in runs)
-
-
 def test_indices_beyond_2_31(backend, device):
     if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 8e9:
         pytest.skip("needs 8 GB of GPU memory")
@@ -142,21 +136,6 @@ def test_indices_beyond_2_31(backend, device):
     assert residual[last - 1].tolist() == [1.0] * width
     grad = raw.gated_residual_add_backward(residual, rows, None, 2.0, torch.float16)
     assert grad.tolist() == [[6.0] * width]
-
-
-def test_opcheck(backend, device):
-    residual, branch = make((3, 2, 5), torch.float32, device=device), make((3, 2, 5), torch.bfloat16, device=device)
-    rows = torch.tensor([2, 0], device=device)
-    for arguments in ((residual, branch, None), (residual.transpose(0, 1), branch.transpose(0, 1), None)):
-        torch.library.opcheck(raw.gated_residual_add, arguments)
-    torch.library.opcheck(raw.gated_residual_add, (residual, branch[:2], rows))
-    torch.library.opcheck(raw.gated_residual_add_, (residual.clone(), branch[:2], rows))
-    torch.library.opcheck(raw.gated_residual_add_, (residual.clone(), branch, None))
-    torch.library.opcheck(raw.gated_residual_add_backward, (residual, None, None, 2.0, torch.bfloat16))
-    # Scale 1 and the same dtype: still no alias of the input.
-    torch.library.opcheck(raw.gated_residual_add_backward, (residual, None, None, 1.0, torch.float32))
-    scale = torch.rand(2, device=device)
-    torch.library.opcheck(raw.gated_residual_add_backward, (residual, rows, scale, 1.0, torch.float32))
 
 
 # The public function.
@@ -198,14 +177,6 @@ def test_gradients(backend, device, options, inplace):
     torch.testing.assert_close(output, plain(residual, branch, rows))
     assert torch.equal(residual.grad, grad)
     torch.testing.assert_close(branch.grad, grad[rows] * scale)
-
-
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_gradcheck_without_scale(backend, device, options):
-    residual, branch = (tensor.detach().double().requires_grad_() for tensor in leaves(num_rows=count(options)))
-    residual, branch = residual.detach().to(device).requires_grad_(), branch.detach().to(device).requires_grad_()
-    options = {key: value for key, value in on(device, options).items() if key == "rows"}
-    torch.autograd.gradcheck(lambda r, b: gated_residual_add(r, b, **options), (residual, branch))
 
 
 def test_mixed_dtypes_round_each_gradient_to_its_own(backend, device):
@@ -308,46 +279,6 @@ def test_gradients_share_no_memory_that_is_written(backend, device):
         gated_residual_add(residual, branch, **options).sum().backward()
         residual.grad.mul_(0.0)  # as an optimizer or a clipper does
         assert torch.equal(branch.grad, torch.full_like(branch, factor))
-
-
-def test_second_derivative_is_refused(backend, device):
-    residual, branch = leaves(device=device)
-    output = gated_residual_add(residual, branch * 1, grad_scale=2.0).pow(2).sum()
-    (grad,) = torch.autograd.grad(output, branch, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
-@pytest.mark.parametrize("is_kept", [True, False])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_compiles_without_graph_breaks(options, is_kept):
-    def run(residual, branch, grad_scale, inplace):
-        scale = {} if grad_scale is None else {"grad_scale": grad_scale}
-        branch = branch * 2 if is_kept else branch.detach() * 2
-        return gated_residual_add(residual.sin(), branch, rows=options.get("rows"), inplace=inplace, **scale).cos()
-
-    torch.compiler.reset()
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    for inplace in (False, True):
-        residual, branch = leaves(num_rows=count(options))
-        grads = []
-        for function in (run, compiled):
-            output = function(residual, branch, options.get("grad_scale"), inplace)
-            inputs = (residual, branch) if is_kept else (residual,)
-            grads.append((output, *torch.autograd.grad(output.sum(), inputs)))
-        torch.testing.assert_close(grads[0], grads[1])
-
-
-def test_inductor_matches_eager():
-    residual, branch = leaves(num_rows=2)
-    options = OPTIONS["rows_scaled_rows"]
-    grads = []
-    for compiles in (False, True):
-        torch.compiler.reset()
-        function = torch.compile(gated_residual_add, fullgraph=True) if compiles else gated_residual_add
-        output = function(residual, branch, **options)
-        grads.append((output, *torch.autograd.grad(output.square().sum(), (residual, branch))))
-    torch.testing.assert_close(grads[0], grads[1])
 
 
 @pytest.mark.parametrize(

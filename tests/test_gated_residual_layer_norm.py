@@ -1,19 +1,16 @@
-"""gated_residual_layer_norm: add and normalise at the boundary of two branches, in the four states of who is kept."""
+"""gated_residual_layer_norm: the numbers of add and norm. Who is kept and what is saved: test_boundary_norms.py."""
 
 import math
 
 import pytest
 import torch
-import torch._dynamo.testing
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inputs import LAYOUTS, make
 from tolerances import ATOL, DTYPE_PAIRS, assert_as_exact
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dropbp_kernels import reference
-from dropbp_kernels.measure import num_autograd_nodes, saved_bytes
 from dropbp_kernels.ops import gated_residual_layer_norm
 
 raw = torch.ops.dropbp_kernels
@@ -220,36 +217,6 @@ def test_extreme_values(backend, device):
     assert grad[[0, 2]].isfinite().all()
 
 
-def test_repeats_bit_for_bit(backend, device):
-    tensors = [make((97, 130), torch.bfloat16, device=device) for _ in range(4)]
-    weight, bias = (make((130,), torch.bfloat16, device=device) for _ in range(2))
-    runs = []
-    for _ in range(3):
-        normed, new_residual, *statistics = raw.gated_residual_layer_norm(*tensors[:2], weight, bias, 1e-5)
-        saved = new_residual, weight, *statistics
-        grads = raw.gated_residual_layer_norm_backward(*tensors[2:], *saved, True, True)
-        runs.append((normed, new_residual, *statistics, *grads))
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
-
-
-def test_does_not_depend_on_the_number_of_threads():
-    tensors = [make((301, 130), torch.float32) for _ in range(4)]
-    weight = make((130,), torch.float32)
-    threads = torch.get_num_threads()
-    runs = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            _, new_residual, *statistics = raw.gated_residual_layer_norm(*tensors[:2], weight, None, 1e-5)
-            saved = new_residual, weight, *statistics
-            runs.append(raw.gated_residual_layer_norm_backward(*tensors[2:], *saved, True, True))
-    finally:
-        torch.set_num_threads(threads)
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("backend", ["triton", "cuda"], indirect=True)
@@ -274,288 +241,11 @@ def test_indices_beyond_2_31(backend):
     assert grad_bias[:2].tolist() == [2.0, 4.0]
 
 
-def test_opcheck(backend, device):
-    residual, branch = make((3, 2, 5), torch.float32, device=device), make((3, 2, 5), torch.bfloat16, device=device)
-    weight, bias = (make((5,), torch.bfloat16, device=device) for _ in range(2))
-    strided = residual.transpose(0, 1), branch.transpose(0, 1)
-    for first, second, shift in ((residual, branch, bias), (*strided, None), (branch, branch, bias)):
-        torch.library.opcheck(raw.gated_residual_layer_norm, (first, second, weight, shift, 1e-5))
-    _, new_residual, mean, rstd = raw.gated_residual_layer_norm(residual, branch, weight, bias, 1e-5)
-    for wanted in ((False, True), (True, False)):
-        arguments = branch, residual, new_residual, weight, mean, rstd, *wanted
-        torch.library.opcheck(raw.gated_residual_layer_norm_backward, arguments)
-    torch.library.opcheck(
-        raw.gated_residual_layer_norm_backward,
-        (strided[1], None, strided[0], weight, mean.t(), rstd.t(), True, True),
-    )
-
-
-# The public function.
-
-
-def leaves(dtype=torch.float32, device="cpu", shape=(3, 2, 5)):
-    """residual, branch, weight, bias."""
-    tensors = [torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for _ in range(2)]
-    return *tensors, *(torch.randn(shape[-1], dtype=dtype, device=device, requires_grad=True) for _ in range(2))
-
-
-STATES = [(kept, next_kept) for kept in (True, False) for next_kept in (True, False)]
-
-
-@pytest.mark.parametrize("grad_scale", [1.0, 2.5])
-@pytest.mark.parametrize(("is_kept", "next_kept"), STATES)
-def test_gradients_in_the_four_states(backend, device, is_kept, next_kept, grad_scale):
-    inputs = leaves(device=device)
-    residual, branch, weight, bias = inputs
-    grads = torch.randn(2, 3, 2, 5, device=device)
-    used = branch if is_kept else branch.detach()
-    normed, new_residual = gated_residual_layer_norm(
-        residual, used, weight, bias, next_kept=next_kept, grad_scale=grad_scale
-    )
-    assert normed.requires_grad == next_kept
-    ((normed * grads[0]).sum() + (new_residual * grads[1]).sum()).backward()
-    actual = [tensor.grad for tensor in inputs]
-
-    for tensor in inputs:
-        tensor.grad = None
-    normed_plain, new_plain = plain(residual, used, weight, bias)
-    torch.testing.assert_close((normed, new_residual), (normed_plain, new_plain))
-    if not next_kept:
-        normed_plain = normed_plain.detach()
-    ((normed_plain * grads[0]).sum() + (new_plain * grads[1]).sum()).backward()
-    assert (branch.grad is not None) == is_kept
-    assert (weight.grad is not None) == (bias.grad is not None) == next_kept
-    if is_kept:
-        branch.grad *= grad_scale
-    torch.testing.assert_close(actual, [tensor.grad for tensor in inputs])
-
-
-@pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize(("is_kept", "next_kept"), STATES)
-def test_gradcheck(backend, device, is_kept, next_kept, has_bias):
-    residual, branch, weight, bias = leaves(torch.float64, device, shape=(2, 1, 3))
-    inputs = [residual]
-    if is_kept:
-        inputs.append(branch)
-    if next_kept:
-        inputs += [weight, bias] if has_bias else [weight]
-
-    def run(*_):
-        used = branch if is_kept else branch.detach()
-        outputs = gated_residual_layer_norm(residual, used, weight, bias if has_bias else None, next_kept=next_kept)
-        return outputs if next_kept else outputs[1]
-
-    torch.autograd.gradcheck(run, inputs)
-
-
-@pytest.mark.parametrize("next_kept", [True, False])
-def test_only_one_output_gets_a_gradient(backend, device, next_kept):
-    residual, branch, weight, bias = leaves(device=device)
-    normed, new_residual = gated_residual_layer_norm(residual, branch, weight, bias, next_kept=next_kept)
-    new_residual.sum().backward(retain_graph=True)
-    assert torch.equal(residual.grad, torch.ones_like(residual))
-    assert torch.equal(branch.grad, torch.ones_like(residual))
-    assert weight.grad is bias.grad is None
-    if next_kept:
-        (grad,) = torch.autograd.grad(normed.square().sum(), residual)
-        (expected,) = torch.autograd.grad(plain(residual, branch, weight, bias)[0].square().sum(), residual)
-        torch.testing.assert_close(grad, expected)
-
-
-@pytest.mark.parametrize("is_kept", [True, False])
-def test_next_dropped_saves_nothing_and_aliases(backend, device, is_kept):
-    residual, branch, weight, bias = leaves(device=device)
-    inputs = (residual * 1, (branch * 1) if is_kept else branch.detach(), weight, bias)
-    before = num_autograd_nodes(*inputs[:2])
-    with saved_bytes() as saved:
-        normed, new_residual = gated_residual_layer_norm(*inputs, next_kept=False)
-    assert (saved.num_bytes, saved.num_tensors) == (0, 0)
-    assert num_autograd_nodes(new_residual) - before == 1
-    assert normed.grad_fn is None
-    grad = torch.randn_like(residual)
-    grads = torch.autograd.grad(new_residual, inputs[: 1 + is_kept], grad)
-    assert all(tensor.data_ptr() == grad.data_ptr() for tensor in grads)
-
-
-def test_next_kept_saves_the_new_residual_and_two_numbers_a_row(backend, device):
-    residual, branch, *parameters = leaves(device=device)
-    weight, bias = (torch.nn.Parameter(tensor.detach()) for tensor in parameters)
-    for is_kept in (True, False):
-        with saved_bytes() as saved:
-            used = branch if is_kept else branch.detach()
-            _, new_residual = gated_residual_layer_norm(residual, used, weight, bias)
-        assert saved.num_bytes == new_residual.nbytes + 2 * 4 * new_residual[..., 0].numel()
-
-
-class _SeeBackward(TorchDispatchMode):
-    """Notes which gradients the backward op is asked for."""
-
-    def __init__(self):
-        super().__init__()
-        self.wanted = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is raw.gated_residual_layer_norm_backward.default:
-            self.wanted.append(args[-2:])
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True), (False, False)])
-def test_a_frozen_weight_or_bias_computes_no_gradient(backend, device, trained):
-    residual, branch, *parameters = leaves(device=device)
-    weight, bias = (
-        tensor.detach().requires_grad_(is_trained) for tensor, is_trained in zip(parameters, trained, strict=True)
-    )
-    wanted = [tensor for tensor in (residual, branch, weight, bias) if tensor.requires_grad]
-    with _SeeBackward() as seen:
-        loss = gated_residual_layer_norm(residual, branch, weight, bias)[0].square().sum()
-        grads = torch.autograd.grad(loss, wanted)
-    assert seen.wanted == [trained]
-    torch.testing.assert_close(
-        grads, torch.autograd.grad(plain(residual, branch, weight, bias)[0].square().sum(), wanted)
-    )
-
-
-@pytest.mark.parametrize("place", [0, 1])
-def test_only_weight_or_bias_is_trained(backend, device, place):
-    residual, branch, *parameters = (tensor.detach() for tensor in leaves(device=device))
-    parameters[place].requires_grad_()
-    normed, _ = gated_residual_layer_norm(residual, branch, *parameters)
-    assert not gated_residual_layer_norm(residual, branch, *parameters, next_kept=False)[0].requires_grad
-    (grad,) = torch.autograd.grad(normed.square().sum(), parameters[place])
-    (expected,) = torch.autograd.grad(plain(residual, branch, *parameters)[0].square().sum(), parameters[place])
-    torch.testing.assert_close(grad, expected)
-
-
-def test_nothing_recorded_without_grad_mode(backend, device):
-    with torch.no_grad():
-        outputs = gated_residual_layer_norm(*leaves(device=device))
-    assert not any(tensor.requires_grad for tensor in outputs)
-
-
-@pytest.mark.parametrize("next_kept", [True, False])
-def test_gradients_share_no_memory_that_is_written(backend, device, next_kept):
-    residual, branch, *parameters = leaves(device=device)
-    inputs = residual * 1, branch * 1
-    seen = [[], []]
-    for tensor, grads in zip(inputs, seen, strict=True):
-        tensor.register_hook(lambda grad, grads=grads: grads.append(grad.clone()))
-    normed, new_residual = gated_residual_layer_norm(*inputs, *parameters, next_kept=next_kept)
-    loss = (normed * normed.detach()).sum() + new_residual.square().sum() + (residual + 2 * branch).sum()
-    loss.backward(retain_graph=True)
-    assert torch.equal(seen[0][0], seen[1][0])
-    assert torch.equal(residual.grad, seen[0][0] + 1)
-    assert torch.equal(branch.grad, seen[0][0] + 2)
-    loss.backward()
-    assert torch.equal(seen[0][1], seen[0][0])
-    torch.testing.assert_close(residual.grad, 2 * (seen[0][0] + 1))
-
-    residual, branch, *parameters = leaves(device=device)
-    gated_residual_layer_norm(residual, branch, *parameters, next_kept=next_kept)[1].sum().backward()
-    residual.grad.mul_(0.0)  # as an optimizer or a clipper does
-    assert torch.equal(branch.grad, torch.ones_like(branch))
-
-
-def test_writing_into_a_saved_output_is_caught(backend, device):
-    normed, new_residual = gated_residual_layer_norm(*leaves(device=device))
-    new_residual.add_(1.0)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        normed.sum().backward()
-
-
-def test_second_derivative_is_refused(backend, device):
-    residual, *others = leaves(device=device)
-    normed, _ = gated_residual_layer_norm(residual, *others)
-    (grad,) = torch.autograd.grad(normed.square().sum(), residual, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
-def test_mixed_dtypes(backend, device):
-    residual, *others = leaves(device=device)
-    branch, weight, bias = (tensor.detach().bfloat16().requires_grad_() for tensor in others)
-    for next_kept in (True, False):
-        normed, new_residual = gated_residual_layer_norm(residual, branch, weight, bias, next_kept=next_kept)
-        assert (normed.dtype, new_residual.dtype) == (torch.bfloat16, torch.float32)
-        grads = torch.autograd.grad(normed.sum() + new_residual.sum(), (residual, branch))
-        assert [grad.dtype for grad in grads] == [torch.float32, torch.bfloat16]
-        assert torch.equal(grads[0].bfloat16(), grads[1])
-
-
-@pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize(("is_kept", "next_kept"), STATES)
-def test_compiles_without_graph_breaks(is_kept, next_kept, has_bias):
-    def run(residual, branch, weight, bias):
-        with torch.set_grad_enabled(is_kept):
-            branch = branch * 2
-        normed, new_residual = gated_residual_layer_norm(
-            residual.sin(), branch, weight, bias if has_bias else None, next_kept=next_kept, grad_scale=2.0
-        )
-        return normed.cos() + new_residual
-
-    torch.compiler.reset()
-    inputs = leaves()
-    trained = True, is_kept, next_kept, next_kept and has_bias
-    wanted = [tensor for tensor, is_wanted in zip(inputs, trained, strict=True) if is_wanted]
-    results = []
-    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
-        output = function(*inputs)
-        results.append((output, *torch.autograd.grad(output.square().sum(), wanted)))
-    torch.testing.assert_close(*results)
-
-
-@pytest.mark.parametrize("next_kept", [True, False])
-def test_one_graph_serves_every_number_of_rows(next_kept):
-    torch.compiler.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-
-    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
-    def run(*inputs):
-        normed, new_residual = gated_residual_layer_norm(*inputs, next_kept=next_kept)
-        return normed + new_residual
-
-    num_compiled = []
-    for rows in (2, 3, 7, 16, 100):
-        residual, branch, *parameters = leaves(shape=(rows, 5))
-        output = run(residual, branch, *parameters)
-        num_compiled.append(counter.frame_count)
-        (grad,) = torch.autograd.grad(output.square().sum(), branch)
-        normed, new_residual = plain(residual, branch, *parameters)
-        expected = (normed if next_kept else normed.detach()) + new_residual
-        torch.testing.assert_close(output, expected)
-        torch.testing.assert_close(grad, torch.autograd.grad(expected.square().sum(), branch)[0])
-    assert len(set(num_compiled)) == 1  # nothing after the first
-
-
-def test_inductor_matches_eager():
-    inputs = leaves()
-    results = []
-    for compiles in (False, True):
-        torch.compiler.reset()
-        function = torch.compile(gated_residual_layer_norm, fullgraph=True) if compiles else gated_residual_layer_norm
-        normed, new_residual = function(*inputs)
-        results.append((normed, *torch.autograd.grad(normed.square().sum() + new_residual.sum(), inputs)))
-    torch.testing.assert_close(*results)
-
-
-@pytest.mark.parametrize(
-    ("shapes", "options", "error", "message"),
-    [
-        (((3, 4), (3, 5), (4,)), {}, ValueError, r"branch: expected residual's shape \(3, 4\), got \(3, 5\)"),
-        (((3, 4), (3, 4), (5,)), {}, ValueError, r"weight: expected shape \(4,\), got \(5,\)"),
-        (((3, 4), (3, 4), (4,), (5,)), {}, ValueError, r"bias: expected weight's shape \(4,\), got \(5,\)"),
-        (((), (), (1,)), {}, ValueError, "weight: expected shape"),
-        (((3, 4), (3, 4), (4,)), {"grad_scale": torch.ones(3)}, TypeError, "grad_scale: expected a number, got Tensor"),
-    ],
-)
-def test_wrong_shapes_and_options(shapes, options, error, message):
-    with pytest.raises(error, match=message):
-        gated_residual_layer_norm(*(torch.randn(shape) for shape in shapes), **options)
-
-
 def test_wrong_bias():
-    residual, branch, weight, bias = leaves()
+    residual, weight, bias = torch.randn(3, 4), torch.randn(4), torch.randn(4)
+    with pytest.raises(ValueError, match=r"bias: expected weight's shape \(4,\), got \(5,\)"):
+        gated_residual_layer_norm(residual, residual, weight, torch.randn(5))
     with pytest.raises(TypeError, match=r"bias: expected weight's dtype torch.float32, got torch.bfloat16"):
-        gated_residual_layer_norm(residual, branch, weight, bias.bfloat16())
+        gated_residual_layer_norm(residual, residual, weight, bias.bfloat16())
     with pytest.raises(ValueError, match="bias: expected on cpu, got meta"):
-        gated_residual_layer_norm(residual, branch, weight, bias.to("meta"))
+        gated_residual_layer_norm(residual, residual, weight, bias.to("meta"))

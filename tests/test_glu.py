@@ -183,12 +183,6 @@ def test_extreme_values(backend, device, activation):
         assert value[[1, 2, 4]].isnan().all()
 
 
-def test_repeats_bit_for_bit(backend, device):
-    tensors = [make((33, 257), torch.bfloat16, device=device) for _ in range(3)]
-    runs = [raw.glu_backward(*tensors, "gelu") for _ in range(3)]
-    assert all(torch.equal(run[i], runs[0][i]) for run in runs for i in range(2))
-
-
 def test_a_row_does_not_depend_on_its_place(backend, device):
     """Vectors, ends of rows and threads: an element gives the same bits wherever it stands."""
     row = make((1, 1031), torch.float32, device=device)
@@ -213,16 +207,6 @@ def test_indices_beyond_2_31(backend, device):
     torch.testing.assert_close(output, torch.full_like(output, 1 / (1 + math.exp(-1))))
     raw.glu_(gate, output, "silu")
     torch.testing.assert_close(gate, output * output)
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_opcheck(backend, device, activation):
-    gate, up, grad = (make((3, 2, 5), torch.float32, device=device) for _ in range(3))
-    for arguments in ((gate, up), (gate.transpose(0, 1), up.transpose(0, 1)), (gate[..., :2], up[..., 2:4])):
-        torch.library.opcheck(raw.glu, (*arguments, activation))
-        torch.library.opcheck(raw.glu_, (arguments[0].clone(), arguments[1], activation))
-        torch.library.opcheck(raw.glu_backward, (arguments[1], *arguments, activation))
-    torch.library.opcheck(raw.glu_backward_, (grad, gate.clone(), up.clone(), activation))
 
 
 def test_unknown_activation(backend, device):
@@ -250,14 +234,6 @@ def test_gradients(backend, device, activation, donate):
     output.backward(grad)
     expected = plain_backward(grad, gate, up, activation)
     torch.testing.assert_close((gate.grad, up.grad), expected)
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gradcheck(backend, device, activation):
-    gate, up = leaves(torch.float64, device)
-    torch.autograd.gradcheck(PUBLIC[activation], (gate, up))
-    packed = torch.randn(3, 8, dtype=torch.float64, device=device, requires_grad=True)
-    torch.autograd.gradcheck(lambda packed: PUBLIC[activation](*packed.chunk(2, dim=-1)), packed)
 
 
 def test_saves_its_two_inputs_exactly(backend, device):
@@ -321,57 +297,6 @@ def test_only_one_input_needs_a_gradient(backend, device):
         torch.testing.assert_close(grad, F.silu(gate))
         (grad,) = torch.autograd.grad(swiglu(gate * 1, up.detach() * 1, donate=donate).sum(), gate)
         torch.testing.assert_close(grad, plain_backward(torch.ones_like(gate), gate, up, "silu")[0])
-
-
-def test_second_derivative_is_refused():
-    gate, up = leaves()
-    (grad,) = torch.autograd.grad(swiglu(gate, up * 1).pow(2).sum(), up, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("donate", [False, True])
-def test_compiles_without_graph_breaks(activation, donate):
-    def run(gate, up):
-        return PUBLIC[activation](gate.sin(), up * 2, donate=donate).cos()
-
-    torch.compiler.reset()
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    gate, up = leaves()
-    outcomes = [
-        (output, *torch.autograd.grad(output.sum(), (gate, up))) for output in (run(gate, up), compiled(gate, up))
-    ]
-    torch.testing.assert_close(*outcomes)
-
-
-def test_in_place_compiles():
-    def run(gate, up):
-        with torch.no_grad():
-            return swiglu(gate * 2, up, inplace=True) + 1
-
-    torch.compiler.reset()
-    gate, up = (leaf.detach() for leaf in leaves())
-    torch.testing.assert_close(torch.compile(run, fullgraph=True)(gate, up), run(gate, up))
-
-
-def test_dynamic_rows_compile_once():
-    """Forward and backward at five row counts: one graph."""
-
-    def run(gate, up):
-        return swiglu(gate, up, donate=True) + geglu(gate, up, approximate="tanh")
-
-    torch.compiler.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=counter)
-    for rows in (3, 4, 7, 33, 256):
-        gate, up = leaves(shape=(rows, 24))
-        outcomes = []
-        for function in (run, compiled):
-            output = function(gate, up)
-            outcomes.append((output, *torch.autograd.grad(output.square().sum(), (gate, up))))
-        torch.testing.assert_close(*outcomes)
-    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize(

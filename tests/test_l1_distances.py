@@ -74,15 +74,6 @@ def test_allocates_the_result_alone(backend, device):
     assert live.peak_bytes == distances.nbytes
 
 
-def test_opcheck_and_compile(backend, device):
-    features = make((5, 7), torch.bfloat16, device=device)
-    torch.library.opcheck(raw.l1_distances, (features,))
-    torch.library.opcheck(raw.l1_distances, (features.double(),))
-    torch.compiler.reset()
-    compiled = torch.compile(l1_distances, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(features), l1_distances(features))
-
-
 def test_has_no_gradient(backend, device):
     assert not l1_distances(torch.randn(3, 4, device=device, requires_grad=True)).requires_grad
 

@@ -76,12 +76,6 @@ def test_traffic_is_the_result_read_and_written():
     assert traffic.written == output.nbytes
 
 
-def test_opcheck(backend, device):
-    input, index = make((4, 3, 5), torch.float32, device=device), torch.tensor([2, 0, 2], device=device)
-    torch.library.opcheck(raw.partial_gather, (input, index))
-    torch.library.opcheck(raw.partial_gather, (input.transpose(0, 2), index[:0]))
-
-
 @pytest.mark.parametrize("bad", [5, -1])
 def test_wrong_index_on_a_cpu(bad):
     for backend in ("reference", "cpp"):
@@ -121,26 +115,6 @@ def test_gradient_of_columns_is_a_product_of_dense_matrices(backend, device):
     grad_y, index = torch.randn(6, 3, device=device, dtype=torch.float64), torch.tensor([5, 2], device=device)
     (dense,) = torch.autograd.grad(torch.nn.functional.linear(x, weight), weight, grad_y)
     torch.testing.assert_close(grad_y.t() @ partial_gather(x, index), dense[:, index])
-
-
-def test_compiles_once_for_all_row_counts():
-    import torch._dynamo.testing
-
-    def run(x, index):
-        return partial_gather(x.sin(), index).cos()
-
-    torch.compiler.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(run, fullgraph=True, backend=counter, dynamic=True)
-    index = torch.tensor([4, 0, 3])
-    for num_rows in (5, 8, 13):
-        x = torch.randn(num_rows, 6, requires_grad=True)
-        results = []
-        for function in (run, compiled):
-            output = function(x, index)
-            results.append((output, *torch.autograd.grad(output.sum(), x)))
-        torch.testing.assert_close(*results)
-    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize(

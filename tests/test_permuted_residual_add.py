@@ -115,24 +115,6 @@ def test_allocates_the_result_alone(backend, device):
     assert live.peak_bytes == residual.nbytes
 
 
-def test_repeats_bit_for_bit(backend, device):
-    residual, branch = make((33, 257), torch.bfloat16, device=device), make((33, 257), torch.bfloat16, device=device)
-    permutation = draw_permutation(33, seed=0, step=0, branch=0, device=device)
-    runs = [raw.permuted_residual_add(residual, branch[:9], branch[9:], permutation) for _ in range(3)]
-    assert all(torch.equal(run, runs[0]) for run in runs)
-
-
-def test_opcheck(backend, device):
-    residual, branch = make((4, 3, 5), torch.float32, device=device), make((4, 3, 5), torch.bfloat16, device=device)
-    permutation = torch.tensor([2, 0, 3, 1], device=device)
-    torch.library.opcheck(raw.permuted_residual_add, (residual, branch[:1], branch[1:], permutation))
-    torch.library.opcheck(raw.permuted_residual_add, (residual, branch[:0], branch, permutation))
-    tokens = make((12, 5), torch.float32, device=device)
-    permutation = draw_permutation(12, seed=0, step=0, branch=0, device=device)
-    strided = residual.transpose(0, 1)
-    torch.library.opcheck(raw.permuted_residual_add, (strided, tokens[:7], tokens[7:], permutation))
-
-
 # The public function.
 
 
@@ -157,14 +139,6 @@ def test_gradients(backend, device, num_kept, grad_scale, index):
     factor = torch.as_tensor(scale, device=device).float().view(-1, 1, 1)
     torch.testing.assert_close(grads[1], grad[permutation[:num_kept]] * factor)
     assert grads[0].data_ptr() == grad.data_ptr()  # an alias
-
-
-def test_gradcheck(backend, device):
-    residual, kept, dropped, permutation = leaves(device, dtype=torch.float64)
-    torch.autograd.gradcheck(lambda r, k: permuted_residual_add(r, k, dropped, permutation), (residual, kept))
-    tokens = draw_permutation(12, seed=0, step=0, branch=0, device=device)
-    kept, dropped = (t.detach().flatten(0, 1).requires_grad_() for t in (kept, dropped))
-    torch.autograd.gradcheck(lambda r, k: permuted_residual_add(r, k, dropped, tokens), (residual, kept))
 
 
 def test_zero_rows_ignore_what_comes_in(backend, device):
@@ -232,47 +206,6 @@ def test_gradients_share_no_memory_that_is_written(backend, device):
     assert torch.equal(kept.grad, torch.full_like(kept, 6.0))
     residual.grad.mul_(0.0)
     assert torch.equal(kept.grad, torch.full_like(kept, 6.0))
-
-
-def test_second_derivative_is_refused(backend, device):
-    residual, kept, dropped, permutation = leaves(device)
-    output = permuted_residual_add(residual, kept, dropped, permutation, grad_scale=2.0).pow(2).sum()
-    (grad,) = torch.autograd.grad(output, kept, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
-def test_compiles_once_for_all_row_counts():
-    import torch._dynamo.testing
-
-    def run(residual, kept, dropped, permutation):
-        return permuted_residual_add(residual.sin(), kept * 2, dropped, permutation, grad_scale=2.0).cos()
-
-    torch.compiler.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(run, fullgraph=True, backend=counter, dynamic=True)
-    for num_rows in (5, 8, 13, 21, 34):
-        residual = torch.randn(num_rows, 6, requires_grad=True)
-        branch = torch.randn(num_rows, 6)
-        kept, dropped = branch[:3].clone().requires_grad_(), branch[3:].clone()
-        permutation = draw_permutation(num_rows, seed=0, step=num_rows, branch=0)
-        results = []
-        for function in (run, compiled):
-            output = function(residual, kept, dropped, permutation)
-            results.append((output, *torch.autograd.grad(output.sum(), (residual, kept))))
-        torch.testing.assert_close(*results)
-    assert counter.frame_count == 1
-
-
-def test_inductor_matches_eager():
-    residual, kept, dropped, permutation = leaves()
-    results = []
-    for compiles in (False, True):
-        torch.compiler.reset()
-        function = torch.compile(permuted_residual_add, fullgraph=True) if compiles else permuted_residual_add
-        output = function(residual, kept, dropped, permutation)
-        results.append((output, *torch.autograd.grad(output.square().sum(), (residual, kept))))
-    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize(

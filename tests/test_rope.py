@@ -155,44 +155,6 @@ def test_who_saved_x_is_told_that_it_changed():
         output.sum().backward()
 
 
-def test_gradcheck_and_no_second_derivative():
-    x = torch.randn(1, 3, 2, 6, dtype=torch.float64, requires_grad=True)
-    cos, sin = tables((3, 4), torch.float64)
-    assert torch.autograd.gradcheck(lambda x: rope(x, cos, sin), x)
-    (grad,) = torch.autograd.grad(rope(x, cos, sin).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
-@pytest.mark.parametrize("op", ["rope", "rope_"])
-def test_opcheck(op):
-    x, (cos, sin) = torch.randn(2, 3, 2, 6), tables((3, 4), torch.float32)
-    arguments = (x, cos, sin, False) if op == "rope" else (x, cos, sin)
-    torch.library.opcheck(getattr(raw, op), arguments)
-
-
-def test_one_compilation_for_many_lengths():
-    compilations = 0
-
-    def count(graph, _):
-        nonlocal compilations
-        compilations += 1
-        return graph
-
-    def turned(x, cos, sin):
-        return rope(x, cos, sin).sum() + rope(x.detach(), cos, sin).sum()
-
-    torch._dynamo.reset()
-    compiled = torch.compile(turned, dynamic=True, fullgraph=True, backend=count)
-    for seq_len in (5, 9, 17):
-        x = torch.randn(2, seq_len, 2, 8, requires_grad=True)
-        cos, sin = tables((seq_len, 8), torch.float32)
-        compiled(x, cos, sin).backward()
-        expected = 2 * plain(x, cos, sin).sum()
-        torch.testing.assert_close(compiled(x, cos, sin), expected, rtol=1e-4, atol=1e-4)
-    assert compilations == 1
-
-
 X = torch.zeros(2, 3, 4, 8)
 TABLE = torch.zeros(3, 8)
 

@@ -1,0 +1,188 @@
+"""What all ops have in common, held for every entry of op_cases.py; what an op computes is tested in its own file.
+
+raw ops            opcheck; the reference's numbers in every backend, every element written; the same bits every time
+public functions   gradcheck; one compilation for all row counts, forward and backward; no second derivative; nothing
+                   recorded without gradients; inductor's results
+"""
+
+import inspect
+
+import pytest
+import torch
+import torch._dynamo
+from op_cases import PUBLIC, RAW, Tensors
+
+from dropbp_kernels import ops, reference
+from dropbp_kernels.ops.schema import SCHEMAS
+
+# NumPy, in Triton's interpreter.
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+
+DTYPES = [(torch.float32, torch.bfloat16), (torch.float64, torch.float64)]
+ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+RAW_CASES = [pytest.param(op, name, id=f"{op}-{name}") for op, cases in RAW.items() for name in cases]
+ROW_COUNTS = (10, 13, 16, 31, 64)  # no other size is 10, which dynamo would take to stay equal
+public = pytest.mark.parametrize("use", [pytest.param(use, id=name) for name, use in PUBLIC.items()])
+
+
+def differentiable(*names):
+    return [pytest.param(use, id=name) for name, use in PUBLIC.items() if all(getattr(use, n) for n in names)]
+
+
+def test_every_op_is_here():
+    assert list(RAW) == [name for stem in SCHEMAS.values() for name in stem]
+    assert {use.function for use in PUBLIC.values()} == set(ops.__all__)
+
+
+# Raw ops.
+
+
+def call(function, arguments):
+    """All that a call leaves behind: its results, and its arguments, which it may have written into."""
+    copies = [tensor.clone() if isinstance(tensor, torch.Tensor) else tensor for tensor in arguments]
+    results = function(*copies)
+    results = [] if results is None else [results] if isinstance(results, torch.Tensor) else list(results)
+    return results + [tensor for tensor in copies if isinstance(tensor, torch.Tensor)]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "permuted"])
+@pytest.mark.parametrize(("op", "name"), RAW_CASES)
+def test_opcheck(backend, device, op, name, layout):
+    arguments = RAW[op][name](Tensors(4, 6, layout=layout, device=device))
+    torch.library.opcheck(getattr(torch.ops.dropbp_kernels, op), arguments)
+
+
+@pytest.mark.parametrize(("wide", "narrow"), DTYPES)
+@pytest.mark.parametrize(("op", "name"), RAW_CASES)
+def test_agrees_with_the_reference_and_writes_every_element(backend, device, poisoned, op, name, wide, narrow):
+    for rows, width, layout in ((5, 70, "contiguous"), (11, 6, "sliced")):
+        arguments = RAW[op][name](Tensors(rows, width, wide, narrow, layout, device))
+        expected = call(getattr(reference, f"{op}_reference"), arguments)
+        actual = call(getattr(torch.ops.dropbp_kernels, op), arguments)
+        for ours, theirs in zip(actual, expected, strict=True):
+            largest = theirs.abs().max().item() if theirs.numel() else 0.0
+            rounding = ROUNDING.get(theirs.dtype, 0.0)
+            torch.testing.assert_close(ours, theirs, rtol=rounding, atol=rounding * max(largest, 1.0))
+
+
+@pytest.mark.parametrize(("op", "name"), RAW_CASES)
+def test_repeats_bit_for_bit(backend, device, op, name):
+    """Also on other numbers of threads, where there are any: rows for several blocks of partial sums."""
+    rows, counts = (97, (1, 3)) if backend == "cpp" else (13, (torch.get_num_threads(),))
+    function, arguments = getattr(torch.ops.dropbp_kernels, op), RAW[op][name](Tensors(rows, 130, device=device))
+    expected, threads = call(function, arguments), torch.get_num_threads()
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            assert all(torch.equal(a, b) for a, b in zip(call(function, arguments), expected, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+# Public functions.
+
+
+def outputs_of(function, inputs):
+    outputs = function(*inputs)
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def leaves_of(inputs):
+    return [tensor for tensor in inputs if isinstance(tensor, torch.Tensor) and tensor.requires_grad]
+
+
+def with_gradients(function, inputs):
+    """Outputs, and where they require any the gradients of all leaves; None for a leaf that gets none."""
+    outputs = outputs_of(function, inputs)
+    losses = [output.square().sum() for output in outputs if output.requires_grad]
+    return outputs, torch.autograd.grad(sum(losses), leaves_of(inputs), allow_unused=True) if losses else ()
+
+
+def public_inputs(use, rows, width=6, **options):
+    """Streams, branches and weights in one dtype, as leaves of a graph."""
+    dtype = options.pop("dtype", torch.float32)
+    return use.make(Tensors(rows, width, dtype, dtype, needs_grad=True, **options))
+
+
+@pytest.mark.parametrize("use", differentiable("has_gradient", "is_exact"))
+def test_gradcheck(backend, device, use):
+    inputs = public_inputs(use, 4, 4, dtype=torch.float64, device=device)
+    _, grads = with_gradients(use.run, inputs)
+    # What gets no gradient is a constant.
+    constant = {id(leaf) for leaf, grad in zip(leaves_of(inputs), grads, strict=True) if grad is None}
+    inputs = [value.detach() if id(value) in constant else value for value in inputs]
+    assert leaves_of(inputs)
+    torch.autograd.gradcheck(use.run, inputs)
+
+
+def compile_once(function):
+    """One graph, forward and backward, for all sizes: what would compile a second time raises."""
+    torch.compiler.reset()
+    return torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+
+
+@public
+@torch._dynamo.config.patch(error_on_recompile=True)
+def test_five_row_counts_are_one_compilation(use):
+    compiled = compile_once(use.run)
+    for rows in ROW_COUNTS:
+        inputs = public_inputs(use, rows, 24)
+        outputs, grads = with_gradients(compiled, inputs)
+        expected_outputs, expected_grads = with_gradients(use.run, inputs)
+        torch.testing.assert_close(outputs, expected_outputs)
+        assert [grad is None for grad in grads] == [grad is None for grad in expected_grads]
+        assert any(grad is not None for grad in grads) == use.has_gradient
+        for ours, theirs in zip(grads, expected_grads, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+@torch._dynamo.config.patch(error_on_recompile=True)
+def test_a_guard_on_the_rows_would_be_seen():
+    compiled = compile_once(lambda x: x + 1 if x.shape[0] > 20 else x - 1)
+    compiled(torch.ones(ROW_COUNTS[0], 24))
+    with pytest.raises(torch._dynamo.exc.RecompileError):
+        compiled(torch.ones(ROW_COUNTS[-1], 24))
+
+
+def test_inductor_matches_eager():
+    """A use of every differentiable function, all in one graph, which is compiled once."""
+    chosen = {use.function: name for name, use in reversed(PUBLIC.items()) if use.has_gradient and use.has_backward}
+    uses = {name: PUBLIC[name] for name in chosen.values()}
+    inputs = {name: public_inputs(use, 7) for name, use in uses.items()}
+
+    def run(inputs):
+        return [outputs_of(use.run, inputs[name]) for name, use in uses.items()]
+
+    torch.compiler.reset()
+    results = []
+    for function in (run, torch.compile(run, fullgraph=True)):
+        outputs = function(inputs)
+        losses = [o.square().sum() for group in outputs for o in group if o.requires_grad]
+        leaves = [leaf for values in inputs.values() for leaf in leaves_of(values)]
+        grads = torch.autograd.grad(sum(losses), leaves, allow_unused=True)
+        results.append((outputs, [grad for grad in grads if grad is not None]))
+    torch.testing.assert_close(*results)
+
+
+@public
+def test_nothing_is_recorded_without_grad_mode(backend, device, use):
+    with torch.no_grad():
+        outputs = outputs_of(use.run, public_inputs(use, 5, device=device))
+    assert not any(output.requires_grad for output in outputs)
+
+
+@pytest.mark.parametrize("use", differentiable("has_gradient", "has_backward"))
+def test_second_derivative_is_refused(backend, device, use):
+    inputs = public_inputs(use, 5, device=device)
+    losses = [output.square().sum() for output in outputs_of(use.run, inputs) if output.requires_grad]
+    grads = torch.autograd.grad(sum(losses), leaves_of(inputs), create_graph=True, allow_unused=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(grad.sum() for grad in grads if grad is not None).backward()
+
+
+def test_every_differentiable_function_is_checked():
+    """A function whose uses were all marked as exceptions would pass unseen."""
+    assert all(inspect.isfunction(getattr(ops, name)) for name in ops.__all__)
+    expected = set(ops.__all__) - {"column_restore", "column_update", "l1_distances"}
+    for names in (("has_gradient", "is_exact"), ("has_gradient", "has_backward")):
+        assert {use.values[0].function for use in differentiable(*names)} == expected
