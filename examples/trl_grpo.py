@@ -1,9 +1,9 @@
 """Rewards with TRL's GRPOTrainer and a target plan: one callback.
 
-The context pass runs once for each prompt and its keys and values serve its whole group of
-completions: `context="inference", shared_context=True`.
-With `--context-gradient full` the gradient is exact. Runs in seconds on a CPU. Uses a tiny random Llama and a tokenizer
-of characters, so that nothing is downloaded; put your own model, tokenizer and data in their place.
+Each prompt runs once, without autograd, and its keys and values serve its whole group of completions:
+`context="inference", shared_context=True`. With `--context-gradient full` the gradient is exact. Runs in seconds on a
+CPU. Uses a tiny random Llama and a tokenizer of characters, so that nothing is downloaded; put your own model,
+tokenizer and data in their place.
 
 python examples/trl_grpo.py --context-gradient none
 """
@@ -21,8 +21,7 @@ from dropbp_kernels import DropBPCallback
 
 
 def tokenizer_of_characters() -> PreTrainedTokenizerFast:
-    characters = ["<pad>", "</s>", "?", *map(chr, range(32, 127))]
-    vocabulary = {character: index for index, character in enumerate(dict.fromkeys(characters))}
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "</s>", *map(chr, range(32, 127))])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="?")

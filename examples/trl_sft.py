@@ -20,8 +20,7 @@ from dropbp_kernels import DropBPCallback
 
 
 def tokenizer_of_characters() -> PreTrainedTokenizerFast:
-    characters = ["<pad>", "</s>", "?", *map(chr, range(32, 127))]
-    vocabulary = {character: index for index, character in enumerate(dict.fromkeys(characters))}
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "</s>", *map(chr, range(32, 127))])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="?")
