@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -40,6 +42,14 @@ def tiny_causal_lm(family: str = "llama", **overrides) -> nn.Module:
     sizes = dict(SIZES, head_dim=8) if family == "qwen3" else SIZES
     torch.manual_seed(0)
     return model_class(config_class(**{**sizes, **overrides})).train()
+
+
+def tiny_gpt2() -> nn.Module:
+    """GPT-2 of two small blocks in training mode, whose linears are `Conv1D`, with the same weights at every call."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2, use_cache=False)
+    config.bos_token_id = config.eos_token_id = 0
+    return GPT2LMHeadModel(config).train()
 
 
 def tiny_batch(batch_size: int = 2, seq_len: int = 10, vocab_size: int = 64) -> dict[str, torch.Tensor]:

@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from models import tiny_batch, tiny_causal_lm, with_lora
+from models import tiny_batch, tiny_causal_lm, tiny_gpt2, with_lora
 from torch import nn
 
 pytest.importorskip("transformers")
 
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertForSequenceClassification
 
 from dropbp_kernels import apply_dropbp
 from dropbp_kernels.coreset import CoresetSelector
@@ -36,11 +36,6 @@ def loss_of_row(model, batch, row):
     """Of one example alone, without its padding."""
     length = int(batch["attention_mask"][row].sum())
     return model(**{name: value[row : row + 1, :length] for name, value in batch.items()}).loss
-
-
-def tiny_gpt2():
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2))
 
 
 # ---- features
