@@ -31,7 +31,10 @@ class RowSplit:
         self.is_flat = tuple(stream.shape[:2]) != lead and stream.shape[0] == lead[0] * lead[1]
         self.stream_shape = stream.shape
         self.kept = rows.permutation[: rows.num_kept]
-        self.dropped = rows.permutation[rows.num_kept :]
+        # Padding of a target plan's stage, which stands last, does not run at all: nobody reads it.
+        leaves_padding = rows.by_token and batch.staged is not None
+        self.dropped = rows.permutation[rows.num_kept : rows.num_rows if leaves_padding else None]
+        self.num_padding = len(rows.permutation) - len(self.kept) - len(self.dropped)
 
     def row_shape(self, x: Tensor) -> tuple[int, ...]:
         """The shape of x with a dimension of all rows in front."""
@@ -122,7 +125,9 @@ class RowSplit:
         # Of flattened samples a row has seq_len of the leading dimension: it is in `lead` already.
         is_flat_sample = not self.rows.by_token and lead != (self.batch.num_samples,)
         shape = (*lead, *rows.shape[2 if is_flat_sample else 1 :])
-        return _MergeRows.apply(rows, dropped_rows[0].detach(), self.kept, self.dropped, shape, grad_scale)
+        return _MergeRows.apply(
+            rows, dropped_rows[0].detach(), self.kept, self.dropped, self.num_padding, shape, grad_scale
+        )
 
     def add(self, residual: Tensor, kept: Tensor, dropped: Tensor, grad_scale: float | Tensor) -> Tensor:
         """residual + the output of the branch, which is given by rows."""
@@ -137,6 +142,8 @@ class RowSplit:
                     f"{tuple(part.shape)}; what it needs of each sample (a mask) is to be passed through the gate"
                 )
             parts.append(rows[0])
+        if self.num_padding:
+            parts[1] = torch.cat((parts[1], parts[1].new_zeros(self.num_padding, *shape[1:])))
         dtype = torch.promote_types(residual.dtype, parts[0].dtype)
         output = permuted_residual_add(
             residual.to(dtype).reshape(shape), parts[0], parts[1], self.rows.permutation, grad_scale=grad_scale
@@ -179,14 +186,16 @@ class _MergeRows(torch.autograd.Function):
         dropped: Tensor,
         kept_places: Tensor,
         dropped_places: Tensor,
+        num_padding: int,
         shape: tuple[int, ...],
         grad_scale: float,
     ) -> Tensor:
         ctx.save_for_backward(kept_places)
-        ctx.row_shape = (len(kept) + len(dropped), *kept.shape[1:])
+        ctx.row_shape = (len(kept) + len(dropped) + num_padding, *kept.shape[1:])
         ctx.grad_scale = grad_scale
         # Whole and not a view, so that a block may add to it in place.
-        merged = kept.new_empty(shape, dtype=torch.promote_types(kept.dtype, dropped.dtype))
+        make = kept.new_zeros if num_padding else kept.new_empty
+        merged = make(shape, dtype=torch.promote_types(kept.dtype, dropped.dtype))
         rows = merged.view(ctx.row_shape)
         rows[kept_places] = kept.to(merged.dtype)
         rows[dropped_places] = dropped.to(merged.dtype)
@@ -199,4 +208,4 @@ class _MergeRows(torch.autograd.Function):
         grad_kept = grad.reshape(ctx.row_shape).index_select(0, kept_places)
         if ctx.grad_scale != 1.0:
             grad_kept *= ctx.grad_scale
-        return grad_kept, None, None, None, None, None
+        return grad_kept, None, None, None, None, None, None

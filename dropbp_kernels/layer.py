@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .by_rows import RowSplit
 from .ops.gated_residual_add import gated_residual_add
+from .padding import run_without_padding
 from .row_plan import Batch, ChosenRows, Rows, RowsOfBranch
 from .slicing import run_in_slices
 from .targets import StagedRows
@@ -91,6 +92,8 @@ class DropBP(nn.Module):
         num_samples, is_real: the batch size of the model and which of its tokens, bool (batch, seq), are not padding,
             where somebody knows and tells the gate; 0 and None: unknown, and all are real.
         stage: while a target plan runs, the rows that do so with autograd and which of their stages this is, or None.
+        real_rows: of a branch per token, the tokens of the stage that are no padding, int64 (K,), where it runs on
+            these alone; None: on all.
         records: None, or where somebody keeps what modules inside the branch return (transformers: router logits), by
             name; what a call by rows adds there twice is put together.
         checkpoint: None, or the function(branch, residual) that runs a kept branch in training mode so that it saves
@@ -124,6 +127,7 @@ class DropBP(nn.Module):
         self.num_samples = 0
         self.is_real: Tensor | None = None
         self.stage: tuple[StagedRows, int] | None = None
+        self.real_rows: Tensor | None = None
         self.records: Callable[[], dict[str, list[Any]]] | None = None
         self.checkpoint: Callable[..., Any] | None = None
         self.slice_tokens = 0
@@ -171,7 +175,7 @@ class DropBP(nn.Module):
         So a norm that reads rows through a permutation (`ops.permuted_norm`) can stand before the branch.
         """
         kept, dropped, residual = rows
-        parts = ((split.shaped(kept),), (split.shaped(dropped),))
+        parts = ((split.shaped(kept),), (split.shaped(dropped[: len(split.dropped)]),))
         return split.add(residual, *self.run_rows(split, branch, args, kwargs, parts), grad_scale=self.grad_scale)
 
     def run(self, residual: Tensor, branch: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -192,10 +196,10 @@ class DropBP(nn.Module):
             residual = self.watch.entered(residual)
         entry = self.entry(residual)
         if entry or self.dropped_runs == "detach":
-            output = (self.as_kept(branch) if entry else branch)(residual, *args, **kwargs)
+            output = self.without_padding(self.as_kept(branch) if entry else branch)(residual, *args, **kwargs)
             return self.shown(output) if entry else output.detach()
         with as_inference(residual.device.type):
-            return self.as_dropped(branch)(residual, *args, **kwargs)
+            return self.without_padding(self.as_dropped(branch))(residual, *args, **kwargs)
 
     def as_kept(self, branch: Callable[..., Any]) -> Callable[..., Any]:
         """`branch` as a kept one runs: as written, or checkpointed, in slices where the gate has them."""
@@ -207,6 +211,12 @@ class DropBP(nn.Module):
     def as_dropped(self, branch: Callable[..., Any]) -> Callable[..., Any]:
         """`branch` as a dropped one runs, under `as_inference`: in slices where the gate has them."""
         return partial(run_in_slices, branch, self.slice_tokens, self.records) if self.slice_tokens else branch
+
+    def without_padding(self, branch: Callable[..., Any]) -> Callable[..., Any]:
+        """`branch` as it runs on all rows of a stage: on those that are no padding, where these are few."""
+        if self.real_rows is None or self.watch is not None:
+            return branch
+        return partial(run_without_padding, branch, self.real_rows)
 
     def run_rows(
         self, split: RowSplit, branch: Callable[..., Any], args: Any, kwargs: Any, parts: Any = ((), ())

@@ -12,6 +12,9 @@ from .layer import DropBP, Entry
 from .row_plan import ChosenRows, RowsOfBranch
 from .targets import Stage, StagedRows
 
+# Share of a stage's rows: leaving out fewer does not pay for the copies that it takes.
+LEAST_PADDING = 0.1
+
 
 @dataclass(frozen=True)
 class DropPlan:
@@ -75,12 +78,18 @@ def set_plan(gates: dict[str, DropBP], kept: Sequence[Entry]) -> None:
 
 @contextmanager
 def running(gates: Iterable[DropBP], staged: StagedRows, stage: Stage) -> Iterator[None]:
-    """Let `gates` know that `stage` of a target plan runs: a plan by rows keeps its share of `staged`."""
+    """Let `gates` know that `stage` of a target plan runs.
+
+    A plan by rows keeps its share of `staged`; branches that treat each token for itself leave padding out, where there
+    is enough of it.
+    """
     numbers = [number for number, other in enumerate(staged.stages) if other is stage]
+    real_rows = stage.real_rows() if stage.padded_share >= LEAST_PADDING else None
     for gate in gates:
         gate.stage = (staged, numbers[0]) if numbers else None
+        gate.real_rows = real_rows if gate.per_token else None
     try:
         yield
     finally:
         for gate in gates:
-            gate.stage = None
+            gate.stage = gate.real_rows = None

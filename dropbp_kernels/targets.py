@@ -103,6 +103,16 @@ class Stage:
         """Of values (B, L, ...) of these rows those of the targets: (B, T, ...)."""
         return values if self.targets is None else _take(values, self.targets[0])
 
+    @property
+    def padded_share(self) -> float:
+        """The share of the stage's rows that are padding; of a context that samples share, not known."""
+        return 0.0 if self.samples is not None else 1.0 - sum(self.num_rows) / max(1, self.rows.numel())
+
+    def real_rows(self) -> Tensor:
+        """The flattened stage's rows that are no padding, int64, their number known on the host."""
+        order = self.is_row.flatten().to(torch.int8).argsort(descending=True, stable=True)
+        return order[: sum(self.num_rows)]
+
     def slices(self, width: int) -> "list[Stage]":
         """The same rows in stages of at most `width` columns each, as even as can be."""
         num_rows = self.rows.shape[1]

@@ -23,6 +23,7 @@ LEVELS = {
     "schedules": 0,
     "permutation": 0,
     "slicing": 0,
+    "padding": 0,
     "row_plan": 2,
     "row_draws": 1,
     "ownership": 0,

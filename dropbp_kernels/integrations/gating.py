@@ -117,22 +117,26 @@ def _unbind(module: nn.Module, gate: ModuleGate) -> None:
 @functools.cache
 def _gated_class(original: Any) -> Any:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return original.__call__(self, *args, **kwargs)
-        stream = first_tensor(*args, *kwargs.values())
         gates = self._dropbp_gates
+        run = functools.partial(original.__call__, self)
+
+        def whole(run: Callable[..., Any]) -> Callable[..., Any]:
+            return gates[0].without_padding(run) if all(gate.real_rows is not None for gate in gates) else run
+
+        if not torch.is_grad_enabled():
+            return whole(run)(*args, **kwargs)
+        stream = first_tensor(*args, *kwargs.values())
         if stream is not None:
             for gate in gates:
                 gate.note_call(stream)
         entries = [bool(gate.kept) if stream is None else gate.entry(stream) for gate in gates]
         if stream is not None and (split := _common_split(gates, entries, stream)) is not None:
-            return _call_by_rows(self, functools.partial(original.__call__, self), split, args, kwargs)
+            return _call_by_rows(self, run, split, args, kwargs)
         if not any(entry or gate.dropped_runs == "detach" for gate, entry in zip(gates, entries, strict=True)):
             with as_inference("cpu" if stream is None else stream.device.type):
-                return gates[0].as_dropped(functools.partial(original.__call__, self))(*args, **kwargs)
+                return whole(gates[0].as_dropped(run))(*args, **kwargs)
         kept = next((gate for gate, entry in zip(gates, entries, strict=True) if entry), None)
-        run = functools.partial(original.__call__, self)
-        output = (run if kept is None else kept.as_kept(run))(*args, **kwargs)
+        output = whole(run if kept is None else kept.as_kept(run))(*args, **kwargs)
         last_of = vars(self).get("_dropbp_last_of")
         if last_of is None:
             return output
