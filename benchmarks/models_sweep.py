@@ -4,6 +4,7 @@ python -m benchmarks.models_sweep            # about a minute: benchmarks/result
 python -m benchmarks.models_sweep llama phi  # prints these rows, writes nothing
 """
 
+import argparse
 import csv
 import datetime
 import sys
@@ -153,9 +154,13 @@ def model_types() -> list[str]:
     return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def main(names: list[str]) -> int:
+def main() -> int:
     """Sweep; return 1 when a model is wrong."""
     import transformers
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.models_sweep", description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="model types to print; default: all, to the page")
+    names = parser.parse_args().names
 
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
@@ -173,4 +178,4 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

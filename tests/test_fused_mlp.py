@@ -18,7 +18,7 @@ from dropbp_kernels import apply_dropbp, remove_dropbp
 from dropbp_kernels.integrations import fused_mlp
 from dropbp_kernels.measure import PeakLiveBytes, saved_bytes
 
-EXPERTS_ALONE = {"mixtral", "qwen3_moe"}
+WITHOUT = {"mixtral", "qwen3_moe", "starcoder2"}  # have experts alone, or no gate
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def step(model, batch):
     return loss.detach(), gradients(model)
 
 
-@pytest.mark.parametrize("model_type", sorted(set(FUSED_MODELS) - EXPERTS_ALONE))
+@pytest.mark.parametrize("model_type", sorted(set(FUSED_MODELS) - WITHOUT))
 def test_loss_and_gradients_are_the_unfused_ones(model_type, calls):
     model = build(model_type)
     apply_dropbp(model, 0.5, fused=False).set_plan((True, False, False, True, True, True))

@@ -34,6 +34,8 @@ FUSED_MODELS = {
     "gemma3_text": {"head_dim": 8},
     "phi3": {"pad_token_id": 0},
     "granite": {"residual_multiplier": 0.5},
+    "starcoder2": {},
+    "stablelm": {},
     "deepseek_v2": {**MOE, **MLA, "topk_method": "greedy"},
     "deepseek_v3": {**MOE, **MLA},
 }
@@ -306,7 +308,7 @@ def test_no_add_is_fused_under_checkpointing(way, counts, monkeypatch):
 def test_a_norm_of_another_kind_is_called_as_it_is(counts):
     batch = tiny_batch()
     model = build()
-    model.model.layers[1].post_attention_layernorm = torch.nn.LayerNorm(32)
+    model.model.layers[1].post_attention_layernorm = torch.nn.RMSNorm(32)
     expected = backward(copy.deepcopy(model), batch)
     assert_close(backward(patched((True,) * 6, True, model), batch), expected)
     assert counts["fused"] == 5

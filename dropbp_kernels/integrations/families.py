@@ -200,14 +200,18 @@ FAMILIES: dict[str, Family] = {
         _layout("self_attention.query_key_value self_attention.dense", "mlp.dense_h_to_4h mlp.dense_4h_to_h"),
         when=lambda block: block.apply_residual_connection_post_layernorm,
     ),
-    "starcoder2": Family(("Starcoder2DecoderLayer",), _LLAMA),
+    "starcoder2": Family(("Starcoder2DecoderLayer",), _LLAMA, forward=_PRE_NORM),
     "olmo2": Family(
         ("Olmo2DecoderLayer",), _layout("self_attn post_attention_layernorm", "mlp post_feedforward_layernorm")
     ),
     "cohere": Family(("CohereDecoderLayer",), _PARALLEL),
     "stablelm": Family(
-        ("StableLmDecoderLayer",), _layout("input_layernorm self_attn", "post_attention_layernorm|input_layernorm mlp")
+        ("StableLmDecoderLayer",),
+        _LLAMA,
+        when=lambda block: not block.use_parallel_residual,
+        forward=pre_norm_forward(mlp="post_attention_layernorm mlp dropout"),
     ),
+    "stablelm_parallel": Family(("StableLmDecoderLayer",), _PARALLEL, when=lambda block: block.use_parallel_residual),
     "granite": Family(("GraniteDecoderLayer",), _LLAMA, forward=pre_norm_forward(scale="residual_multiplier")),
     "deepseek_v2": Family(("DeepseekV2DecoderLayer",), _LLAMA, forward=_PRE_NORM),
     "deepseek_v3": Family(("DeepseekV3DecoderLayer",), _LLAMA, forward=_PRE_NORM),

@@ -1,11 +1,12 @@
 """Pre-norm blocks whose residual adds are fused with the norms that follow them, across blocks too.
 
 As in `dropbp_kernels.blocks`, a branch's output is not added to the residual at once: it stays pending until the next
-norm reads the sum, and there one kernel adds and normalises (`ops.gated_residual_rms_norm`). Inside a block that is
-decided branch by branch, by what the norm is. From block to block, and to the final norm, a `Pending` is handed on in
-place of the hidden states, and that is decided before the model runs: only when transformers' own loop over the blocks
-will be the one to pass it, and nobody watches (hooks, recorded hidden states, wrappers) or checkpoints. Otherwise every
-block adds as written and returns hidden states. A block that is called by hand always returns hidden states.
+norm reads the sum, and there one kernel adds and normalises (`ops.gated_residual_rms_norm` or its twin for LayerNorm).
+Inside a block that is decided branch by branch, by what the norm is. From block to block, and to the final norm, a
+`Pending` is handed on in place of the hidden states, and that is decided before the model runs: only when transformers'
+own loop over the blocks will be the one to pass it, and nobody watches (hooks, recorded hidden states, wrappers) or
+checkpoints. Otherwise every block adds as written and returns hidden states. A block that is called by hand always
+returns hidden states.
 
 Under torch.compile nothing is fused here: the compiler fuses the plain add and norm itself. Under checkpointing nothing
 is either, so that a value does not depend on what is checkpointed.
@@ -24,12 +25,15 @@ from torch.nn.modules.module import _has_any_global_hook
 from .. import _backend
 from ..blocks import Stream
 from ..layer import DropBP, add_branch
+from ..ops.gated_residual_layer_norm import gated_residual_layer_norm
 from ..ops.gated_residual_rms_norm import gated_residual_rms_norm
-from ..ops.permuted_norm import permuted_rms_norm
+from ..ops.permuted_norm import permuted_layer_norm, permuted_rms_norm
+from ..row_plan import Rows
 from .swapping import subclass
 
 FUSED = (True, False, "auto")
-# Norms by class name: how they cast. "llama" rounds before the product with the weight, "gemma" scales by 1 + weight.
+# RMSNorms by class name: how they cast. "llama" rounds before the product with the weight, "gemma" scales by
+# 1 + weight.
 _CASTINGS = {
     **dict.fromkeys(
         (
@@ -42,6 +46,7 @@ _CASTINGS = {
 }
 # liger-kernel's norms tell by their settings: (offset, casting_mode).
 _LIGER_CASTINGS = {(0.0, "llama"): "llama", (1.0, "gemma"): "gemma"}
+_LAYER_NORM = "layer_norm"  # stands for nn.LayerNorm among the castings
 _HANDS_ON = "dropbp_hands_on"  # keyword that travels from the model's forward to its blocks
 
 
@@ -132,9 +137,7 @@ class _Branch:
             return gate.residual_add(
                 residual, lambda rows, *args, **kwargs: run(norm(rows), *args, **kwargs), *args, **kwargs
             )
-        permutation, num_kept = split.rows[:2]
-        eps = _eps(norm)
-        rows = permuted_rms_norm(residual, norm.weight, permutation, num_kept, eps=eps, casting=casting)
+        rows = _normalise_rows(residual, norm, casting, split.rows)
         return gate.add_rows(split, rows, run, *args, **kwargs)
 
 
@@ -187,15 +190,17 @@ def _add(stream: Stream) -> Tensor:
 
 def _add_and_normalise(stream: Stream, norm: Any, casting: str, next_kept: bool) -> tuple[Tensor, Tensor]:
     assert stream.branch is not None  # or `_casting` had found none
-    return gated_residual_rms_norm(
-        stream.residual,
-        stream.branch,
-        norm.weight,
-        eps=_eps(norm),
-        next_kept=next_kept,
-        grad_scale=stream.grad_scale,
-        casting=casting,
-    )
+    options: dict[str, Any] = {"eps": _eps(norm), "next_kept": next_kept, "grad_scale": stream.grad_scale}
+    if casting == _LAYER_NORM:
+        return gated_residual_layer_norm(stream.residual, stream.branch, norm.weight, norm.bias, **options)
+    return gated_residual_rms_norm(stream.residual, stream.branch, norm.weight, casting=casting, **options)
+
+
+def _normalise_rows(residual: Tensor, norm: Any, casting: str, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    where = rows.permutation, rows.num_kept
+    if casting == _LAYER_NORM:
+        return permuted_layer_norm(residual, norm.weight, norm.bias, *where, eps=_eps(norm))
+    return permuted_rms_norm(residual, norm.weight, *where, eps=_eps(norm), casting=casting)
 
 
 def _is_fused(block: Any, device: torch.device) -> bool:
@@ -213,7 +218,7 @@ def _is_checkpointed(block: Any) -> bool:
 
 @functools.cache
 def has_kernel(device_type: str, op: str = "gated_residual_rms_norm") -> bool:
-    """Whether something faster than plain PyTorch serves the norm: the measured default."""
+    """Whether something faster than plain PyTorch serves the op: the measured default."""
     return _backend.serving(op, device_type) != "reference"
 
 
@@ -229,7 +234,7 @@ def _permuted_casting(norm: Any, residual: Tensor) -> str | None:
     """How to compute `norm` of rows that are read through a permutation in one kernel; None: by the norm itself.
 
     Whatever `fused` says: under a plan by rows values equal those of the unpatched model to rounding alone. Not in
-    float64, of which these norms take statistics in float32.
+    float64, of which RMSNorms take statistics in float32.
     """
     if residual.dtype is torch.float64:
         return None
@@ -246,6 +251,9 @@ def _known_casting(norm: Any) -> str | None:
     name, forward = type(norm).__name__, vars(norm).get("forward")
     if name.startswith("LigerRMSNorm") or getattr(forward, "__qualname__", "") == "LigerRMSNorm.forward":
         return _LIGER_CASTINGS.get((norm.offset, norm.casting_mode)) if norm.weight is not None else None
+    if isinstance(norm, nn.LayerNorm):
+        is_plain = type(norm).forward in (nn.LayerNorm.forward, _final_norm_forward) and norm.weight is not None
+        return _LAYER_NORM if is_plain and forward is None and len(norm.normalized_shape) == 1 else None
     return _CASTINGS.get(name) if forward is None else None
 
 
