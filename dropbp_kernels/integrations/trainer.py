@@ -188,7 +188,7 @@ class DropBPCallback(TrainerCallback, ExportableState):
         self._handler().step()
         if self._plans is None:
             return
-        if self._plans.bytes_per_token is None or self._calibrates_after(state):
+        if self._plans.bytes_per_token is None or self._calibrates_after(state.global_step + 1, state.max_steps):
             self._capture = model.register_forward_pre_hook(self._keep_inputs, with_kwargs=True)
         self._plans.start_step()
         if self._times is not None:
@@ -238,11 +238,11 @@ class DropBPCallback(TrainerCallback, ExportableState):
             self._capture.remove()
         self._capture = None
 
-    def _calibrates_after(self, state: Any) -> bool:
-        """Whether the step that begins now is the one whose end calibrates."""
+    def _calibrates_after(self, num_steps: int, max_steps: int) -> bool:
+        """Whether it is calibrated once so many optimizer steps are done."""
         if self.rates != "sensitivity" or self._is_calibrated:
             return False
-        return state.global_step + 1 >= max(1, round(self.calibrate_at * state.max_steps))
+        return num_steps >= max(1, round(self.calibrate_at * max_steps))
 
     def _probe(self, model: nn.Module, inputs: dict[str, Any], state: Any) -> None:
         handler = self._handler()
@@ -251,8 +251,7 @@ class DropBPCallback(TrainerCallback, ExportableState):
             num_tokens = max(1, gate.batch_size * gate.seq_len)
             num_bytes = saved_bytes_by_branch(handler, lambda: model(**inputs))
             self._plans.bytes_per_token = [size / num_tokens for size in num_bytes]
-        due = max(1, round(self.calibrate_at * state.max_steps))
-        if self.rates == "sensitivity" and not self._is_calibrated and state.global_step >= due:
+        if self._calibrates_after(state.global_step, state.max_steps):
             # A reentrant checkpoint knows no backward from within: there every branch takes a forward and a backward.
             handler.calibrate(
                 lambda: self._loss(model, inputs),
