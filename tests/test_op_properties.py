@@ -165,15 +165,15 @@ def test_inductor_matches_eager():
 
 
 @public
-def test_nothing_is_recorded_without_grad_mode(backend, device, use):
+def test_nothing_is_recorded_without_grad_mode(use):
     with torch.no_grad():
-        outputs = outputs_of(use.run, public_inputs(use, 5, device=device))
+        outputs = outputs_of(use.run, public_inputs(use, 5))
     assert not any(output.requires_grad for output in outputs)
 
 
 @pytest.mark.parametrize("use", differentiable("has_gradient", "has_backward"))
-def test_second_derivative_is_refused(backend, device, use):
-    inputs = public_inputs(use, 5, device=device)
+def test_second_derivative_is_refused(use):
+    inputs = public_inputs(use, 5)
     losses = [output.square().sum() for output in outputs_of(use.run, inputs) if output.requires_grad]
     grads = torch.autograd.grad(sum(losses), leaves_of(inputs), create_graph=True, allow_unused=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
