@@ -296,6 +296,8 @@ def test_a_batch_without_a_target_has_no_gradient_and_says_so():
     assert not model(**batch).logits.requires_grad
     assert not model.model(**batch).last_hidden_state.requires_grad
     handler.step()  # strict: that no gate was called is no mistake
+    with pytest.raises(RuntimeError, match="gates were not called"):
+        handler.step()  # now it is: there was no batch
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -164,3 +164,13 @@ def test_every_row_runs_after_all_that_it_sees(batch):
 def test_bad_input(labels, options, message):
     with pytest.raises(ValueError, match=message):
         plan_targets(labels, **options)
+
+
+def test_slices_count_the_rows_that_they_hold():
+    plan = plan_targets(torch.tensor([[X, X, X, X, X, 7, 8], [X, X, 7, X, X, X, X]]))
+    slices = plan.with_slices(4).stages[:-1]
+    assert [stage.num_rows for stage in slices] == [(2, 1), (2, 0)]
+    for stage in slices:
+        assert stage.num_rows == tuple(stage.is_row.sum(1).tolist())
+        assert stage.padded_share == pytest.approx(1 - stage.is_row.float().mean().item())
+        assert stage.real_rows().tolist() == stage.is_row.flatten().nonzero().flatten().tolist()
