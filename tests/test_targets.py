@@ -174,3 +174,8 @@ def test_slices_count_the_rows_that_they_hold():
         assert stage.num_rows == tuple(stage.is_row.sum(1).tolist())
         assert stage.padded_share == pytest.approx(1 - stage.is_row.float().mean().item())
         assert stage.real_rows().tolist() == stage.is_row.flatten().nonzero().flatten().tolist()
+
+
+def test_a_share_of_the_context_that_is_not_whole_is_rounded_anew_in_each_step():
+    labels = torch.tensor([[X, X, X, X, X, X, 8]])  # five rows of context
+    assert {plan_targets(labels, context_keep=0.5, step=step).num_kept for step in range(20)} == {2, 3}
