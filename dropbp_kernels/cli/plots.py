@@ -84,12 +84,12 @@ def _draw_times(axes: Any, results: dict[str, dict[str, Any]]) -> None:
     below = [f + b for f, b in zip(forward, backward, strict=True)]
     axes.bar(names, rest, bottom=below, color=colors, alpha=0.2)
     for place, (f, b, total) in enumerate(zip(forward, backward, steps, strict=True)):
-        axes.text(place, f / 2, f"forward {f:.0f}", ha="center", va="center", fontsize=8)
-        axes.text(place, f + b / 2, f"backward {b:.0f}", ha="center", va="center", fontsize=8, color="white")
+        axes.text(place, f / 2, f"{f:.0f}", ha="center", va="center", fontsize=8)
+        axes.text(place, f + b / 2, f"{b:.0f}", ha="center", va="center", fontsize=8, color="white")
         axes.text(place, total, f"{total:.0f} ms", ha="center", va="bottom")
     axes.set_xticks(range(len(names)), _wrapped(names))
     axes.set_ylabel("ms, median")
-    axes.set_title("Time of a step (top: optimizer)")
+    axes.set_title("Time of a step (pale: forward, dark: backward, top: optimizer)")
 
 
 def _wrapped(names: Sequence[str]) -> list[str]:
