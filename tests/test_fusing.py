@@ -36,6 +36,8 @@ FUSED_MODELS = {
     "granite": {"residual_multiplier": 0.5},
     "starcoder2": {},
     "stablelm": {},
+    "gpt2": {"pad_token_id": 0, **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)},
+    "gpt_neox": {"use_parallel_residual": False},
     "deepseek_v2": {**MOE, **MLA, "topk_method": "greedy"},
     "deepseek_v3": {**MOE, **MLA},
 }

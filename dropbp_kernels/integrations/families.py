@@ -170,9 +170,27 @@ FAMILIES: dict[str, Family] = {
             "input_layernorm self_attn resid_attn_dropout", "post_attention_layernorm mlp resid_mlp_dropout"
         ),
     ),
-    "gpt2": Family(("GPT2Block",), _GPT2),
+    "gpt2": Family(
+        ("GPT2Block",),
+        _layout("ln_1 attn", "ln_2 mlp"),
+        when=lambda block: not hasattr(block, "crossattention"),
+        forward=pre_norm_forward("ln_1 attn", "ln_2 mlp"),
+    ),
+    "gpt2_cross": Family(("GPT2Block",), _GPT2, when=lambda block: hasattr(block, "crossattention")),
     "gpt_bigcode": Family(("GPTBigCodeBlock",), _GPT2),
-    "gpt_neox": Family(("GPTNeoXLayer",), _layout("input_layernorm attention", "post_attention_layernorm mlp")),
+    "gpt_neox_sequential": Family(
+        ("GPTNeoXLayer",),
+        _layout("input_layernorm attention", "post_attention_layernorm mlp"),
+        when=lambda block: not block.use_parallel_residual,
+        forward=pre_norm_forward(
+            "input_layernorm attention post_attention_dropout", "post_attention_layernorm mlp post_mlp_dropout"
+        ),
+    ),
+    "gpt_neox": Family(
+        ("GPTNeoXLayer",),
+        _layout("input_layernorm attention", "post_attention_layernorm mlp"),
+        when=lambda block: block.use_parallel_residual,
+    ),
     "gptj": Family(("GPTJBlock",), _layout("ln_1 attn", "ln_1 mlp")),
     "falcon": Family(
         ("FalconDecoderLayer",),

@@ -47,6 +47,8 @@ _CASTINGS = {
 # liger-kernel's norms tell by their settings: (offset, casting_mode).
 _LIGER_CASTINGS = {(0.0, "llama"): "llama", (1.0, "gemma"): "gemma"}
 _LAYER_NORM = "layer_norm"  # stands for nn.LayerNorm among the castings
+# Where models have their blocks and the norm behind the last one.
+_BLOCKS_AND_NORMS = (("layers", "norm"), ("layers", "final_layer_norm"), ("h", "ln_f"))
 _HANDS_ON = "dropbp_hands_on"  # keyword that travels from the model's forward to its blocks
 
 
@@ -282,9 +284,10 @@ def install(model: nn.Module, fused: bool | str) -> None:
     backbones: list[Any] = [module for module in model.modules() if fused is not False and _is_backbone(module)]
     for backbone in backbones:
         vars(backbone)["_dropbp_handle"] = backbone.register_forward_pre_hook(_hand_on, with_kwargs=True)
-        if not hasattr(type(backbone.norm), "_dropbp_original"):
-            original: Any = type(backbone.norm)
-            backbone.norm.__class__ = _final_norm_class(original)
+        norm = _blocks_and_norm(backbone)[1]
+        if not hasattr(type(norm), "_dropbp_original"):
+            original: Any = type(norm)
+            norm.__class__ = _final_norm_class(original)
 
 
 def uninstall(model: nn.Module) -> None:
@@ -300,14 +303,20 @@ def _final_norm_class(original: Any) -> Any:
     return subclass(original, forward=_final_norm_forward, _dropbp_is_final_norm=True)
 
 
+def _blocks_and_norm(module: Any) -> tuple[Any, Any]:
+    """A model's blocks and the norm behind them; (None, None) where they are not to be found."""
+    pairs = ((getattr(module, blocks, None), getattr(module, norm, None)) for blocks, norm in _BLOCKS_AND_NORMS)
+    return next(
+        (pair for pair in pairs if isinstance(pair[0], nn.ModuleList) and isinstance(pair[1], nn.Module)), (None, None)
+    )
+
+
 def _is_backbone(module: Any) -> bool:
-    layers, norm = getattr(module, "layers", None), getattr(module, "norm", None)
-    if not isinstance(layers, nn.ModuleList) or not isinstance(norm, nn.Module) or len(layers) == 0:
+    blocks, norm = _blocks_and_norm(module)
+    if not blocks or not all("_dropbp_fused" in vars(block) for block in blocks) or _known_casting(norm) is None:
         return False
-    if not all("_dropbp_fused" in vars(block) for block in layers) or _known_casting(norm) is None:
-        return False
-    block = type(layers[0])
-    name = block.__name__.removesuffix("DecoderLayer")
+    block = type(blocks[0])
+    name = block.__name__.removesuffix("DecoderLayer").removesuffix("Layer").removesuffix("Block")
     takes_keywords = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(module).forward).parameters.values())
     is_named_alike = type(module).__name__ in (f"{name}Model", f"{name}TextModel")
     return takes_keywords and is_named_alike and type(module).__module__ == block.__module__
@@ -315,13 +324,13 @@ def _is_backbone(module: Any) -> bool:
 
 def _hand_on(backbone: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     """Forward pre-hook of a model: decides whether its blocks hand on what is pending in this call."""
-    norm = backbone.norm
-    if torch.compiler.is_compiling() or _known_casting(norm) is None or "forward" in vars(norm):
+    blocks, norm = _blocks_and_norm(backbone)
+    if torch.compiler.is_compiling() or norm is None or _known_casting(norm) is None or "forward" in vars(norm):
         return None
-    if not isinstance(norm, nn.Module) or not hasattr(type(norm), "_dropbp_is_final_norm") or _has_any_global_hook():
+    if not hasattr(type(norm), "_dropbp_is_final_norm") or _has_any_global_hook():
         return None
     device: Any = norm.weight.device
-    for block in backbone.layers:
+    for block in blocks:
         # What wraps or replaces a block (FSDP, accelerate's device map) would be passed something unknown to it.
         if "_dropbp_fused" not in vars(block) or "forward" in vars(block) or is_watched(block):
             return None
