@@ -10,6 +10,7 @@ A plan is a pure function of (seed, step), so it is the same on every rank, afte
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,8 @@ class DropBPHandler:
             raise ValueError('labels: expected None, since the model was not patched with context="inference"')
         if self.strict and self._awaits_call:
             self._check_called()
+        if self._awaits_call:
+            self._check_labels()
         self._book()
         self.plan = self.draw(self.num_steps)
         set_plan(self.gates, self.plan.kept)
@@ -234,6 +237,20 @@ class DropBPHandler:
         set_plan(self.gates, entries)
         self.plan = DropPlan(entries, seed=self.seed)
         return self.plan
+
+    def _check_labels(self) -> None:
+        """Warn, once, when the last step ran and no labels told its context from its targets."""
+        rule = self.targets
+        if rule is None or rule.num_target is not None or rule.has_warned_of_labels:
+            return
+        if any(gate.was_called for gate in self.gates.values()):
+            rule.has_warned_of_labels = True
+            warnings.warn(
+                "context: no labels were seen in a training step, so all of its tokens ran with a backward; call the "
+                "model with labels, or give them to step(labels=...)",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def _check_called(self) -> None:
         if self.targets is not None and self.targets.num_target == 0:

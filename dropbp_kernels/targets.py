@@ -47,6 +47,7 @@ class TargetRule:
     num_target: int | None = None
     zero_gradient: bool = False
     has_warned: bool = False
+    has_warned_of_labels: bool = False
 
     def put_on(self, decoder: nn.Module) -> None:
         """Let this be the rule of `decoder`."""

@@ -554,3 +554,17 @@ def test_bad_calls(extra, message):
     with pytest.raises(ValueError, match=message):
         model(**{**chat(), **extra})
     backward(model, chat())  # and nothing is left behind
+
+
+def test_a_step_that_saw_no_labels_is_warned_of_once():
+    model = tiny()
+    handler = apply_dropbp(model, 0.0, context="inference")
+    batch = {name: value for name, value in chat().items() if name != "labels"}
+    handler.step()
+    model(**batch).logits.sum().backward()
+    with pytest.warns(UserWarning, match="context: no labels were seen in a training step"):
+        handler.step()
+    model(**batch).logits.sum().backward()
+    handler.step()  # said once
+    model(**chat()).loss.backward()
+    handler.step()

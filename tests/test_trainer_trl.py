@@ -5,7 +5,9 @@ import torch
 
 pytest.importorskip("trl")
 
+import trl
 from models import tiny_causal_lm
+from packaging.version import Version
 from trainer_runs import arguments, assert_same, data, weights
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
@@ -117,6 +119,8 @@ def with_data(rows, callback):
 
 @pytest.mark.parametrize("make", [supervised, preferences, groups])
 def test_a_shared_context_is_exact_in_their_losses(make, tmp_path, monkeypatch):
+    if make is not supervised and Version(trl.__version__) < Version("1.16"):
+        pytest.skip("earlier DPOTrainer and GRPOTrainer call the model without labels, and step warns of it")
     num_context = []
     share = TargetPlan.with_shared_context
     monkeypatch.setattr(
