@@ -355,10 +355,13 @@ def test_own_blocks(tokens, checkpoint):
 
 
 @pytest.mark.parametrize("tokens", [False, True], ids=["sample", "token"])
-@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "starcoder2"])
 def test_norms_that_read_permuted_rows(model_type, tokens):
     """In float32, where a compiled kernel serves them: the gradients of the norms themselves."""
     model = tiny_causal_lm(model_type).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))  # biases that matter
     handler = apply_dropbp(model, 0.5, granularity="token" if tokens else "sample", fused_loss="off")
     handler.set_plan(draw_masks(handler, tokens))
     results = []
