@@ -5,15 +5,31 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from models import toy_model
+from models import tiny_causal_lm, toy_model
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from dropbp_kernels import DropBPHandler
+from dropbp_kernels import DropBPHandler, apply_dropbp, remove_dropbp
 from dropbp_kernels.missing_grad import register_missing_grad
 
 NUM_STEPS = 5
+# Ways to run a Llama of transformers that must not mind how its weights or its batch are cut.
+LLAMA_OPTIONS = {
+    "branch": {"drop_rate": 0.5},
+    "fused": {"drop_rate": 0.5, "fused": True},
+    "kept": {"drop_rate": 0.5, "checkpoint": "kept"},
+    "sliced": {"drop_rate": 0.5, "checkpoint": "sliced"},
+    "context": {"drop_rate": 0.5, "context": "inference"},
+}
+# These keep other rows where the batch is cut, or are refused there: for tensor parallel runs alone.
+WHOLE_BATCH_OPTIONS = {
+    "token": {"drop_rate": 0.5, "granularity": "token"},
+    "fused token": {"drop_rate": 0.5, "granularity": "token", "fused": True},
+    "one_hop": {"drop_rate": 0.5, "context": "inference", "context_gradient": "one_hop"},
+    "full": {"drop_rate": 0.5, "context": "inference", "context_gradient": "full"},
+}
 
 
 def batches(rank: int | None) -> list[torch.Tensor]:
@@ -78,6 +94,67 @@ def fsdp2(rank: int, missing_grad: str):
     return train(model, handler, batches(rank), missing_grad)
 
 
+def _tensor_parallel(model) -> None:
+    columns = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+    rows = ("self_attn.o_proj", "mlp.down_proj")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.model.layers:
+        parallelize_module(block, mesh, dict.fromkeys(columns, ColwiseParallel()))
+        parallelize_module(block, mesh, dict.fromkeys(rows, RowwiseParallel()))
+
+
+def _fsdp2(model) -> None:
+    for block in model.model.layers:
+        fully_shard(block)
+    fully_shard(model)
+
+
+def llama(options, engine=None, rank: int | None = None, patch_first: bool = True) -> dict[str, torch.Tensor]:
+    """Two steps of a tiny Llama; its weights afterwards, whole. rank: of a batch that is cut; None: all of it."""
+    model = tiny_causal_lm()
+    handler = apply_dropbp(model, **options) if patch_first else None
+    if engine is not None:
+        engine(model)
+    handler = handler or apply_dropbp(model, **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batches = torch.randint(64, (2, 4, 10), generator=torch.Generator().manual_seed(3))
+    for tokens in batches if rank is None else batches[:, 2 * rank : 2 * rank + 2]:
+        labels = tokens.clone()
+        labels[:, :3] = labels[:, 5:8] = -100  # two turns
+        handler.step()
+        model(input_ids=tokens, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    remove_dropbp(model)
+    model(input_ids=tokens, labels=tokens).loss.backward()  # as it was: every weight is used
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    return {
+        name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in model.state_dict().items()
+    }
+
+
+def refusal(options) -> str:
+    """What a Llama under FSDP2 says to options that it cannot run."""
+    try:
+        llama(options, _fsdp2, dist.get_rank())
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def llamas(rank: int) -> dict[str, object]:
+    """A tiny Llama in every engine and every way."""
+    results: dict[str, object] = {}
+    for name, options in (LLAMA_OPTIONS | WHOLE_BATCH_OPTIONS).items():
+        results[f"tensor parallel {name}"] = llama(options, _tensor_parallel)
+    for name, options in LLAMA_OPTIONS.items():
+        results[f"fsdp2 {name}"] = llama(options, _fsdp2, rank)
+        results[f"fsdp2 first {name}"] = llama(options, _fsdp2, rank, patch_first=False)
+    for name in ("one_hop", "full"):
+        results[f"refused {name}"] = refusal(WHOLE_BATCH_OPTIONS[name])
+    return results
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -93,5 +170,7 @@ if __name__ == "__main__":
         results["paca"] = paca(rank)
     if "static" in only or not only:
         results["static"] = ddp_static_graph(rank)
+    if "llama" in only or not only:
+        results |= llamas(rank)
     torch.save(results, Path(sys.argv[1], f"rank{rank}.pt"))
     dist.destroy_process_group()

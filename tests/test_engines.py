@@ -1,5 +1,6 @@
-"""DDP and FSDP2 on two processes (gloo): branches are dropped on all ranks alike, and training equals one process's."""
+"""DDP, FSDP2 and tensor parallel on two processes (gloo): plans are those of one process, and so is what is trained."""
 
+import itertools
 import os
 import socket
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from engine_ranks import batches, train, with_paca
+from engine_ranks import LLAMA_OPTIONS, WHOLE_BATCH_OPTIONS, batches, llama, train, with_paca
 from models import toy_model
 
 from dropbp_kernels import DropBPHandler
@@ -80,3 +81,19 @@ def test_missing_gradients_make_a_difference(results):
 
 def test_a_static_graph_is_refused_by_ddp(results):
     assert all("graph has changed in this iteration" in result["static"] for result in results)
+
+
+@pytest.mark.parametrize("name", LLAMA_OPTIONS | WHOLE_BATCH_OPTIONS)
+def test_llamas_on_two_ranks_train_like_one(results, name):
+    """Patched before or after they were sharded, and whole again after `remove_dropbp`."""
+    expected = llama((LLAMA_OPTIONS | WHOLE_BATCH_OPTIONS)[name])
+    engines = ["tensor parallel", *(("fsdp2", "fsdp2 first") if name in LLAMA_OPTIONS else ())]
+    for engine, result in itertools.product(engines, results):
+        weights = result[f"{engine} {name}"]
+        for key, value in expected.items():
+            torch.testing.assert_close(weights[key], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["one_hop", "full"])
+def test_gradients_of_contexts_are_refused_under_fsdp(results, name):
+    assert all('expected "none" under FSDP' in result[f"refused {name}"] for result in results)

@@ -24,6 +24,7 @@ from ..flops import attention_core_flops, attention_shape, linear_flops
 from ..layer import DropBP
 from .fusing import pre_norm_forward
 from .gating import ModuleGate
+from .swapping import class_as_built
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Family:
 
     def fits(self, block: nn.Module) -> bool:
         """Whether `block` is one of this family's."""
-        return type(block).__name__ in self.block and (self.when is None or self.when(block))
+        return class_as_built(block).__name__ in self.block and (self.when is None or self.when(block))
 
     def paths(self, block: nn.Module) -> dict[str, tuple[str, ...]]:
         """The names of the modules of each branch that `block` has.

@@ -14,6 +14,7 @@ from ..layer import as_inference
 from ..plan import running
 from ..targets import TargetPlan, TargetRule
 from .stage_keys import ModelMasks, StageKeys
+from .swapping import is_sharded
 
 MIN_ROWS = 1024  # of context that run at a time; with fewer the GEMMs get slow, and so many hold little
 _BY_ROW = ("input_ids", "inputs_embeds", "position_ids")
@@ -27,6 +28,11 @@ def run_in_stages(decoder: Any, run: Callable[..., Any], inputs: dict[str, Any],
     """
     _check_inputs(inputs, plan)
     rule = TargetRule.on(decoder)
+    if rule.context_gradient != "none" and is_sharded(decoder):
+        raise ValueError(
+            'context_gradient: expected "none" under FSDP, which reduces the gradient of a block when its targets are '
+            f"done and so would lose the context's, got {rule.context_gradient!r}"
+        )
     if inputs.get("position_ids") is None:
         inputs["position_ids"] = torch.arange(plan.documents.shape[1], device=plan.documents.device).unsqueeze(0)
     inputs["position_ids"] = inputs["position_ids"].expand_as(plan.documents)

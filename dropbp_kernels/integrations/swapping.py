@@ -4,6 +4,7 @@ The subclass keeps the name and has the class as its ancestor, so wrappers that 
 output recording) still find it; `state_dict` keys stay; and the patch is undone by giving the old class back.
 """
 
+import functools
 from typing import Any
 
 from torch import nn
@@ -22,10 +23,37 @@ def subclass(original: Any, original_as: str = "_dropbp_original", **members: An
 
 
 def is_swapped(module: nn.Module, original_as: str = "_dropbp_original") -> bool:
-    """Whether `module` is of a class that `subclass` made."""
-    return original_as in vars(type(module))
+    """Whether `module` is of a class that `subclass` made, or that another (`fully_shard`) made of such a one."""
+    return hasattr(type(module), original_as)
 
 
 def swap_back(module: nn.Module, original_as: str = "_dropbp_original") -> None:
-    """Give `module` the class back that it had before."""
-    module.__class__ = vars(type(module))[original_as]
+    """Give `module` the class back that it had before; what somebody else made of its class meanwhile stays."""
+    cls: Any = type(module)
+    module.__class__ = _without(cls, original_as)
+
+
+@functools.cache
+def _without(cls: Any, original_as: str) -> Any:
+    if original_as in vars(cls):
+        return vars(cls)[original_as]
+    if not hasattr(cls, original_as):
+        return cls
+    # Checkpointed layers of transformers write a forward into every subclass: into this one a forward that calls ours.
+    made = ("__dict__", "__weakref__", "forward")
+    namespace = {name: value for name, value in vars(cls).items() if name not in made}
+    return type(cls)(cls.__name__, tuple(_without(base, original_as) for base in cls.__bases__), namespace)
+
+
+def class_as_built(module: nn.Module) -> Any:
+    """The class that `module` had before FSDP2's fully_shard made one of its own."""
+    cls = type(module)
+    while any(base.__name__ == "FSDPModule" for base in cls.__bases__):
+        cls = cls.__bases__[-1]
+    return cls
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP gathers weights of `module`, or of something in it, for each use."""
+    names = ("FSDPModule", "FullyShardedDataParallel")
+    return any(cls.__name__ in names for child in module.modules() for cls in type(child).__mro__)
