@@ -1,9 +1,9 @@
-"""A whole fine-tuning step with LoRA under gradient checkpointing: undropped, published DropBP, ours in both ways.
+"""A whole fine-tuning step with LoRA under gradient checkpointing: undropped, published DropBP, ours in each way.
 
 undropped     transformers' checkpointing of whole blocks, non-reentrant
 published     its sampler, branches detached after the forward, reentrant: every block is computed again
 transformers  ours under transformers' checkpointing: dropped branches are not computed again
-kept          ours with checkpoint="kept"
+kept, sliced  ours with checkpoint="kept" and "sliced"
 
 As in `bench_step`: one model, every round runs each method once on the same batch, a step is forward and backward.
 """
@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dropbp_kernels import DropBPHandler, apply_dropbp
 from dropbp_kernels.layer import checkpoint_branch
+from dropbp_kernels.slicing import SLICE_TOKENS
 
 from .bench_step import Method
 from .rows import machine
@@ -43,13 +44,14 @@ class Way(Method):
         for block in checkpointed_blocks(handler.model):
             block._gradient_checkpointing_func = function  # type: ignore[assignment]
         for gate in handler.gates.values():
-            gate.checkpoint = checkpoint_branch if self.name == "kept" else None
+            gate.checkpoint = checkpoint_branch if self.name in ("kept", "sliced") else None
+            gate.slice_tokens = SLICE_TOKENS if self.name == "sliced" and gate.per_token else 0
         return super().set_plan(handler, step)
 
 
 WAYS = [
     Way("undropped", 0.0),
-    *(Way(name, rate) for rate in DROP_RATES for name in ("published", "transformers", "kept")),
+    *(Way(name, rate) for rate in DROP_RATES for name in ("published", "transformers", "kept", "sliced")),
 ]
 
 
@@ -140,7 +142,7 @@ def verdicts(rows: list[CheckpointedStepRow]) -> dict[str, bool]:
             row.step_over_undropped <= ALLOWED_OVER_UNDROPPED
         )
         for row in rows
-        if row.method in ("transformers", "kept") and row.drop_rate == 0.75
+        if row.method in ("transformers", "kept", "sliced") and row.drop_rate == 0.75
     }
 
 

@@ -75,10 +75,10 @@ def test_checkpointed_step_rows():
     by_name = {(row.method, row.drop_rate): row for row in rows}
     undropped, published = by_name["undropped", 0.0], by_name["published", 0.875]
     assert published.saved_bytes == undropped.saved_bytes  # every block keeps its input
-    for way in ("transformers", "kept"):
+    for way in ("transformers", "kept", "sliced"):
         assert by_name[way, 0.875].saved_bytes < undropped.saved_bytes
         assert by_name[way, 0.75].flops_kept == pytest.approx(0.25, abs=0.15)
-    assert len(bench_checkpointed_step.verdicts(rows)) == 2
+    assert len(bench_checkpointed_step.verdicts(rows)) == 3
 
 
 def test_row_step_rows():
