@@ -26,11 +26,15 @@ from dropbp_kernels.cli.training import Run
 
 from .convergence_methods import METHODS, Point, Task, group_of
 from .convergence_runs import make_run, patch
+from .convergence_simulated import QueryRows
 from .rows import RESULTS, Machine, append_rows, machine
 
 FILE = "convergence_gradients.csv"
 FEWER = "undropped, a share of the batch"
-PLANS = ("published", "branch", "sample", "sample, aligned by 2 blocks", "sample, aligned", "token", "token, unbiased")
+PLANS = (
+    *("published", "branch", "sample", "sample, aligned by 2 blocks", "sample, aligned", "token", "token, unbiased"),
+    *("last branches", "query rows", "query rows, one_hop", "query rows, aligned", "query rows, aligned, one_hop"),
+)
 RATES = (0.5, 0.75, 0.875)
 STEPS_BEFORE = 25  # so that LoRA's B is no longer zero
 
@@ -80,7 +84,15 @@ def plans_of(run: Run, task: Task, method: str, rate: float, place: int, num: in
         return
     make_options: Callable[[float], dict] | None = METHODS[method]
     assert make_options is not None
-    handler = patch(run.model, rate, task, place, dict(make_options(rate)))
+    options = dict(make_options(rate))
+    if "simulated" in options:
+        plan = QueryRows(run.model, rate, **options["simulated"])
+        for step in range(num):
+            plan.draw((len(ids), ids.shape[1]), seed=place, step=step)
+            yield gradient(run, ids, labels)
+        plan.remove()
+        return
+    handler = patch(run.model, rate, task, place, options)
     for _ in range(num):
         handler.step()
         yield gradient(run, ids, labels)
@@ -128,6 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--group", choices=("plans", "deep"), default="plans", help="whose model and data")
     parser.add_argument("--batches", type=int, default=3)
     parser.add_argument("--plans", type=int, default=32, help="of each batch")
+    parser.add_argument("--methods", nargs="+", choices=(*PLANS, FEWER), default=(*PLANS, FEWER))
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
     parser.add_argument("--steps", type=int, default=STEPS_BEFORE, help="undropped, before the measurement")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -138,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     for step in range(options.steps):
         run.step(step)
     for rate in options.rates:
-        for method in (*PLANS, FEWER):
+        for method in options.methods:
             cosine, of_mean, norm = measure(run, task, method, rate, options.batches, options.plans)
             row = GradientRow(
                 **asdict(where),

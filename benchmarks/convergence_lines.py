@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .convergence_methods import GROUPS, Point, Task
+from .convergence_methods import GROUPS, Point, Task, is_simulated
 
 FIRST_SWEEP_SEED = 100  # seeds from here on are for choosing settings, and stand in no table
 # Two-sided 5 % quantiles of Student's t, by degrees of freedom.
@@ -78,6 +78,8 @@ def _line(point: Point, adapter: str, rows: Rows, timed: dict["Key", dict[str, s
     is_control = point.method == "undropped" and key[0] == adapter
     full = (adapter, "undropped", 0.0, task.batch_size)
     step, backward = _undropped_cost(key, timed, full) if is_control else _cost(key, timed, full)
+    if is_simulated(point.method, point.drop_rate):
+        _, backward = _cost((key[0], "token", *key[2:]), timed, full)
     return Line(
         point=point,
         batch_size=key[3],

@@ -7,15 +7,18 @@ Every group holds the controls that a figure of ours has to face: published Drop
 batches, of the same backward FLOPs and of the same time (the column `undropped_batch` of timings says which).
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from dropbp_kernels.cli.builtin import Recipe
 
-# Of apply_dropbp; with "schedule", the drop rate is the mean of the run. And three of our own, see `convergence_runs`:
+# Of apply_dropbp; with "schedule", the drop rate is the mean of the run. And some of our own, see `convergence_runs`:
 # "coreset": options of CoresetSelector; "calibrate": the allocation of rates by sensitivity, after a tenth of the
-# steps; "attention_rate": of all attention branches, where the MLPs' is the rate that drops as many FLOPs in all.
+# steps; "attention_rate": of all attention branches, where the MLPs' is the rate that drops as many FLOPs in all;
+# "simulated": options of `convergence_simulated.QueryRows`; "window": the loss is on a share 1 - drop rate of the
+# sequence, another one in every step.
 Options = dict[str, Any]
 BUILTIN = Recipe()
 
@@ -62,6 +65,12 @@ class Point:
         return self.name + (f", batch {self.batch_size}" if self.batch_size else "")
 
 
+def is_simulated(method: str, drop_rate: float) -> bool:
+    """Whether the method's work is not saved: its backward costs, by hand, what that of `token` costs."""
+    make_options = METHODS[method]
+    return make_options is not None and "simulated" in make_options(drop_rate)
+
+
 def label(method: str, drop_rate: float) -> str:
     return f"{method} {drop_rate:g}" if drop_rate else method
 
@@ -77,6 +86,35 @@ class Group:
 
 def _published(rate: float) -> Options:
     return {"sampler": "published", "dropped_runs": "detach", "keep_one": False}
+
+
+def last_branches(rates: Sequence[float], flops: Sequence[float], seed: int, step: int) -> tuple[bool, ...]:
+    """A sampler: the same branches in every step, those nearest to the loss."""
+    return _first(reversed(range(len(rates))), rates, flops, step)
+
+
+def lowest_rates(rates: Sequence[float], flops: Sequence[float], seed: int, step: int) -> tuple[bool, ...]:
+    """A sampler: the same branches in every step, those of the lowest rates, and of equal rates the last."""
+    return _first(sorted(reversed(range(len(rates))), key=lambda branch: rates[branch]), rates, flops, step)
+
+
+def _first(order: Iterable[int], rates: Sequence[float], flops: Sequence[float], step: int) -> tuple[bool, ...]:
+    """The first branches of `order`, as far as the FLOPs reach that the rates keep.
+
+    The branch that they do not pay for wholly is kept in as many steps as they pay for.
+    """
+    left = math.fsum((1.0 - rate) * cost for rate, cost in zip(rates, flops, strict=True))
+    kept = [False] * len(rates)
+    for branch in order:
+        share = max(0.0, min(1.0, left / flops[branch]))
+        # 1e-9: a share that is 1 up to rounding is 1.
+        kept[branch] = math.floor((step + 1) * share + 1e-9) > math.floor(step * share + 1e-9)
+        left -= share * flops[branch]
+    return tuple(kept)
+
+
+def _query_rows(**options: Any) -> Callable[[float], Options]:
+    return lambda rate: {"simulated": options}
 
 
 _ALIGNED: Options = {"granularity": "sample", "aligned": True}
@@ -102,6 +140,25 @@ METHODS: dict[str, Callable[[float], Options] | None] = {
     "sample, aligned, recovery": lambda rate: {**_ALIGNED, "schedule": "recovery:0.2"},
     "token, attention 0.5": lambda rate: {"granularity": "token", "attention_rate": 0.5},
     "token, attention 0.9": lambda rate: {"granularity": "token", "attention_rate": 0.9},
+    "last branches": lambda rate: {"sampler": last_branches},
+    "most sensitive branches": lambda rate: {"sampler": lowest_rates, "calibrate": "variance"},
+    "query rows": _query_rows(),
+    "query rows, one_hop": _query_rows(context="one_hop"),
+    "query rows, by sensitivity": lambda rate: {"simulated": {"context": "one_hop"}, "calibrate": "optimal"},
+    "query rows, largest output": _query_rows(context="one_hop", chosen="output"),
+    "query rows, aligned": _query_rows(aligned=True),
+    "query rows, aligned, one_hop": _query_rows(aligned=True, context="one_hop"),
+    "query rows, aligned, by sensitivity": lambda rate: {
+        "simulated": {"aligned": True, "context": "one_hop"},
+        "calibrate": "optimal",
+    },
+    "query rows, aligned, largest loss": _query_rows(aligned=True, context="one_hop", chosen="loss"),
+    "target plan, a window": lambda rate: {"context": "inference", "window": True},
+    "target plan, a window, one_hop": lambda rate: {
+        "context": "inference",
+        "context_gradient": "one_hop",
+        "window": True,
+    },
     "target plan": lambda rate: {"context": "inference"},
     "target plan, one_hop": lambda rate: {"context": "inference", "context_gradient": "one_hop"},
     "target plan, sample": lambda rate: {"context": "inference", "granularity": "sample"},
@@ -144,13 +201,16 @@ def _smaller(*batch_sizes: int, adapter: str | None = None) -> tuple[Point, ...]
 
 
 _ROW_PLANS = ("published", "branch", "sample", "sample, aligned", "token")
+_CHOSEN = tuple(
+    method for method in METHODS if method.startswith(("last", "most sensitive", "query rows", "target plan, a window"))
+)
 _CORESETS = tuple(Point(method) for method in METHODS if method.startswith("coreset"))
 # As fast as plans by rows, as plans by branches; of the backward FLOPs of rate 0.75, of published DropBP at 0.75.
 _SMALLER_TEXTS = _smaller(8, 5, 3, 2)
 
 GROUPS = {
-    "targets": Group(TARGETS, _target_points({0.0: 0.4, 0.5: 0.7, 0.75: 0.85}, 6, 4, 2, 1)),
-    "targets_long": Group(TARGETS_LONG, _target_points({0.0: 0.75}, 2)),
+    "targets": Group(TARGETS, _target_points({0.0: 0.4, 0.5: 0.7, 0.75: 0.85}, 7, 6, 4, 2, 1)),
+    "targets_long": Group(TARGETS_LONG, _target_points({0.0: 0.75}, 3, 2, 1)),
     "plans": Group(
         TEXT,
         (
@@ -163,9 +223,9 @@ GROUPS = {
         TEXT,
         (
             Point("undropped"),
-            *_at(0.5, *_ROW_PLANS, "token, by sensitivity"),
-            *_at(0.875, *_ROW_PLANS, "token, by sensitivity"),
-            *_smaller(8, 6, 5, 3, 2),
+            *_at(0.5, *_ROW_PLANS, "token, by sensitivity", *_CHOSEN),
+            *_at(0.875, *_ROW_PLANS, "token, by sensitivity", *_CHOSEN),
+            *_smaller(8, 6, 5, 3, 2, 1),
         ),
         rows_of="plans",
     ),
@@ -181,9 +241,18 @@ GROUPS = {
         ),
         rows_of="plans",
     ),
+    "chosen": Group(
+        TEXT,
+        (
+            Point("undropped"),
+            *_at(0.75, "published", "token", "token, by sensitivity", *_CHOSEN),
+            *_SMALLER_TEXTS,
+        ),
+        rows_of="plans",
+    ),
     "deep": Group(
         DEEP,
-        (Point("undropped"), *_at(0.75, "published", "branch", "sample, aligned", "token"), *_SMALLER_TEXTS),
+        (Point("undropped"), *_at(0.75, "published", "branch", "sample, aligned", "token", *_CHOSEN), *_SMALLER_TEXTS),
     ),
     "paca": Group(
         TEXT,

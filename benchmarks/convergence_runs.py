@@ -1,5 +1,6 @@
 """How a run of `benchmarks.convergence` is made: a model patched by the method of a point, before its first step."""
 
+import random
 import statistics
 from collections.abc import Mapping
 from dataclasses import replace
@@ -8,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dropbp_kernels import DropBPHandler, apply_dropbp
+from dropbp_kernels import DropBPHandler, apply_dropbp, remove_dropbp
 from dropbp_kernels.cli import builtin, models
+from dropbp_kernels.cli.data import IGNORED
 from dropbp_kernels.cli.settings import Settings
 from dropbp_kernels.cli.training import Run
 from dropbp_kernels.coreset import CoresetSelector
@@ -17,6 +19,7 @@ from dropbp_kernels.schedules import factor_at, get_schedule
 
 from . import convergence_data
 from .convergence_methods import METHODS, Options, Point, Task
+from .convergence_simulated import QueryRows, loss_gradient_norms
 
 PACA_RANK = 16  # 221,184 trained parameters of the built-in model; LoRA of rank 8 has 217,088
 MAX_RATE = 0.95  # of a schedule whose mean is the drop rate; only a run of a few steps meets it
@@ -35,6 +38,13 @@ def make_run(task: Task, adapter: str, point: Point, batch_size: int, learning_r
         return CoresetRun(point.method, model, None, batch_size, data, settings, options=options["coreset"])
     if (allocation := options.pop("calibrate", None)) is not None:
         settings = replace(settings, rates="sensitivity", allocation=allocation)
+    if (simulated := options.pop("simulated", None)) is not None:
+        plan = QueryRows(model, point.drop_rate, **simulated)
+        return SimulatedRun(point.method, model, None, batch_size, data, settings, plan=plan, drop_rate=point.drop_rate)
+    if options.pop("window", False):
+        handler = patch(model, 0.0, task, seed, options)
+        num_windows = round(1 / (1 - point.drop_rate))
+        return WindowRun(point.method, model, handler, batch_size, data, settings, num_windows=num_windows)
     handler = patch(model, point.drop_rate, task, seed, options)
     return Run(point.method, model, handler, batch_size, data, settings)
 
@@ -52,6 +62,61 @@ class CoresetRun(Run):
             batch, _ = self.selector.subset({"input_ids": input_ids, "labels": labels}, self.data.sources)
             input_ids, labels = batch["input_ids"], batch["labels"]
         return super().loss(input_ids, labels)
+
+
+class SimulatedRun(Run):
+    """A run under a simulated plan, drawn anew for each training batch. Choosing by loss costs a forward more."""
+
+    def __init__(self, *args: Any, plan: QueryRows, drop_rate: float):
+        super().__init__(*args)
+        self.plan = plan
+        self.drop_rate = drop_rate
+        self.num_drawn = 0
+
+    def step(self, step: int) -> None:
+        if self.settings.rates == "sensitivity" and step == self.settings.steps // 10:
+            ids, labels = self.data.batch(step, self.batch_size)
+            handler = apply_dropbp(self.model, self.drop_rate)
+            calls = [lambda: super(SimulatedRun, self).loss(ids, labels)]
+            self.plan.drop_rates = handler.calibrate(calls, allocation=self.settings.allocation)
+            remove_dropbp(self.model)
+        super().step(step)
+
+    def loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        if not self.model.training:
+            return super().loss(input_ids, labels)
+        scores = None
+        if self.plan.chosen == "loss":
+            with torch.no_grad():
+                scores = loss_gradient_norms(self.model(input_ids=input_ids).logits, labels)
+        seed, self.num_drawn = self.settings.seed, self.num_drawn + 1
+        self.plan.draw(tuple(input_ids.shape), seed=seed, step=self.num_drawn, scores=scores)
+        loss = super().loss(input_ids, labels)
+        self.plan.clear()
+        return loss
+
+
+class WindowRun(Run):
+    """A run whose batches have their loss on one of num_windows stretches of the sequence, another in every step."""
+
+    def __init__(self, *args: Any, num_windows: int):
+        super().__init__(*args)
+        self.num_windows = num_windows
+        self.random = random.Random(f"window:{self.settings.seed}")
+
+    def loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        if self.model.training:
+            labels = in_window(labels, self.num_windows, self.random.randrange(self.num_windows))
+        return super().loss(input_ids, labels)
+
+
+def in_window(labels: Tensor, num_windows: int, number: int) -> Tensor:
+    """The labels (B, S) of one of num_windows stretches of the columns that hold any; the others have no loss."""
+    columns = (labels != IGNORED).any(dim=0).nonzero().flatten()
+    window = columns.tensor_split(num_windows)[number]
+    kept = torch.full_like(labels, IGNORED)
+    kept[:, window] = labels[:, window]
+    return kept
 
 
 def _settings(task: Task, adapter: str, learning_rate: float, seed: int) -> Settings:

@@ -2,7 +2,8 @@
 
 From the times of undropped steps at several batch sizes follows the batch size at which an undropped step takes as long
 as a method's (`undropped_batch`): the control that the method has to beat. FLOPs are counted beside it, by PyTorch's
-counter, which knows what was run and not what was meant. A method with a schedule is not timed: its steps differ.
+counter, which knows what was run and not what was meant. A method with a schedule is not timed, since its steps differ,
+nor is a simulated one, which saves no work.
 """
 
 import random
@@ -17,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dropbp_kernels.cli.training import Run
 
-from .convergence_methods import METHODS, Group, Point, label
+from .convergence_methods import METHODS, Group, Point, is_simulated, label
 from .convergence_runs import make_run
 from .rows import Machine, append_rows, machine
 from .timing import quantile
@@ -121,6 +122,8 @@ def _is_timed(point: Point, adapter: str) -> bool:
     make_options = METHODS[point.method]
     if make_options is None:
         return point.adapter not in (None, adapter)  # the others stand among the undropped batches
+    if is_simulated(point.method, point.drop_rate):
+        return False
     return point.learning_rate is None and "schedule" not in make_options(point.drop_rate)
 
 

@@ -24,11 +24,13 @@ from benchmarks import (  # noqa: E402
     convergence_methods,
     convergence_report,
     convergence_runs,
+    convergence_simulated,
     convergence_timing,
     coreset_data,
 )
 from benchmarks.convergence_methods import GROUPS, TINY, Group, Point  # noqa: E402
 from benchmarks.rows import RESULTS, read_rows  # noqa: E402
+from dropbp_kernels import apply_dropbp  # noqa: E402
 from dropbp_kernels.cli import builtin, corpus  # noqa: E402
 from dropbp_kernels.cli.data import IGNORED, Data, Row  # noqa: E402
 
@@ -63,7 +65,7 @@ def tiny(tmp_path, monkeypatch):
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("group", ["targets", "variations", "plans", "paca", "coreset"])
+@pytest.mark.parametrize("group", ["targets", "variations", "chosen", "plans", "paca", "coreset"])
 def test_a_group_is_timed_and_trained_and_a_second_call_has_nothing_to_do(group, tiny, capsys, monkeypatch):
     call = ["--group", group, "--scale", "tiny", "--out", str(tiny)]
     assert convergence.main([*call, "--time", "--rounds", "1"]) == 0
@@ -81,6 +83,7 @@ def test_a_group_is_timed_and_trained_and_a_second_call_has_nothing_to_do(group,
     undropped = next(row for row in rows if row["method"] == "undropped")
     assert float(undropped["validation_loss"]) != pytest.approx(curve[0], abs=1e-4)
     steps = read_rows(tiny / convergence_timing.FILE)
+    assert not any(convergence_methods.is_simulated(row["method"], float(row["drop_rate"])) for row in steps)
     assert {row["adapter"] for row in rows} == {row["adapter"] for row in steps}
     assert {row["group"] for row in rows} == {row["group"] for row in steps} == {GROUPS[group].rows_of or group}
     assert all(float(row["backward_gflop"]) >= 0 for row in steps)
@@ -93,7 +96,8 @@ def test_a_group_is_timed_and_trained_and_a_second_call_has_nothing_to_do(group,
 
 def test_no_method_is_left_out():
     """The groups that are not run above hold no method that those do not."""
-    points = [point for name in ("targets", "variations", "plans", "paca", "coreset") for point in GROUPS[name].points]
+    names = ("targets", "variations", "chosen", "plans", "paca", "coreset")
+    points = [point for name in names for point in GROUPS[name].points]
     assert {point.method for group in GROUPS.values() for point in group.points} == {point.method for point in points}
     assert convergence_methods.METHODS.keys() == {point.method for point in points}
 
@@ -137,7 +141,7 @@ def test_methods_drop_the_same_share_of_the_work(tiny):
     """Rates by kind, by schedule and by sensitivity alike: their mean over the run, by FLOPs, is the drop rate."""
     task = dataclasses.replace(convergence_methods.group_of("plans", "tiny").task, steps=50)
     for method in convergence_methods.METHODS:
-        if method.startswith(("undropped", "target plan", "coreset")):
+        if method.startswith(("undropped", "target plan", "coreset", "query rows")):
             continue
         run = convergence_runs.make_run(task, "lora", Point(method, 0.75), 2, 8e-3, 0)
         if run.settings.rates == "sensitivity":
@@ -177,6 +181,108 @@ def test_aligned_samples_are_a_smaller_batch_to_an_adapter(tiny):
     run.handler.set_plan([True] * len(run.handler.gates))
     theirs = convergence_gradients.gradient(run, ids[kept], labels[kept])
     assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0).item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_frozen_branches_are_the_same_in_every_step():
+    """The last ones, or those of the lowest rates; the one on the edge is kept as often as the rates pay for."""
+    flops = [1.0, 3.0] * 4
+    for step in range(5):
+        kept = convergence_methods.last_branches([0.75] * 8, flops, 0, step)
+        assert kept == (False,) * 6 + (True, True)
+        rates = [0.0, 0.9, 0.9, 0.0, 0.9, 0.9, 1.0, 1.0]  # 1 + 3 and, of the last that is left, 0.1 * (1 + 3 + 1 + 3)
+        edge = (step + 1) * 8 // 30 > step * 8 // 30
+        assert convergence_methods.lowest_rates(rates, flops, 0, step) == (
+            *(True, False, False, True, False),
+            edge,
+            False,
+            False,
+        )
+    shares = [convergence_methods.last_branches([0.7] * 8, flops, 0, step) for step in range(15)]
+    assert statistics.mean(sum(c for c, is_kept in zip(flops, kept, strict=True) if is_kept) for kept in shares) == 4.8
+
+
+@pytest.fixture
+def started(tiny):
+    """A run after its first step, and the next batch."""
+    task = convergence_methods.group_of("plans", "tiny").task
+    run = convergence_runs.make_run(task, "lora", Point("undropped"), 4, 8e-3, 0)
+    run.step(0)
+    return run, *run.data.batch(1, 4)
+
+
+def cosine(one, other):
+    return torch.nn.functional.cosine_similarity(one, other, dim=0).item()
+
+
+@pytest.mark.parametrize("context", ["none", "one_hop"])
+def test_aligned_query_rows_have_the_gradient_of_a_target_plan(context, started):
+    """A simulated plan that keeps the same tokens everywhere is a target plan of these tokens, which saves the work."""
+    run, ids, labels = started
+    labels = ids.long()
+    is_target = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < 0.3
+    is_target[:, -1] = False
+    whole = convergence_gradients.gradient(run, ids, labels)
+    plan = convergence_simulated.QueryRows(run.model, 0.75, context=context, aligned=True)
+    plan.kept = is_target.expand(4, -1, -1)
+    ours = convergence_gradients.gradient(run, ids, labels)
+    plan.clear()
+    assert torch.equal(convergence_gradients.gradient(run, ids, labels), whole)
+    plan.remove()
+    shifted = torch.full_like(labels, IGNORED)
+    shifted[:, 1:] = torch.where(is_target[:, :-1], labels[:, 1:], IGNORED)
+    apply_dropbp(run.model, 0.0, context="inference", context_gradient=context)
+    theirs = convergence_gradients.gradient(run, ids, shifted)
+    assert cosine(ours, theirs) == pytest.approx(1.0, abs=1e-5)
+    assert cosine(ours, whole) < 0.99
+
+
+def test_query_rows_of_mlps_are_those_of_a_token_plan(started):
+    run, ids, labels = started
+    plan = convergence_simulated.QueryRows(run.model, 0.75)
+    plan.draw(tuple(ids.shape), seed=0, step=0)
+    assert plan.kept.sum(dim=(1, 2)).tolist() == [ids.numel() // 4] * 4
+    assert not torch.equal(plan.kept[1], plan.kept[3])
+    plan.kept[0::2] = True
+    kept = plan.kept[1::2].flatten(1)
+    ours = convergence_gradients.gradient(run, ids, labels)
+    plan.clear()
+    apply_dropbp(run.model, 0.0).set_plan([True, kept[0], True, kept[1]])
+    torch.testing.assert_close(ours, convergence_gradients.gradient(run, ids, labels), rtol=1e-4, atol=1e-7)
+
+
+def test_query_rows_are_chosen_by_output_or_by_loss(started):
+    run, ids, labels = started
+    scores = []
+    for block in [m for m in run.model.modules() if type(m).__name__ == "LlamaDecoderLayer"]:
+        block.post_attention_layernorm.register_forward_pre_hook(
+            lambda module, args: scores.append(args[0].norm(dim=-1))
+        )
+        block.mlp.register_forward_hook(lambda module, args, output: scores.append(output.norm(dim=-1) / scores.pop()))
+    plan = convergence_simulated.QueryRows(run.model, 0.75, chosen="output")
+    plan.draw(tuple(ids.shape), seed=0, step=0)
+    run.loss(ids, labels)
+    for kept, score in zip(plan.kept[1::2], scores, strict=True):
+        assert kept.sum() == kept.numel() // 4
+        assert score[kept].min() >= score[~kept].max()
+    plan.clear()
+
+    logits = run.model(input_ids=ids).logits.detach().requires_grad_()
+    targets = labels[:, 1:].flatten().long()
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets, reduction="sum")
+    (expected,) = torch.autograd.grad(loss, logits)
+    norms = convergence_simulated.loss_gradient_norms(logits.detach(), labels)
+    torch.testing.assert_close(norms, expected.norm(dim=-1))
+    plan.draw(tuple(ids.shape), seed=0, step=0, scores=norms)
+    assert norms[plan.kept[0]].min() >= norms[~plan.kept[0]].max()
+    with pytest.raises(ValueError, match="chosen: expected one of random, loss, output, got 'luck'"):
+        convergence_simulated.QueryRows(run.model, 0.75, chosen="luck")
+
+
+def test_windows_share_the_labels_among_them():
+    labels = torch.tensor([[IGNORED, 1, 2, 3, 4, 5], [IGNORED, 1, IGNORED, 3, 4, 5]])
+    windows = [convergence_runs.in_window(labels, 2, number) for number in range(2)]
+    assert windows[0].tolist() == [[IGNORED, 1, 2, 3, IGNORED, IGNORED], [IGNORED, 1, IGNORED, 3, IGNORED, IGNORED]]
+    assert windows[1].tolist() == [[IGNORED] * 4 + [4, 5]] * 2
 
 
 def test_windows_cover_all_values_once():
