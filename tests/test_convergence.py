@@ -250,6 +250,25 @@ def test_query_rows_of_mlps_are_those_of_a_token_plan(started):
     torch.testing.assert_close(ours, convergence_gradients.gradient(run, ids, labels), rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("context", ["none", "one_hop"])
+def test_attention_sends_no_gradient_to_the_input_of_a_dropped_query(context, started):
+    run, ids, labels = started
+    block = [module for module in run.model.modules() if type(module).__name__ == "LlamaDecoderLayer"][1]
+    inputs = []
+
+    def keep(module, args, output):
+        output.retain_grad()
+        inputs.append(output)
+
+    block.input_layernorm.register_forward_hook(keep)
+    plan = convergence_simulated.QueryRows(run.model, 0.75, context=context)
+    plan.draw(tuple(ids.shape), seed=0, step=0)
+    run.loss(ids, labels).backward()
+    reached = inputs[0].grad.abs().sum(dim=-1) > 0
+    assert torch.equal(reached, reached & plan.kept[2])
+    assert reached.sum() > ids.numel() // 8  # not those of the last columns, which have no loss
+
+
 def test_query_rows_are_chosen_by_output_or_by_loss(started):
     run, ids, labels = started
     scores = []
