@@ -17,8 +17,8 @@ from dropbp_kernels.cli.builtin import Recipe
 # Of apply_dropbp; with "schedule", the drop rate is the mean of the run. And some of our own, see `convergence_runs`:
 # "coreset": options of CoresetSelector; "calibrate": the allocation of rates by sensitivity, after a tenth of the
 # steps; "attention_rate": of all attention branches, where the MLPs' is the rate that drops as many FLOPs in all;
-# "simulated": options of `convergence_simulated.QueryRows`; "window": the loss is on a share 1 - drop rate of the
-# sequence, another one in every step.
+# "simulated": options of `convergence_simulated.QueryRows`; "window": the loss is on a part of the sequence,
+# another one in every step, and this share of the branches is kept.
 Options = dict[str, Any]
 BUILTIN = Recipe()
 
@@ -118,6 +118,7 @@ def _query_rows(**options: Any) -> Callable[[float], Options]:
 
 
 _ALIGNED: Options = {"granularity": "sample", "aligned": True}
+_ONE_HOP: Options = {"context": "inference", "context_gradient": "one_hop"}
 
 # None: the model stays unpatched.
 METHODS: dict[str, Callable[[float], Options] | None] = {
@@ -153,14 +154,12 @@ METHODS: dict[str, Callable[[float], Options] | None] = {
         "calibrate": "optimal",
     },
     "query rows, aligned, largest loss": _query_rows(aligned=True, context="one_hop", chosen="loss"),
-    "target plan, a window": lambda rate: {"context": "inference", "window": True},
-    "target plan, a window, one_hop": lambda rate: {
-        "context": "inference",
-        "context_gradient": "one_hop",
-        "window": True,
-    },
+    "query rows, aligned, one_hop, last half": _query_rows(aligned=True, context="one_hop", last=0.5),
+    "target plan, a window": lambda rate: {"context": "inference", "window": 1.0},
+    "target plan, a window, one_hop": lambda rate: {**_ONE_HOP, "window": 1.0},
+    "target plan, a window, one_hop, last half": lambda rate: {**_ONE_HOP, "window": 0.5, "sampler": last_branches},
     "target plan": lambda rate: {"context": "inference"},
-    "target plan, one_hop": lambda rate: {"context": "inference", "context_gradient": "one_hop"},
+    "target plan, one_hop": lambda rate: _ONE_HOP,
     "target plan, sample": lambda rate: {"context": "inference", "granularity": "sample"},
     "target plan, token": lambda rate: {"context": "inference", "granularity": "token"},
     "coreset, one fixed direction": lambda rate: {"coreset": {"features": "spsa", "directions": 1, "fixed": True}},

@@ -41,9 +41,9 @@ def make_run(task: Task, adapter: str, point: Point, batch_size: int, learning_r
     if (simulated := options.pop("simulated", None)) is not None:
         plan = QueryRows(model, point.drop_rate, **simulated)
         return SimulatedRun(point.method, model, None, batch_size, data, settings, plan=plan, drop_rate=point.drop_rate)
-    if options.pop("window", False):
-        handler = patch(model, 0.0, task, seed, options)
-        num_windows = round(1 / (1 - point.drop_rate))
+    if (branch_share := options.pop("window", None)) is not None:
+        handler = patch(model, 1.0 - branch_share, task, seed, options)
+        num_windows = round(branch_share / (1.0 - point.drop_rate))
         return WindowRun(point.method, model, handler, batch_size, data, settings, num_windows=num_windows)
     handler = patch(model, point.drop_rate, task, seed, options)
     return Run(point.method, model, handler, batch_size, data, settings)

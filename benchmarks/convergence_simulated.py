@@ -21,7 +21,8 @@ class QueryRows:
     """Cuts the graph of every Llama block of `model` where its plan says so; without a plan nothing is cut.
 
     Args:
-        drop_rate: of every branch, until `drop_rates` is set, one for each branch.
+        drop_rate: of the branches together, until `drop_rates` is set, one for each branch.
+        last: the share of the branches that are not dropped wholly, which are those nearest to the loss.
         context: what keys and values of tokens that an attention drops contribute: "none", or "one_hop", the gradient
             of the projections, whose input is then a constant.
         aligned: whether all branches draw the same order of tokens and keep its first ones.
@@ -34,6 +35,7 @@ class QueryRows:
         model: nn.Module,
         drop_rate: float,
         *,
+        last: float = 1.0,
         context: str = "none",
         aligned: bool = False,
         chosen: str = "random",
@@ -41,7 +43,9 @@ class QueryRows:
         if chosen not in CHOICES:
             raise ValueError(f"chosen: expected one of {', '.join(CHOICES)}, got {chosen!r}")
         blocks = [module for module in model.modules() if type(module).__name__ == "LlamaDecoderLayer"]
-        self.drop_rates = [drop_rate] * (2 * len(blocks))
+        num_last = round(2 * last * len(blocks))
+        kept_share = (1.0 - drop_rate) * 2 * len(blocks) / num_last
+        self.drop_rates = [1.0] * (2 * len(blocks) - num_last) + [1.0 - kept_share] * num_last
         self.aligned = aligned
         self.chosen = chosen
         self.kept: Tensor | None = None  # bool (branches, B, S); None: everything

@@ -242,6 +242,9 @@ def test_query_rows_of_mlps_are_those_of_a_token_plan(started):
     plan.draw(tuple(ids.shape), seed=0, step=0)
     assert plan.kept.sum(dim=(1, 2)).tolist() == [ids.numel() // 4] * 4
     assert not torch.equal(plan.kept[1], plan.kept[3])
+    half = convergence_simulated.QueryRows(run.model, 0.75, last=0.5)
+    half.remove()
+    assert half.drop_rates == [1.0, 1.0, 0.5, 0.5]
     plan.kept[0::2] = True
     kept = plan.kept[1::2].flatten(1)
     ours = convergence_gradients.gradient(run, ids, labels)
