@@ -11,8 +11,8 @@ others     the backends of this package that can serve on the device
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ from dropbp_kernels import _backend, reference
 # Error allowed on top of twice that of eager, by dtype: about a unit in the last place of the largest value.
 ATOL = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 compiler = "inductor"  # of `compiled`; `run` sets another at the tiny scale
 
@@ -133,6 +135,31 @@ def available(
         except PeerMissing as reason:
             say_once(f"{name} is left out: {reason}")
     return found
+
+
+def right_ones(
+    what: str,
+    functions: Mapping[str, Function],
+    results_of: Callable[[Function], Sequence[Tensor]],
+    eager: Sequence[Tensor],
+    exact: Sequence[Tensor],
+) -> dict[str, Function]:
+    """The functions, by name, whose results check_results lets pass.
+
+    A wrong peer is not measured, and a line says so: its fault, or its bad luck, must not keep ours from being timed. A
+    wrong backend of ours, and eager beside itself, raise WrongResult.
+    """
+    right = {}
+    for name, function in functions.items():
+        try:
+            check_results(f"{what}, {name}", results_of(function), eager, exact)
+        except WrongResult as error:
+            if name == "eager" or name in _backend.BACKENDS:
+                raise
+            say_once(f"{name} is not measured: {error}")
+        else:
+            right[name] = function
+    return right
 
 
 def check_results(what: str, actual: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Tensor]) -> None:

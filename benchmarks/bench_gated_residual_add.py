@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dropbp_kernels import reference
 
-from .baselines import backends, check_results, compiled, raw_op
+from .baselines import backends, compiled, raw_op, right_ones
 from .rows import Row, measured_rows
 from .settings import Settings
 from .timing import Case, Variant
@@ -112,9 +112,8 @@ def make_case(problem: _Problem, rows: int, width: int, dtype: torch.dtype, devi
     truth = _bind(problem, getattr(reference, f"{problem.raw_name}_reference"))
     exact = _result(problem, truth, tuple(t.double() if t.is_floating_point() else t for t in inputs))
     eager = _result(problem, problem.eager, inputs)
-    for name, function in functions.items():
-        what = f"{OP}, {problem.case}, {name}, {dtype}, {rows} x {width}"
-        check_results(what, [_result(problem, function, inputs)], [eager], [exact])
+    what = f"{OP}, {problem.case}, {dtype}, {rows} x {width}"
+    functions = right_ones(what, functions, lambda function: [_result(problem, function, inputs)], [eager], [exact])
     return Case(
         op=OP,
         case=problem.case,

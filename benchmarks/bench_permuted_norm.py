@@ -16,7 +16,7 @@ from torch import Tensor
 from dropbp_kernels import reference
 from dropbp_kernels.permutation import draw_permutation
 
-from .baselines import backends, check_results, compiled, raw_op
+from .baselines import backends, compiled, raw_op, right_ones
 from .rows import Row, measured_rows
 from .settings import Settings
 from .timing import Case, Variant
@@ -121,8 +121,8 @@ def make_case(problem: str, rows: int, width: int, dtype: torch.dtype, device: t
     doubles = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
     exact = _results(ours(problem, getattr(reference, f"{raw_name}_reference")), doubles)
     plain = _results(eager, inputs)
-    for name, function in functions.items():
-        check_results(f"{stem}, {problem}, {name}, {dtype}, {rows} x {width}", _results(function, inputs), plain, exact)
+    what = f"{stem}, {problem}, {dtype}, {rows} x {width}"
+    functions = right_ones(what, functions, lambda function: _results(function, inputs), plain, exact)
     functions["unpermuted"] = unpermuted
     return Case(
         op=stem,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from .baselines import WrongResult, available, check_results, compiled, say_once
+from .baselines import available, compiled, right_ones
 from .rows import Row, measured_rows
 from .settings import Settings
 from .timing import Case, Variant
@@ -55,15 +55,8 @@ def make_cases(
     inputs = make_inputs(norm, rows, width, dtype, device, trains_weight)
     exact = norm.exact(inputs, norm.eps)
     eager = _results(norm, functions["eager"], inputs)
-    for name, function in list(variants.items()):
-        what = f"{norm.op}, {name}, {dtype}, {rows} x {width}"
-        try:
-            check_results(what, _results(norm, function, inputs), eager, exact)
-        except WrongResult as error:
-            if name not in norm.peers:
-                raise
-            say_once(f"{name} is left out: {error}")  # a peer's fault must not keep ours from being timed
-            del variants[name]
+    what = f"{norm.op}, {dtype}, {rows} x {width}"
+    variants = right_ones(what, variants, lambda function: _results(norm, function, inputs), eager, exact)
 
     num_bytes = rows * width * dtype.itemsize
     moved = {

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -217,18 +217,36 @@ def test_a_peer_that_cannot_run_is_left_out_with_a_reason(monkeypatch, capsys):
     assert out == "liger is left out: runs on a CUDA GPU only\nquack is left out: runs on a CUDA GPU only\n"
 
 
-def test_a_wrong_peer_is_left_out_and_ours_is_timed(monkeypatch, capsys, uncompiled):
-    def wrong(residual, branch, weight, eps):
-        normed, new_residual = baselines.add_then_norm(residual, branch, weight, eps)
-        return normed * 2, new_residual
+@pytest.mark.parametrize("name", ["compile", "liger", "swapped"])
+def test_a_wrong_peer_is_not_measured_and_a_line_says_so(name, capsys):
+    exact = [torch.linspace(0, 1, 100, dtype=torch.float64)]
+    right, wrong = lambda: [exact[0].float()], lambda: [exact[0].float() + 1e-3]
+    functions = {"eager": right, name: wrong, "cpp": right}
+    for _ in range(2):
+        found = baselines.right_ones(f"op of {name}", functions, lambda function: function(), right(), exact)
+        assert found == {"eager": right, "cpp": right}
+    line = f"{name} is not measured: op of {name}, {name}: result 0 is off by 0.001, allowed 1.06e-06\n"
+    assert capsys.readouterr().out == line
 
-    norm = replace(bench_gated_residual_rms_norm.NORM, peers={"liger": lambda device: wrong})
-    cases = boundary_norms.make_cases(norm, 8, 16, torch.float32, CPU, trains_weight=True)
-    assert "liger" not in cases["fwd"].variants
-    assert "eager" in cases["fwd"].variants
-    assert (
-        "liger is left out: gated_residual_rms_norm, liger, torch.float32, 8 x 16: result 0" in capsys.readouterr().out
-    )
+
+@pytest.mark.parametrize("name", ["reference", "cpp", "triton", "cuda"])
+def test_a_wrong_backend_of_ours_is_an_error(name):
+    exact = [torch.linspace(0, 1, 100, dtype=torch.float64)]
+    functions = {"compile": exact[0].float, name: (exact[0] + 1e-3).float}
+    with pytest.raises(WrongResult, match=f"op, {name}: result 0 is off by"):
+        baselines.right_ones("op", functions, lambda function: [function()], [exact[0].float()], exact)
+
+
+def test_rows_are_taken_where_the_compiled_result_is_wrong(monkeypatch, one_thread):
+    def wrong(function):
+        return lambda *arguments, **options: tuple(2 * result for result in function(*arguments, **options))
+
+    monkeypatch.setattr(boundary_norms, "compiled", wrong)
+    rows = next(iter(bench_gated_residual_rms_norm.run(Settings(CPU, "tiny"))))
+    assert "compile" not in {row.backend for row in rows}
+    ours = next(row for row in rows if row.backend in baselines._backend.BACKENDS)
+    assert ours.speedup_vs_compile is None
+    assert ours.speedup_vs_eager > 0
 
 
 def test_the_compiled_baseline_is_compiled_and_checked(one_thread):
