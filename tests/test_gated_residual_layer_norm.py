@@ -247,5 +247,5 @@ def test_wrong_bias():
         gated_residual_layer_norm(residual, residual, weight, torch.randn(5))
     with pytest.raises(TypeError, match=r"bias: expected weight's dtype torch.float32, got torch.bfloat16"):
         gated_residual_layer_norm(residual, residual, weight, bias.bfloat16())
-    with pytest.raises(ValueError, match="bias: expected on cpu, got meta"):
+    with pytest.raises(ValueError, match="bias: expected on weight's device cpu, got meta"):
         gated_residual_layer_norm(residual, residual, weight, bias.to("meta"))

@@ -230,7 +230,7 @@ def test_gradients_share_no_memory_that_is_written(backend, device):
             ValueError,
             "kept: expected on residual's device cpu, got meta",
         ),
-        ({"grad_scale": torch.ones(4)}, ValueError, r"grad_scale: expected a number or shape \(2,\), got \(4,\)"),
+        ({"grad_scale": torch.ones(4)}, ValueError, r"grad_scale: expected a number or shape \(2,\), got shape \(4,\)"),
         ({"grad_scale": torch.ones(2).int()}, TypeError, "grad_scale: expected a float dtype"),
         ({"grad_scale": "2"}, TypeError, "grad_scale: expected a number or a tensor, got str"),
     ],

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.glu import DTYPES, geglu, swiglu
+from ..ops.checks import DTYPES
+from ..ops.glu import geglu, swiglu
 from .fusing import has_kernel, is_watched
 from .swapping import is_swapped, subclass, swap_back
 

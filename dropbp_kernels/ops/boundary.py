@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import DTYPES, check_dtype, check_holds
 from .derivative import first_derivative
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 _raw = torch.ops.dropbp_kernels
 
@@ -24,8 +23,7 @@ def check(residual: Tensor, branch: Tensor, weight: Tensor, grad_scale: float) -
         _check_sum(residual, branch)
     if not shape or weight.shape != shape[-1:]:
         raise ValueError(f"weight: expected shape {tuple(shape[-1:])}, got {tuple(weight.shape)}")
-    if weight.dtype not in DTYPES:
-        raise TypeError(f"weight: expected dtype float32, float16, bfloat16 or float64, got {weight.dtype}")
+    check_dtype("weight", weight.dtype)
     if device != branch.device or device != weight.device:
         raise ValueError(f"branch, weight: expected on {device}, got {branch.device}, {weight.device}")
     if not isinstance(grad_scale, (float, int)):
@@ -33,13 +31,11 @@ def check(residual: Tensor, branch: Tensor, weight: Tensor, grad_scale: float) -
 
 
 def _check_sum(residual: Tensor, branch: Tensor) -> None:
-    for name, tensor in (("residual", residual), ("branch", branch)):
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name}: expected dtype float32, float16, bfloat16 or float64, got {tensor.dtype}")
+    check_dtype("residual", residual.dtype)
+    check_dtype("branch", branch.dtype)
     if residual.shape != branch.shape:
         raise ValueError(f"branch: expected residual's shape {tuple(residual.shape)}, got {tuple(branch.shape)}")
-    if torch.promote_types(residual.dtype, branch.dtype) != residual.dtype:
-        raise TypeError(f"residual: expected a dtype that holds branch's {branch.dtype}, got {residual.dtype}")
+    check_holds(residual.dtype, "branch", branch.dtype)
 
 
 class NextDropped(torch.autograd.Function):

@@ -10,7 +10,7 @@ Subtracting what was added would not undo it: the sum was rounded.
 import torch
 from torch import Tensor
 
-from .channels import check_channels, check_float
+from .checks import check_channels, check_dtype
 
 _raw = torch.ops.dropbp_kernels
 
@@ -34,7 +34,7 @@ def column_update(weight: Tensor, delta: Tensor, index: Tensor, *, scale: float 
     Source: PaCA (arXiv 2503.01905), section 3; oracle reference.column_update__reference.
     """
     index = _check(weight, "delta", delta, index)
-    check_float("delta", delta)
+    check_dtype("delta", delta.dtype)
     return _raw.column_update_(weight, delta.detach(), index, scale)
 
 
@@ -54,7 +54,7 @@ def column_restore(weight: Tensor, original: Tensor, index: Tensor) -> None:
 
 
 def _check(weight: Tensor, name: str, columns: Tensor, index: Tensor) -> Tensor:
-    check_float("weight", weight)
+    check_dtype("weight", weight.dtype)
     if weight.dim() != 2:
         raise ValueError(f"weight: expected shape (out, in), got {tuple(weight.shape)}")
     index = check_channels(index, "weight", weight)

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import check_dtype, check_holds, split_grad_scale
 from .derivative import first_derivative
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 _raw = torch.ops.dropbp_kernels
 
@@ -46,17 +45,11 @@ def gated_residual_add(
     """
     if rows is not None or residual.shape != branch.shape or residual.dtype is not branch.dtype:
         _check(residual, branch, rows)
-    elif residual.dtype not in DTYPES:
-        raise TypeError(f"residual: expected dtype float32, float16, bfloat16 or float64, got {residual.dtype}")
+    else:
+        check_dtype("residual", residual.dtype)
     if residual.device != branch.device:
         raise ValueError(f"branch: expected on residual's device {residual.device}, got {branch.device}")
-    if isinstance(grad_scale, Tensor):
-        _check_row_scale(grad_scale, branch)
-        grad_scale, row_scale = 1.0, grad_scale
-    elif isinstance(grad_scale, (float, int)):
-        row_scale = None
-    else:
-        raise TypeError(f"grad_scale: expected a number or a tensor, got {type(grad_scale).__name__}")
+    grad_scale, row_scale = split_grad_scale(grad_scale, branch)
 
     is_recorded = torch.is_grad_enabled()
     if inplace and is_recorded and residual.requires_grad and residual.is_leaf:
@@ -127,11 +120,9 @@ class _GatedResidualAdd(torch.autograd.Function):
 
 
 def _check(residual: Tensor, branch: Tensor, rows: Tensor | None) -> None:
-    for name, dtype in (("residual", residual.dtype), ("branch", branch.dtype)):
-        if dtype not in DTYPES:
-            raise TypeError(f"{name}: expected dtype float32, float16, bfloat16 or float64, got {dtype}")
-    if residual.dtype != branch.dtype and torch.promote_types(residual.dtype, branch.dtype) != residual.dtype:
-        raise TypeError(f"residual: expected a dtype that holds branch's {branch.dtype}, got {residual.dtype}")
+    check_dtype("residual", residual.dtype)
+    check_dtype("branch", branch.dtype)
+    check_holds(residual.dtype, "branch", branch.dtype)
     if rows is None:
         if residual.shape != branch.shape:
             raise ValueError(f"branch: expected residual's shape {tuple(residual.shape)}, got {tuple(branch.shape)}")
@@ -148,16 +139,6 @@ def _check(residual: Tensor, branch: Tensor, rows: Tensor | None) -> None:
         raise ValueError(f"rows: expected shape ({branch_shape[0]},) as branch has, got {tuple(rows.shape)}")
     if branch_shape[0] > shape[0]:
         raise ValueError(f"rows: expected at most residual's {shape[0]}, got {branch_shape[0]}")
-
-
-def _check_row_scale(grad_scale: Tensor, branch: Tensor) -> None:
-    if not grad_scale.dtype.is_floating_point:
-        raise TypeError(f"grad_scale: expected a float dtype, got {grad_scale.dtype}")
-    if branch.dim() == 0 or grad_scale.dim() != 1 or grad_scale.shape[0] != branch.shape[0]:
-        expected = tuple(branch.shape[:1])
-        raise ValueError(f"grad_scale: expected a number or shape {expected}, got shape {tuple(grad_scale.shape)}")
-    if grad_scale.device != branch.device:
-        raise ValueError(f"grad_scale: expected on branch's device {branch.device}, got {grad_scale.device}")
 
 
 @torch.library.register_fake("dropbp_kernels::gated_residual_add")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .boundary import NextDropped, check, share
+from .checks import check_bias
 from .derivative import first_derivative
 
 _raw = torch.ops.dropbp_kernels
@@ -56,7 +57,7 @@ def gated_residual_layer_norm(
     """
     check(residual, branch, weight, grad_scale)
     if bias is not None:
-        _check_bias(bias, weight)
+        check_bias(bias, weight)
 
     if torch.is_grad_enabled():
         trains_norm = weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -96,15 +97,6 @@ class _Kept(torch.autograd.Function):
         )
         gradients = share(grad, is_wanted, grad_scale, branch_dtype)
         return *gradients, grad_weight if weight_grad else None, grad_bias if bias_grad else None, None, None
-
-
-def _check_bias(bias: Tensor, weight: Tensor) -> None:
-    if bias.shape != weight.shape:
-        raise ValueError(f"bias: expected weight's shape {tuple(weight.shape)}, got {tuple(bias.shape)}")
-    if bias.dtype != weight.dtype:
-        raise TypeError(f"bias: expected weight's dtype {weight.dtype}, got {bias.dtype}")
-    if bias.device != weight.device:
-        raise ValueError(f"bias: expected on {weight.device}, got {bias.device}")
 
 
 @torch.library.register_fake("dropbp_kernels::gated_residual_layer_norm")

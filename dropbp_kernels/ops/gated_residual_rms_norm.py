@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from .boundary import NextDropped, check, share
+from .checks import is_gemma
 from .derivative import first_derivative
-
-CASTINGS = ("llama", "gemma")
 
 _raw = torch.ops.dropbp_kernels
 
@@ -56,9 +55,7 @@ def gated_residual_rms_norm(
             reference.gated_residual_rms_norm_reference.
     """
     check(residual, branch, weight, grad_scale)
-    if casting not in CASTINGS:
-        raise ValueError(f"casting: expected one of {', '.join(CASTINGS)}, got {casting!r}")
-    gemma = casting == "gemma"
+    gemma = is_gemma(casting)
 
     if torch.is_grad_enabled():
         if residual.requires_grad or branch.requires_grad or (next_kept and weight.requires_grad):

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from ..ownership import owns_saved_tensors
+from .checks import check_dtype
 from .derivative import first_derivative
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 APPROXIMATIONS = {"none": "gelu", "tanh": "gelu_tanh"}
 
 _raw = torch.ops.dropbp_kernels
@@ -70,8 +70,7 @@ def geglu(
 
 
 def _glu(gate: Tensor, up: Tensor, activation: str, inplace: bool, donate: bool) -> Tensor:
-    if gate.dtype not in DTYPES:
-        raise TypeError(f"gate: expected dtype float32, float16, bfloat16 or float64, got {gate.dtype}")
+    check_dtype("gate", gate.dtype)
     if up.dtype is not gate.dtype:
         raise TypeError(f"up: expected gate's dtype {gate.dtype}, got {up.dtype}")
     if up.shape != gate.shape:

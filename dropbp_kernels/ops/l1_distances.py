@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .channels import check_float
+from .checks import check_dtype
 
 _raw = torch.ops.dropbp_kernels
 
@@ -21,7 +21,7 @@ def l1_distances(features: Tensor) -> Tensor:
             nothing.
     Source: CoLM (arXiv 2407.19580), section 4; oracle reference.l1_distances_reference, which is torch.cdist.
     """
-    check_float("features", features)
+    check_dtype("features", features.dtype)
     if features.dim() != 2:
         raise ValueError(f"features: expected shape (B, h), got {tuple(features.shape)}")
     return _raw.l1_distances(features.detach())

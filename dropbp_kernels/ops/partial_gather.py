@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .channels import check_channels, check_float
+from .checks import check_channels, check_dtype
 from .derivative import first_derivative
 
 _raw = torch.ops.dropbp_kernels
@@ -26,7 +26,7 @@ def partial_gather(input: Tensor, index: Tensor) -> Tensor:
             is all that it allocates. Saves index. Backward: allocates and writes a gradient as large as input.
     Source: PaCA (arXiv 2503.01905), section 3; oracle reference.partial_gather_reference.
     """
-    check_float("input", input)
+    check_dtype("input", input.dtype)
     if input.dim() == 0:
         raise ValueError("input: expected at least one dimension, got none")
     index = check_channels(index, "input", input)

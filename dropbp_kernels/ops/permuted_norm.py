@@ -17,9 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from ..ownership import owns_gradient
 from ..permutation import check_permutation, row_shape
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-CASTINGS = ("llama", "gemma")
+from .checks import check_bias, check_dtype, is_gemma
 
 _raw = torch.ops.dropbp_kernels
 
@@ -55,9 +53,7 @@ def permuted_rms_norm(
     Source: DropBP (arXiv 2402.17812) by rows; RMSNorm (arXiv 1910.07467), eq. 4; oracle
             reference.permuted_norm_reference.
     """
-    if casting not in CASTINGS:
-        raise ValueError(f"casting: expected one of {', '.join(CASTINGS)}, got {casting!r}")
-    return _permuted_norm(residual, weight, None, permutation, num_kept, eps, False, casting == "gemma", dtype)
+    return _permuted_norm(residual, weight, None, permutation, num_kept, eps, False, is_gemma(casting), dtype)
 
 
 def permuted_layer_norm(
@@ -80,12 +76,7 @@ def permuted_layer_norm(
             reference.permuted_norm_reference.
     """
     if bias is not None:
-        if bias.shape != weight.shape:
-            raise ValueError(f"bias: expected weight's shape {tuple(weight.shape)}, got {tuple(bias.shape)}")
-        if bias.dtype != weight.dtype:
-            raise TypeError(f"bias: expected weight's dtype {weight.dtype}, got {bias.dtype}")
-        if bias.device != weight.device:
-            raise ValueError(f"bias: expected on weight's device {weight.device}, got {bias.device}")
+        check_bias(bias, weight)
     return _permuted_norm(residual, weight, bias, permutation, num_kept, eps, True, False, dtype)
 
 
@@ -102,8 +93,7 @@ def _permuted_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = residual.dtype if dtype is None else dtype
     for name, found in (("residual", residual.dtype), ("weight", weight.dtype), ("dtype", dtype)):
-        if found not in DTYPES:
-            raise TypeError(f"{name}: expected dtype float32, float16, bfloat16 or float64, got {found}")
+        check_dtype(name, found)
     if torch.promote_types(residual.dtype, dtype) != residual.dtype:
         raise TypeError(f"dtype: expected one that residual's {residual.dtype} holds, got {dtype}")
     if residual.dim() == 0 or weight.dim() != 1 or weight.shape[0] != residual.shape[-1]:

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..permutation import check_permutation
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+from .checks import check_dtype, check_holds, split_grad_scale
+from .derivative import first_derivative
 
 _raw = torch.ops.dropbp_kernels
 
@@ -45,14 +44,12 @@ def permuted_residual_add(
     Source: DropBP (arXiv 2402.17812), x + D(f(x)), with D by rows; oracle reference.permuted_residual_add_reference.
     """
     for name, tensor in (("residual", residual), ("kept", kept), ("dropped", dropped)):
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name}: expected dtype float32, float16, bfloat16 or float64, got {tensor.dtype}")
+        check_dtype(name, tensor.dtype)
         if tensor.device != residual.device:
             raise ValueError(f"{name}: expected on residual's device {residual.device}, got {tensor.device}")
     if kept.dtype != dropped.dtype:
         raise TypeError(f"dropped: expected kept's dtype {kept.dtype}, got {dropped.dtype}")
-    if torch.promote_types(residual.dtype, kept.dtype) != residual.dtype:
-        raise TypeError(f"residual: expected a dtype that holds kept's {kept.dtype}, got {residual.dtype}")
+    check_holds(residual.dtype, "kept", kept.dtype)
     permutation, shape = check_permutation(permutation, residual)
     for name, tensor in (("kept", kept), ("dropped", dropped)):
         if tensor.dim() == 0 or tensor.shape[1:] != shape[1:]:
@@ -60,12 +57,7 @@ def permuted_residual_add(
             raise ValueError(f"{name}: expected shape ({expected}), got {tuple(tensor.shape)}")
     if kept.shape[0] + dropped.shape[0] != shape[0]:
         raise ValueError(f"kept, dropped: expected {shape[0]} rows in all, got {kept.shape[0]} and {dropped.shape[0]}")
-    row_scale = None
-    if isinstance(grad_scale, Tensor):
-        _check_row_scale(grad_scale, kept)
-        grad_scale, row_scale = 1.0, grad_scale
-    elif not isinstance(grad_scale, (float, int)):
-        raise TypeError(f"grad_scale: expected a number or a tensor, got {type(grad_scale).__name__}")
+    grad_scale, row_scale = split_grad_scale(grad_scale, kept)
 
     dropped = dropped.detach()
     if torch.is_grad_enabled() and (residual.requires_grad or kept.requires_grad):
@@ -93,7 +85,7 @@ class _PermutedResidualAdd(torch.autograd.Function):
         return _raw.permuted_residual_add(residual, kept, dropped, permutation)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_kept = None
         if grad_output is not None and ctx.needs_input_grad[1]:
@@ -102,15 +94,6 @@ class _PermutedResidualAdd(torch.autograd.Function):
                 grad_output.reshape(ctx.shape), permutation[: ctx.num_kept], row_scale, ctx.grad_scale, ctx.dtype
             )
         return grad_output if ctx.needs_input_grad[0] else None, grad_kept, None, None, None, None, None
-
-
-def _check_row_scale(grad_scale: Tensor, kept: Tensor) -> None:
-    if not grad_scale.dtype.is_floating_point:
-        raise TypeError(f"grad_scale: expected a float dtype, got {grad_scale.dtype}")
-    if grad_scale.dim() != 1 or grad_scale.shape[0] != kept.shape[0]:
-        raise ValueError(f"grad_scale: expected a number or shape ({kept.shape[0]},), got {tuple(grad_scale.shape)}")
-    if grad_scale.device != kept.device:
-        raise ValueError(f"grad_scale: expected on residual's device {kept.device}, got {grad_scale.device}")
 
 
 @torch.library.register_fake("dropbp_kernels::permuted_residual_add")

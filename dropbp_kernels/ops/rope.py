@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import check_dtype
 from .derivative import first_derivative
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 _raw = torch.ops.dropbp_kernels
 
@@ -53,8 +52,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, inplace: bool = False) -> Tenso
 
 
 def _check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x: expected dtype float32, float16, bfloat16 or float64, got {x.dtype}")
+    check_dtype("x", x.dtype)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if x.dim() != 4:
         raise ValueError(f"x: expected shape (batch, seq, heads, head_dim), got {tuple(x.shape)}")
