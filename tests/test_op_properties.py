@@ -52,23 +52,26 @@ def test_opcheck(backend, device, op, name, layout):
     torch.library.opcheck(getattr(torch.ops.dropbp_kernels, op), arguments)
 
 
+def assert_as_the_reference(op, arguments, actual):
+    expected = call(getattr(reference, f"{op}_reference"), arguments)
+    for ours, theirs in zip(actual, expected, strict=True):
+        largest = theirs.abs().max().item() if theirs.numel() else 0.0
+        rounding = ROUNDING.get(theirs.dtype, 0.0)
+        torch.testing.assert_close(ours, theirs, rtol=rounding, atol=rounding * max(largest, 1.0))
+
+
 @pytest.mark.parametrize(("wide", "narrow"), DTYPES)
 @pytest.mark.parametrize(("op", "name"), RAW_CASES)
 def test_agrees_with_the_reference_and_writes_every_element(backend, device, poisoned, op, name, wide, narrow):
     for rows, width, layout in ((5, 70, "contiguous"), (11, 6, "sliced")):
         arguments = RAW[op][name](Tensors(rows, width, wide, narrow, layout, device))
-        expected = call(getattr(reference, f"{op}_reference"), arguments)
-        actual = call(getattr(torch.ops.dropbp_kernels, op), arguments)
-        for ours, theirs in zip(actual, expected, strict=True):
-            largest = theirs.abs().max().item() if theirs.numel() else 0.0
-            rounding = ROUNDING.get(theirs.dtype, 0.0)
-            torch.testing.assert_close(ours, theirs, rtol=rounding, atol=rounding * max(largest, 1.0))
+        assert_as_the_reference(op, arguments, call(getattr(torch.ops.dropbp_kernels, op), arguments))
 
 
 @pytest.mark.parametrize(("op", "name"), RAW_CASES)
 def test_repeats_bit_for_bit(backend, device, op, name):
-    """Also on other numbers of threads, where there are any: rows for several blocks of partial sums."""
-    rows, counts = (97, (1, 3)) if backend == "cpp" else (13, (torch.get_num_threads(),))
+    """In C++ also on one and three threads, with work for all of them and many blocks of partial sums."""
+    rows, counts = (601, (1, 3)) if backend == "cpp" else (13, (torch.get_num_threads(),))
     function, arguments = getattr(torch.ops.dropbp_kernels, op), RAW[op][name](Tensors(rows, 130, device=device))
     expected, threads = call(function, arguments), torch.get_num_threads()
     try:
@@ -77,6 +80,7 @@ def test_repeats_bit_for_bit(backend, device, op, name):
             assert all(torch.equal(a, b) for a, b in zip(call(function, arguments), expected, strict=True))
     finally:
         torch.set_num_threads(threads)
+    assert_as_the_reference(op, arguments, expected)
 
 
 # Public functions.
