@@ -6,11 +6,11 @@ Triton    test_triton.py reads the compiled kernels: no product of 32 bits is le
 GPU       a real run over more than 2^31 elements, a graph replayed, two streams at once
 """
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
 
+import cuda_host
 import pytest
 import torch
 
@@ -41,18 +41,9 @@ def test_the_compiler_would_see_a_narrowed_index(tmp_path):
     assert subprocess.run(command, capture_output=True).returncode != 0
 
 
-def cuda_headers():
-    nvcc = shutil.which("nvcc")
-    homes = [os.environ.get("CUDA_HOME"), Path(nvcc).resolve().parent.parent if nvcc else None, "/usr/local/cuda"]
-    folders = [Path(home, "include") for home in homes if home]
-    return next((folder for folder in folders if (folder / "cuda_fp16.h").exists()), None)
-
-
-@pytest.mark.skipif(shutil.which("g++") is None or cuda_headers() is None, reason="needs g++ and CUDA's headers")
+@pytest.mark.skipif(not cuda_host.can_build(), reason="needs g++ and CUDA's headers")
 def test_cuda_kernels_address_beyond_2_32(tmp_path):
-    program = tmp_path / "cuda_index_arithmetic"
-    flags = ["-std=c++17", "-O1", "-isystem", str(cuda_headers()), "-o", str(program)]
-    subprocess.run(["g++", *flags, str(ROOT / "tests" / "cuda_index_arithmetic.cpp")], check=True)
+    program = cuda_host.build("cuda_index_arithmetic.cpp", tmp_path)
     done = subprocess.run([program], capture_output=True, text=True)
     if done.returncode == 77:
         pytest.skip("the system reserves no 100 GB of addresses")

@@ -1,22 +1,30 @@
-"""The device code of the norms, run on a CPU: what a machine without a GPU can know of CUDA kernels.
+"""The device code of the CUDA kernels, run on a CPU: what a machine without a GPU can know of it.
 
-cuda_rows.cpp gives every thread of a block a fibre that waits at barriers and shuffles, and compares with plain loops.
+cuda_rows.cpp       norms: every thread of a block is a fibre that waits at barriers and shuffles
+cuda_elements.cpp   kernels of flat arrays: threads one after another, watched by sanitizers where there are any
+
+Both compare with plain loops; test_addresses.py looks at addresses beyond 2^31 elements.
 """
 
-import shutil
 import subprocess
-from pathlib import Path
 
+import cuda_host
 import pytest
+import sanitize
 
-HERE = Path(__file__).parent
+pytestmark = pytest.mark.skipif(not cuda_host.can_build(), reason="needs g++ and CUDA's headers")
 
 
-def test_device_code_computes_right(tmp_path):
-    if shutil.which("nvcc") is None:
-        pytest.skip("needs nvcc, for the headers of its toolkit")
-    program = tmp_path / "cuda_rows"
-    subprocess.run(["nvcc", "-std=c++17", "-O1", "-w", "-o", program, HERE / "cuda_rows.cpp"], check=True)
-    done = subprocess.run([program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+def sanitizers():
+    try:
+        sanitize.gcc()
+    except sanitize.CannotRun:
+        return []
+    return [f"-fsanitize={sanitize.CPU_SANITIZERS}", "-fno-sanitize-recover=all"]
+
+
+@pytest.mark.parametrize(("source", "flags"), [("cuda_rows.cpp", []), ("cuda_elements.cpp", sanitizers())])
+def test_device_code_computes_right(source, flags, tmp_path):
+    done = subprocess.run([cuda_host.build(source, tmp_path, flags)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout == "checked\n"
