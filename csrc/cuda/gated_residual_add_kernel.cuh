@@ -1,24 +1,10 @@
 // Device code of gated_residual_add. Raw pointers, no torch header.
 #pragma once
 
-#include <cstdint>
-#include <cstdio>
-
 #include "elements.cuh"
+#include "indices.cuh"
 
 namespace dropbp {
-
-// A wrong row would write anywhere: stop the program with a message instead. The host cannot check
-// without waiting for the device.
-__device__ inline int64_t checked_row(int64_t row, int64_t num_rows, int64_t place) {
-  if (row < 0 || row >= num_rows) {
-    printf("dropbp_kernels: rows: expected numbers from 0 to %lld, got %lld at place %lld\n",
-           static_cast<long long>(num_rows - 1), static_cast<long long>(row),
-           static_cast<long long>(place));
-    __trap();
-  }
-  return row;
-}
 
 // output[row(k), :] = residual[row(k), :] + branch[k, :], where row(k) = rows[k], or k if rows is
 // null. Flat over the branch's count elements, N at a time; width is a multiple of N. output may be
@@ -36,7 +22,7 @@ __global__ void gated_residual_add_kernel(R* output,            // (num_rows, wi
     int64_t at = i;
     if (rows) {
       const int64_t k = i / width;
-      at = checked_row(rows[k], num_rows, k) * width + (i - k * width);
+      at = checked_index("rows", rows, k, num_rows) * width + (i - k * width);
     }
     R x[N];
     B h[N];
@@ -68,7 +54,7 @@ __global__ void gated_residual_add_backward_kernel(B* grad_branch,        // (K,
     W factor = 1;
     if (rows || row_scale) {
       const int64_t k = i / width;
-      if (rows) at = checked_row(rows[k], num_rows, k) * width + (i - k * width);
+      if (rows) at = checked_index("rows", rows, k, num_rows) * width + (i - k * width);
       if (row_scale) factor = row_scale[k];
     }
     B out[N] = {};

@@ -8,15 +8,6 @@
 
 namespace dropbp {
 
-template <class W, int N>
-__device__ void load_factor(W (&factor)[N], const Weight& weight, bool gemma, int column) {
-  load_weight(factor, weight, column);
-  if (gemma) {
-#pragma unroll
-    for (int j = 0; j < N; ++j) factor[j] += 1;
-  }
-}
-
 // I/O: read residual + branch, write new_residual + normed; the weight comes from the cache.
 template <class R, class B, class W, int N, int kHeld>
 __global__ void __launch_bounds__(kForwardThreads)

@@ -23,15 +23,6 @@ __device__ inline int64_t row_in_residual(const Permutation& permutation, int64_
   return entry * permutation.rows_per_entry + (row - place * permutation.rows_per_entry);
 }
 
-template <class W, int N>
-__device__ void load_shifted_weight(W (&factor)[N], const Weight& weight, bool gemma, int column) {
-  load_weight(factor, weight, column);
-  if (gemma) {
-#pragma unroll
-    for (int j = 0; j < N; ++j) factor[j] += 1;
-  }
-}
-
 // I/O: read residual, write kept + dropped, and of kept rows x, rstd and mean; weight and bias come
 // from the cache.
 template <class R, class B, class W, int N, int kHeld>
@@ -81,7 +72,7 @@ __global__ void __launch_bounds__(kForwardThreads)
     for_each_pack<N, kHeld>(width, [&](int slot, int column) {
       if (kHeld == 0) load(x[slot], from + column);
       W factor[N], shift[N] = {};
-      load_shifted_weight(factor, weight, gemma, column);
+      load_factor(factor, weight, gemma, column);
       if (bias.values) load_weight(shift, bias, column);
       B out[N];
 #pragma unroll
@@ -127,7 +118,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
       load(value[slot], kept_x + start + column);
       load(grad[slot], grad_kept + start + column);
       W factor[N];
-      load_shifted_weight(factor, weight, gemma, column);
+      load_factor(factor, weight, gemma, column);
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         const W gradient = widen<W>(grad[slot][j]);
@@ -149,7 +140,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
         load(grad[slot], grad_kept + start + column);
       }
       W factor[N], gradient[N], product[N];
-      load_shifted_weight(factor, weight, gemma, column);
+      load_factor(factor, weight, gemma, column);
       R total[N];
       load(total, target + column);
 #pragma unroll

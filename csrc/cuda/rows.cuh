@@ -47,6 +47,16 @@ __device__ void load_weight(W (&values)[N], const Weight& weight, int column) {
   }
 }
 
+// The weight, or 1 + weight.
+template <class W, int N>
+__device__ void load_factor(W (&factor)[N], const Weight& weight, bool gemma, int column) {
+  load_weight(factor, weight, column);
+  if (gemma) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) factor[j] += 1;
+  }
+}
+
 // Calls visitor(slot, first column) for each pack of this thread. Held packs have a slot each; else
 // every slot is 0.
 template <int N, int kHeld, class Visitor>
@@ -143,7 +153,8 @@ constexpr int kColumns = 32, kParts = 32;
 // output (width) = partial (num_partials, width) summed: kParts threads a column take every
 // kParts-th row, then their sums are added in order. Block (kColumns, kParts).
 template <class T, class W>
-__global__ void sum_partials_kernel(T* output, const W* partial, int num_partials, int width) {
+__global__ void __launch_bounds__(kColumns* kParts)
+    sum_partials_kernel(T* output, const W* partial, int num_partials, int width) {
   __shared__ W sums[kParts][kColumns];
   const int column = static_cast<int>(blockIdx.x) * kColumns + static_cast<int>(threadIdx.x);
   W sum = 0;

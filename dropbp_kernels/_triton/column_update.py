@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuning import WIDEST, Config, LaunchTable, Row
-from .rows import device_guard, split_eps, wide_of
+from .rows import device_guard, split_float, wide_of
 
 
 def _tuned(update_only: bool, weight: Tensor, delta: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def launch_column_update_(weight: Tensor, delta: Tensor, index: Tensor, scale: f
             delta.contiguous(),
             index.contiguous(),
             original,
-            *split_eps(scale),
+            *split_float(scale),
             *original.shape,
             weight.shape[1],
             *weight.stride(),

@@ -4,14 +4,13 @@ A tensor (R, ..., D) is seen as R rows of row_size elements; without rows, as on
 one-dimensional, since the other grid axes end at 65535 programs: program -> (row, block of BLOCK columns).
 """
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..tuning import WIDEST, Config, LaunchTable, Row
+from .rows import device_guard, split_float, wide_of
 
 # 8 elements a thread: one 16-byte access of bfloat16, two of float32.
 _ROWS = [Row(WIDEST, Config(block=1024, num_warps=4))]
@@ -44,9 +43,8 @@ def _gated_residual_add_kernel(
     end = row_size
     if HAS_ROWS:
         row = tl.load(rows_ptr + source)
-        end = tl.where(
-            (row >= 0) & (row < num_rows), row_size, 0
-        )  # a wrong index is skipped: it must not write outside
+        # A wrong index is skipped: it must not write outside.
+        end = tl.where((row >= 0) & (row < num_rows), row_size, 0)
     mask = columns < end
     offsets = row * row_size + columns
     residual = tl.load(residual_ptr + offsets, mask=mask).to(WIDE)
@@ -95,15 +93,6 @@ def _gated_residual_add_backward_kernel(
     )
 
 
-def _wide(*dtypes: torch.dtype) -> tl.dtype:
-    return tl.float64 if torch.float64 in dtypes else tl.float32
-
-
-def _device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
 def _geometry(branch: Tensor, is_by_rows: bool, table: LaunchTable) -> tuple[int, int, int, Config]:
     """(rows to visit, row_size, blocks_per_row, launch parameters)."""
     num_visits = branch.shape[0] if is_by_rows else 1
@@ -117,7 +106,7 @@ def _add(residual: Tensor, branch: Tensor, output: Tensor, rows: Tensor | None) 
         return
     branch = branch.contiguous()
     num_visits, row_size, blocks_per_row, config = _geometry(branch, rows is not None, _ADD)
-    with _device_guard(residual):
+    with device_guard(residual):
         _gated_residual_add_kernel[(num_visits * blocks_per_row,)](
             residual,
             branch,
@@ -127,7 +116,7 @@ def _add(residual: Tensor, branch: Tensor, output: Tensor, rows: Tensor | None) 
             row_size,
             blocks_per_row,
             HAS_ROWS=rows is not None,
-            WIDE=_wide(residual.dtype),
+            WIDE=wide_of(residual.dtype)[1],
             BLOCK=config.block,
             num_warps=config.num_warps,
         )
@@ -163,22 +152,19 @@ def launch_gated_residual_add_backward(
     grad_output = grad_output.contiguous()
     is_by_rows = rows is not None or row_scale is not None
     num_visits, row_size, blocks_per_row, config = _geometry(grad_branch, is_by_rows, _ADD_BACKWARD)
-    # A float argument of a kernel is float32: float64 needs the rest that it cuts off.
-    head = torch.tensor(grad_scale, dtype=torch.float32).item()
-    with _device_guard(grad_output):
+    with device_guard(grad_output):
         _gated_residual_add_backward_kernel[(num_visits * blocks_per_row,)](
             grad_output,
             grad_branch,
             grad_output if rows is None else rows.contiguous(),
             grad_output if row_scale is None else row_scale.contiguous(),
-            head,
-            grad_scale - head,
+            *split_float(grad_scale),
             grad_output.shape[0] if grad_output.dim() else 1,
             row_size,
             blocks_per_row,
             HAS_ROWS=rows is not None,
             HAS_ROW_SCALE=row_scale is not None,
-            WIDE=_wide(grad_output.dtype, dtype),
+            WIDE=wide_of(torch.promote_types(grad_output.dtype, dtype))[1],
             BLOCK=config.block,
             num_warps=config.num_warps,
         )

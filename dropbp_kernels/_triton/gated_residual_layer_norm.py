@@ -252,7 +252,7 @@ def launch_gated_residual_layer_norm(
             new_residual,
             mean,
             rstd,
-            *rows.split_eps(eps),
+            *rows.split_float(eps),
             D=width,
             HAS_BIAS=bias is not None,
             IS_ONE_BLOCK=block >= width,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..tuning import LaunchTable, row_table
 from . import rows
-from .rows import add_chunk
+from .rows import add_chunk, load_factor
 
 # A program holds a row in registers up to the first width, and takes a wider one in chunks; the backward holds about
 # twice as many values per column.
@@ -74,16 +74,8 @@ def _scale_chunk(
     normalized = x * rstd
     if not GEMMA:
         normalized = normalized.to(normed_ptr.dtype.element_ty).to(WIDE)
-    normed = normalized * _scale_of(weight_ptr, columns, D, GEMMA, WIDE)
+    normed = normalized * load_factor(weight_ptr, columns, D, GEMMA, WIDE)
     tl.store(normed_ptr + start + columns, normed.to(normed_ptr.dtype.element_ty), mask=columns < D)
-
-
-@triton.jit
-def _scale_of(weight_ptr, columns, D: tl.constexpr, GEMMA: tl.constexpr, WIDE: tl.constexpr):
-    weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(WIDE)
-    if GEMMA:
-        weight += 1.0
-    return weight
 
 
 @triton.jit
@@ -111,7 +103,7 @@ def _gated_residual_rms_norm_backward_kernel(
     program = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     if IS_ONE_BLOCK:
-        scale = _scale_of(weight_ptr, columns, D, GEMMA, WIDE)  # read once for all rows
+        scale = load_factor(weight_ptr, columns, D, GEMMA, WIDE)  # read once for all rows
         mask = columns < D
     weight_sum = tl.zeros((BLOCK,), dtype=WIDE)
     row = program
@@ -136,14 +128,14 @@ def _gated_residual_rms_norm_backward_kernel(
                 mask = at < D
                 normalized = tl.load(new_residual_ptr + start + at, mask=mask, other=0.0).to(WIDE) * rstd
                 grad_normed = tl.load(grad_normed_ptr + start + at, mask=mask, other=0.0).to(WIDE)
-                products += grad_normed * _scale_of(weight_ptr, at, D, GEMMA, WIDE) * normalized
+                products += grad_normed * load_factor(weight_ptr, at, D, GEMMA, WIDE) * normalized
             mean = tl.sum(products, axis=0) / D
             for chunk in range(0, D, BLOCK):
                 at = chunk + columns
                 mask = at < D
                 normalized = tl.load(new_residual_ptr + start + at, mask=mask, other=0.0).to(WIDE) * rstd
                 grad_normed = tl.load(grad_normed_ptr + start + at, mask=mask, other=0.0).to(WIDE)
-                grad_x = rstd * (grad_normed * _scale_of(weight_ptr, at, D, GEMMA, WIDE) - normalized * mean)
+                grad_x = rstd * (grad_normed * load_factor(weight_ptr, at, D, GEMMA, WIDE) - normalized * mean)
                 if HAS_GRAD_NEW_RESIDUAL:
                     grad_x += tl.load(grad_new_residual_ptr + start + at, mask=mask, other=0.0).to(WIDE)
                 tl.store(grad_residual_ptr + start + at, grad_x.to(grad_residual_ptr.dtype.element_ty), mask=mask)
@@ -200,7 +192,7 @@ def launch_gated_residual_rms_norm(
             normed,
             new_residual,
             rstd,
-            *rows.split_eps(eps),
+            *rows.split_float(eps),
             D=width,
             GEMMA=gemma,
             IS_ONE_BLOCK=block >= width,

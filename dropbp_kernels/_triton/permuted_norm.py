@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuning import LaunchTable, row_table
-from .rows import device_guard, max_programs, split_eps, wide_of
+from .rows import device_guard, load_factor, max_programs, split_float, wide_of
 
 _FORWARD = LaunchTable(
     "permuted_norm",
@@ -97,20 +97,12 @@ def _permuted_norm_kernel(
         normed = x * rstd
         if not (CENTERED or GEMMA):
             normed = normed.to(kept_ptr.dtype.element_ty).to(WIDE)
-        normed *= _factor_of(weight_ptr, at, D, GEMMA, WIDE)
+        normed *= load_factor(weight_ptr, at, D, GEMMA, WIDE)
         if HAS_BIAS:
             normed += tl.load(bias_ptr + at, mask=at < D, other=0.0).to(WIDE)
         normed = normed.to(kept_ptr.dtype.element_ty)
         tl.store(kept_ptr + to * D + at, normed, mask=at < kept_end)
         tl.store(dropped_ptr + (to - end_of_kept) * D + at, normed, mask=at < D - kept_end)
-
-
-@triton.jit
-def _factor_of(weight_ptr, columns, D: tl.constexpr, GEMMA: tl.constexpr, WIDE: tl.constexpr):
-    weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(WIDE)
-    if GEMMA:
-        weight += 1.0
-    return weight
 
 
 @triton.jit
@@ -142,7 +134,7 @@ def _permuted_norm_backward_kernel(
     weight_sum = tl.zeros((BLOCK,), dtype=WIDE)
     bias_sum = tl.zeros((BLOCK,), dtype=WIDE)
     if IS_ONE_BLOCK:
-        factor = _factor_of(weight_ptr, columns, D, GEMMA, WIDE)  # read once for all rows
+        factor = load_factor(weight_ptr, columns, D, GEMMA, WIDE)  # read once for all rows
     row = program
     while row < end_of_kept:
         start = row * D
@@ -173,7 +165,7 @@ def _permuted_norm_backward_kernel(
             for chunk in range(0, D, BLOCK):
                 at = chunk + columns
                 grad = tl.load(grad_kept_ptr + start + at, mask=at < D, other=0.0).to(WIDE)
-                grad *= _factor_of(weight_ptr, at, D, GEMMA, WIDE)
+                grad *= load_factor(weight_ptr, at, D, GEMMA, WIDE)
                 x = tl.load(kept_rows_ptr + start + at, mask=at < D, other=0.0).to(WIDE)
                 products += grad * (x - mean) * rstd
                 grads += grad
@@ -182,7 +174,7 @@ def _permuted_norm_backward_kernel(
             for chunk in range(0, D, BLOCK):
                 at = chunk + columns
                 grad = tl.load(grad_kept_ptr + start + at, mask=at < D, other=0.0).to(WIDE)
-                grad *= _factor_of(weight_ptr, at, D, GEMMA, WIDE)
+                grad *= load_factor(weight_ptr, at, D, GEMMA, WIDE)
                 x = tl.load(kept_rows_ptr + start + at, mask=at < D, other=0.0).to(WIDE)
                 inner = grad - (x - mean) * rstd * product
                 if CENTERED:
@@ -278,7 +270,7 @@ def launch_permuted_norm(
             num_rows,
             num_kept * rows_per_index,
             rows_per_index,
-            *split_eps(eps),
+            *split_float(eps),
             D=width,
             CENTERED=centered,
             GEMMA=gemma,

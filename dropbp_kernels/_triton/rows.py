@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import math
 
 import torch
 import triton
@@ -33,6 +34,15 @@ def add_chunk(
     return x.to(WIDE)
 
 
+@triton.jit
+def load_factor(weight_ptr, columns, D: tl.constexpr, GEMMA: tl.constexpr, WIDE: tl.constexpr):
+    """What a normalised row is multiplied with: weight, or 1 + weight; zero beyond the row, or one."""
+    weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(WIDE)
+    if GEMMA:
+        weight += 1.0
+    return weight
+
+
 def wide_of(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
     """The dtype of the arithmetic on a residual of `dtype`, for PyTorch and for Triton."""
     return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
@@ -55,10 +65,10 @@ def row_stride(tensor: Tensor) -> int | None:
     return leading[-1][1] if leading else tensor.shape[-1]
 
 
-def split_eps(eps: float) -> tuple[float, float]:
-    """eps as the sum of a float32 and its rest: a float argument of a kernel is float32, which float64 sees cut off."""
-    head = torch.tensor(eps, dtype=torch.float32).item()
-    return head, eps - head
+def split_float(value: float) -> tuple[float, float]:
+    """The sum of a float32 and its rest: a float argument of a kernel is float32, which float64 sees cut off."""
+    head = torch.tensor(value, dtype=torch.float32).item()
+    return head, value - head if math.isfinite(head) else 0.0
 
 
 @functools.cache
