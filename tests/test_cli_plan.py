@@ -105,7 +105,7 @@ def test_builtin_model_and_a_folder_are_found(capsys, small):
         (["--lora-rank", "-1"], "--lora-rank: expected at least 1, got -1"),
         (["--drop-rate", "1"], "--drop-rate: expected 0 <= drop_rate < 1, got 1.0"),
         (["--drop-rate", "nan"], "--drop-rate: expected 0 <= drop_rate < 1, got nan"),
-        (["--adapter", "dora"], "--adapter: expected one of lora, qlora, paca, full, got 'dora'"),
+        (["--adapter", "dora"], "--adapter: expected one of lora, qlora, paca, qpaca, full, got 'dora'"),
         (["--checkpoint", "all"], "--checkpoint: expected one of none, block, kept, sliced, got 'all'"),
         (["--dtype", "int8"], "--dtype: expected one of bfloat16"),
         (["--optimizer", "lion"], "--optimizer: expected one of adamw"),

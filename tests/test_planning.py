@@ -15,7 +15,7 @@ from transformers import GPT2Config, LlamaConfig, MambaConfig, Qwen3Config, T5Co
 
 from dropbp_kernels import apply_dropbp
 from dropbp_kernels.cli.errors import UserError
-from dropbp_kernels.cli.planning import Setting, StepModel, worst_plans
+from dropbp_kernels.cli.planning import IN_FOUR_BITS, Setting, StepModel, worst_plans
 from dropbp_kernels.measure import PeakLiveBytes
 
 BATCH_SIZE, SEQ_LEN = 2, 96
@@ -99,6 +99,7 @@ def test_bytes_and_flops_are_exact_for_the_plan_it_assumes(checkpoint):
         ("lora", "kept", 0.65),
         ("lora", "block", 0.875),
         ("qlora", "none", 0.65),
+        ("qpaca", "kept", 0.65),
         ("full", "none", 0.875),
         ("full", "block", 0.65),
     ],
@@ -147,14 +148,16 @@ def test_weights_gradients_and_optimizer_states_are_counted():
     assert accumulating.peak_bytes == pytest.approx(lora.predict(setting).peak_bytes + 4 * trained, rel=0.05)
 
 
-def test_four_bit_base_takes_less_and_unpacks_one_weight_at_a_time():
+@pytest.mark.parametrize(("adapter", "packed"), IN_FOUR_BITS.items())
+def test_four_bit_base_takes_less_and_unpacks_one_weight_at_a_time(adapter, packed):
     setting = Setting(1, 64, 0.5)
-    lora, qlora = StepModel(config()), StepModel(config(), "qlora")
+    dense, in_four_bits = StepModel(config(), adapter), StepModel(config(), packed)
     linears = 6 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160)
-    assert lora.weight_bytes - qlora.weight_bytes == pytest.approx(linears * (2 - 0.5 - 1 / 64), rel=1e-3)
-    extra = live_bytes(qlora.predict(setting)) - live_bytes(lora.predict(setting))
+    assert dense.weight_bytes - in_four_bits.weight_bytes == pytest.approx(linears * (2 - 0.5 - 1 / 64), rel=1e-3)
+    assert dense.num_trained == in_four_bits.num_trained
+    extra = live_bytes(in_four_bits.predict(setting)) - live_bytes(dense.predict(setting))
     assert 0 <= extra <= 2 * 64 * 160
-    assert qlora.predict(setting).flops == lora.predict(setting).flops
+    assert in_four_bits.predict(setting).flops == dense.predict(setting).flops
 
 
 def test_detaching_afterwards_needs_more_where_a_cache_holds_the_graph():

@@ -6,6 +6,7 @@ unpacks the weight first, in forward and in backward, and saves nothing for it.
 Source: QLoRA (arXiv 2305.14314), section 3.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,19 +35,39 @@ class FourBitLinear(nn.Linear):
         return output if self.bias is None else output + self.bias
 
 
+@functools.cache
+def _paca_linear() -> Any:
+    """The layer of PaCA over such a weight. Made when asked for: PaCA needs PEFT."""
+    from ..paca.layer import Linear
+    from ..paca.linear import Columns, column_linear
+
+    class FourBitPaca(Linear):
+        def _product(self, x: Tensor, columns: Columns, trained: Tensor) -> Tensor:
+            base: Any = self.get_base_layer()
+            return column_linear(
+                x, base.weight, base.bias, trained, columns, unpack=lambda: torch.empty_like(base.weight)
+            )
+
+    return FourBitPaca
+
+
 def mark(model: nn.Module) -> None:
     """Let every linear layer that has an adapter run as if held in 4 bits."""
-    for linear in _adapted(model):
-        linear.__class__ = FourBitLinear
+    for layer, base in _adapted(model):
+        if hasattr(layer, "paca_columns"):
+            layer.__class__ = _paca_linear()
+        else:
+            base.__class__ = FourBitLinear
 
 
 def saved_bytes(model: nn.Module) -> int:
     """How much less the weights take than in the model's dtype."""
-    return round(sum(linear.weight.nbytes - BYTES_PER_WEIGHT * linear.weight.numel() for linear in _adapted(model)))
+    return round(sum(base.weight.nbytes - BYTES_PER_WEIGHT * base.weight.numel() for _, base in _adapted(model)))
 
 
-def _adapted(model: nn.Module) -> Iterator[nn.Linear]:
+def _adapted(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Linear]]:
+    """(adapter's layer, linear layer below it)."""
     for module in model.modules():
         base = getattr(module, "base_layer", None)
         if isinstance(base, nn.Linear):
-            yield base
+            yield module, base

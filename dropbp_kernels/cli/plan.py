@@ -18,7 +18,7 @@ from .errors import UserError, require_packages
 from .model_config import load_config, shipped
 from .plan_report import by_target_share, make_report, measure_data
 from .plan_tables import GiB, show
-from .planning import ADAPTERS, CHECKPOINTS, OPTIMIZERS, Setting, StepModel
+from .planning import ADAPTERS, CHECKPOINTS, IN_FOUR_BITS, OPTIMIZERS, Setting, StepModel
 
 EXAMPLES = """examples:
   dropbp-kernels plan --model llama-2-7b --gpu-memory 24
@@ -97,7 +97,8 @@ def run(args: argparse.Namespace) -> int:
     )
     resident = model.weight_bytes + model.optimizer_bytes
     if budget is not None and resident >= budget:
-        hint = "" if args.adapter == "qlora" else "; --adapter qlora takes less" if model.can_be_four_bit else ""
+        smaller = IN_FOUR_BITS.get(args.adapter)
+        hint = f"; --adapter {smaller} takes less" if smaller else ""
         raise UserError(
             f"--gpu-memory {args.gpu_memory}: weights and optimizer state alone take {resident / GiB:.1f} GiB, and "
             f"{budget / GiB:.1f} GiB are left after the reserve of {args.reserve:g} GiB{hint}"

@@ -26,7 +26,8 @@ from ..targets import IGNORED, TargetPlan, plan_targets
 from . import four_bit
 from .errors import UserError
 
-ADAPTERS = ("lora", "qlora", "paca", "full")
+ADAPTERS = ("lora", "qlora", "paca", "qpaca", "full")
+IN_FOUR_BITS = {"lora": "qlora", "paca": "qpaca"}  # the same adapter over a base in 4 bits
 CHECKPOINTS = ("none", "block", "kept", "sliced")
 # Bytes of AdamW's two moments, as multiples of the parameter's; "adamw8bit": one byte each.
 OPTIMIZERS = ("adamw", "adamw8bit", "sgd")
@@ -108,7 +109,7 @@ class StepModel:
             self._set_num_blocks(min(len(self.blocks), (max(self.num_gates) + 1) * NUM_OF_A_RUN))
         self.mode = FakeTensorMode(allow_non_fake_inputs=False)
         make_fake(self.model, self.mode)
-        if adapter == "qlora":
+        if adapter in IN_FOUR_BITS.values():
             four_bit.mark(self.model)
         self._predicted: dict[Setting, Prediction] = {}
 
@@ -119,9 +120,8 @@ class StepModel:
         self.num_trained = sum(parameter.numel() for parameter in trained)
         self.gradient_bytes = sum(parameter.nbytes for parameter in trained)
         self.weight_bytes = sum(tensor.nbytes for tensor in parameters + buffers)
-        if adapter == "qlora":
+        if adapter in IN_FOUR_BITS.values():
             self.weight_bytes -= four_bit.saved_bytes(self.model)
-        self.can_be_four_bit = adapter == "lora"
         self.optimizer_bytes = {"adamw": 2 * self.gradient_bytes, "adamw8bit": 2 * self.num_trained, "sgd": 0}[
             optimizer
         ]
@@ -283,7 +283,7 @@ def _on_meta(
             from peft import LoraConfig, get_peft_model
 
             kind: Any = LoraConfig
-            if adapter == "paca":
+            if adapter in ("paca", "qpaca"):
                 from ..paca import PacaConfig
 
                 kind = PacaConfig
