@@ -5,11 +5,12 @@ import pytest
 pytest.importorskip("trl")
 
 from models import tiny_causal_lm
-from test_trainer_trl import pytestmark, tokenizer  # noqa: F401
-from trainer_runs import arguments, data
+from trainer_runs import QUIET, arguments, data, tokenizer
 from trl import SFTConfig, SFTTrainer
 
 from dropbp_kernels.coreset import apply_coreset
+
+pytestmark = QUIET
 
 
 def test_sft_trains_on_subsets(tmp_path):

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from models import encoder_decoder
 from torch import nn
 
 from benchmarks.models_check import check_gradients, run_backward
@@ -57,40 +58,6 @@ def test_layouts_that_a_configuration_chooses(name):
     assert not problems
     assert not missed
     assert len(gates) == 4
-
-
-def encoder_decoder(name):
-    import transformers
-
-    torch.manual_seed(0)
-    tokens = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(1))
-    if name == "t5":
-        config = transformers.T5Config(
-            vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0,
-            use_cache=False,
-        )  # fmt: skip
-        return transformers.T5ForConditionalGeneration(config).train(), {"input_ids": tokens, "labels": tokens}, 10
-    if name == "whisper":
-        config = transformers.WhisperConfig(
-            vocab_size=96, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
-            decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=8, max_source_positions=12,
-            max_target_positions=32, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
-        )  # fmt: skip
-        features = torch.randn(2, 8, 24, generator=torch.Generator().manual_seed(1))
-        model = transformers.WhisperForConditionalGeneration(config).train()
-        return model, {"input_features": features, "labels": tokens}, 10
-    if name == "vit":
-        config = transformers.ViTConfig(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16,
-            patch_size=4, num_labels=3,
-        )  # fmt: skip
-        pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-        model = transformers.ViTForImageClassification(config).train()
-        return model, {"pixel_values": pixels, "labels": torch.tensor([0, 2])}, 4
-    config = transformers.RobertaConfig(
-        vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, pad_token_id=0
-    )
-    return transformers.RobertaForMaskedLM(config).train(), {"input_ids": tokens, "labels": tokens}, 4
 
 
 @pytest.mark.parametrize("name", ["t5", "whisper", "vit", "roberta"])

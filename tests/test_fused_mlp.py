@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from fused_models import FUSED_MODELS, build
 from models import gradients, tiny_batch, tiny_causal_lm, with_lora
-from test_fusing import FUSED_MODELS, build
 from torch import nn
 from transformers.activations import ACT2FN
 

@@ -5,9 +5,8 @@ import warnings
 
 import pytest
 import torch
-from models import gradients, tiny_batch, toy_model, with_lora
+from models import encoder_decoder, gradients, tiny_batch, toy_model, with_lora
 from models import tiny_causal_lm as tiny_llama
-from test_families import encoder_decoder
 from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode

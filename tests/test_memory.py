@@ -5,27 +5,17 @@ import torch
 from models import with_lora
 
 from dropbp_kernels import apply_dropbp
-from dropbp_kernels.cli.builtin import ByteTokenizer, Recipe
+from dropbp_kernels.cli import builtin
 from dropbp_kernels.measure import PeakLiveBytes, saved_bytes
 
 BATCH_SIZE, SEQ_LEN = 4, 256
 
 
 def builtin_sized_model():
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    recipe = Recipe()
-    config = LlamaConfig(
-        vocab_size=ByteTokenizer.vocab_size,
-        hidden_size=recipe.hidden_size,
-        intermediate_size=recipe.intermediate_size,
-        num_hidden_layers=recipe.num_hidden_layers,
-        num_attention_heads=recipe.num_attention_heads,
-        num_key_value_heads=recipe.num_key_value_heads,
-        use_cache=False,
-    )
     torch.manual_seed(0)
-    return with_lora(LlamaForCausalLM(config), r=8)
+    return with_lora(LlamaForCausalLM(builtin.config(builtin.Recipe())), r=8)
 
 
 def peak_of_step(model):

@@ -1,6 +1,6 @@
-"""A backward writes into what its forward saved, and into a gradient it was given, only where nobody can tell.
+"""A backward writes into what its forward saved only where nobody can tell. swiglu does.
 
-swiglu does the one, permuted_rms_norm the other: see test_permuted_norm.py for whole networks of it.
+Gradients that a backward was given: test_ownership_of_gradients.py.
 """
 
 import threading
@@ -11,18 +11,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
+from owners import HOLDERS, NEEDS_COUNTS, leaf, norm_overwrites
 from torch.utils.checkpoint import checkpoint
 
 from dropbp_kernels import ownership
 from dropbp_kernels.measure import PeakLiveBytes
-from dropbp_kernels.ops import permuted_rms_norm, swiglu
-from dropbp_kernels.ops.derivative import first_derivative
+from dropbp_kernels.ops import swiglu
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch._C, "_storage_Use_Count") or not hasattr(torch.Tensor, "_use_count"),
-    reason="this PyTorch has no reference counts to tell owners by",
-)
+pytestmark = NEEDS_COUNTS
 
 
 @pytest.fixture
@@ -36,10 +32,6 @@ def decisions(monkeypatch):
 
     monkeypatch.setattr("dropbp_kernels.ops.glu.owns_saved_tensors", decide)
     return found
-
-
-def leaf():
-    return torch.randn(4, 6, generator=torch.Generator().manual_seed(3)).requires_grad_()
 
 
 def expected(x):
@@ -84,62 +76,13 @@ def test_off_without_donate(decisions):
     assert decisions == []
 
 
-def holds_a_name(gate):
-    return gate
-
-
-def holds_a_container(gate):
-    return {"activations": [gate]}
-
-
-def holds_a_closure(gate):
-    return lambda: gate
-
-
-def holds_a_view(gate):
-    return gate[1:]
-
-
-def holds_a_detached_alias(gate):
-    return gate.detach()
-
-
-def holds_an_array(gate):
-    return gate.detach().numpy()
-
-
-def holds_a_capsule(gate):
-    return torch.utils.dlpack.to_dlpack(gate.detach())
-
-
-def holds_the_storage(gate):
-    return gate.untyped_storage()
-
-
-def holds_another_graph(gate):
-    return gate * gate.detach()
-
-
-HOLDERS = [
-    holds_a_name,
-    holds_a_container,
-    holds_a_closure,
-    holds_a_view,
-    holds_a_detached_alias,
-    holds_an_array,
-    holds_a_capsule,
-    holds_the_storage,
-    holds_another_graph,
-]
-
-
 @pytest.mark.parametrize("which", ["gate", "up"])
-@pytest.mark.parametrize("hold", HOLDERS)
-def test_off_while_someone_holds_an_input(decisions, hold, which):
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_off_while_someone_holds_an_input(decisions, holder, which):
     x = leaf()
     gate, up = x * 2, x + 1
     before = {"gate": gate.tolist(), "up": up.tolist()}[which]
-    held = hold({"gate": gate, "up": up}[which])
+    held = HOLDERS[holder]({"gate": gate, "up": up}[which])
     pointer = {"gate": gate, "up": up}[which].data_ptr()
     output = swiglu(gate, up, donate=True)
     del gate, up
@@ -264,80 +207,6 @@ def test_a_modified_input_is_still_an_error():
     gate.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
-
-
-def norm_overwrites(prepare=lambda stream: None, follow=lambda stream, earlier: stream * 2):
-    """Whether the norm's backward writes into the gradient that `follow` gives to the stream."""
-    x = torch.randn(4, 3, 6, requires_grad=True)
-    inner, earlier = x * 1, x * 5
-    kept, _, stream = permuted_rms_norm(inner, torch.ones(6), torch.tensor([2, 0, 3, 1]), 2)
-    arrived, left = [], []
-    stream.grad_fn.register_prehook(lambda grads: arrived.append(grads[2].data_ptr()))
-    inner.grad_fn.register_prehook(lambda grads: left.append(grads[0].data_ptr()))
-    prepare(stream)
-    root = follow(stream, earlier)
-    torch.autograd.backward((root, kept.sum()), (torch.ones_like(root), None))
-    return arrived == left
-
-
-def test_a_gradient_of_nobody_else_is_overwritten():
-    assert norm_overwrites()
-    found = []
-    thread = threading.Thread(target=lambda: found.append(norm_overwrites()))
-    thread.start()
-    thread.join()
-    assert found == [True]
-
-
-@pytest.mark.parametrize("hold", [hold for hold in HOLDERS if hold is not holds_another_graph])
-def test_no_gradient_that_someone_holds_is_overwritten(hold):
-    held, before = [], []
-
-    def keep(grad):
-        held.append(hold(grad))
-        before.append(grad.tolist())
-
-    assert not norm_overwrites(lambda stream: stream.register_hook(keep))
-    if isinstance(held[0], torch.Tensor) and held[0].shape == (4, 3, 6):
-        assert held[0].tolist() == before[0]
-
-
-def test_no_gradient_that_a_node_waits_for_is_overwritten():
-    assert not norm_overwrites(follow=lambda stream, earlier: (stream + earlier) * 2)
-
-
-def test_no_gradient_of_the_caller_is_overwritten():
-    assert not norm_overwrites(follow=lambda stream, earlier: stream)
-
-
-def test_no_gradient_in_the_memory_of_an_array_is_overwritten():
-    array = np.ones((4, 3, 6), np.float32)
-    assert not norm_overwrites(lambda stream: stream.register_hook(lambda grad: torch.from_numpy(array)))
-    assert (array == 1).all()
-
-
-@pytest.mark.parametrize("decorate", [once_differentiable, first_derivative, lambda backward: backward])
-@pytest.mark.parametrize("holds", [False, True])
-def test_a_backward_decorated_otherwise_than_the_probe_never_overwrites(decorate, holds):
-    """Each decorator may hold the gradient too, or one time less than expected: then a shared one would look free."""
-    found, held = [], []
-
-    class Asks(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x * 1
-
-        @staticmethod
-        @decorate
-        def backward(ctx, grad):
-            found.append(ownership.owns_gradient(grad))
-            held.append([grad] if holds else None)
-            found.append(ownership.owns_gradient(grad))
-            return grad
-
-    (Asks.apply(leaf()) * 2).backward(torch.ones(4, 6))
-    is_the_probes = decorate is once_differentiable
-    assert found == [is_the_probes, is_the_probes and not holds]
 
 
 def test_the_experiment_runs_once_for_all_threads(monkeypatch):

@@ -8,25 +8,13 @@ pytest.importorskip("trl")
 import trl
 from models import tiny_causal_lm
 from packaging.version import Version
-from trainer_runs import arguments, assert_same, data, weights
+from trainer_runs import QUIET, arguments, assert_same, data, tokenizer, weights
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from dropbp_kernels import DropBPCallback
 from dropbp_kernels.targets import TargetPlan
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:.*:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*:DeprecationWarning"),
-]
-
-
-def tokenizer():
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({f"w{n}": n for n in range(64)}, unk_token="w0"))
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w1", eos_token="w2", unk_token="w0")
+pytestmark = QUIET
 
 
 def train(folder, resume=None, rates="sensitivity", **overrides):

@@ -1,5 +1,6 @@
 """Short trainings with `DropBPCallback` in transformers' Trainer, which several test files look at."""
 
+import pytest
 import torch
 from models import tiny_causal_lm
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -7,6 +8,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from dropbp_kernels import DropBPCallback
 
 NUM_BRANCHES = 6
+# For runs with TRL: one thread, and its own warnings on the way ignored.
+QUIET = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*:DeprecationWarning"),
+]
 
 
 def data(num_rows=48, seq_len=12):
@@ -28,6 +35,14 @@ def arguments(folder, **overrides):
         "dataloader_pin_memory": False,
     }
     return TrainingArguments(**{**defaults, **overrides})
+
+
+def tokenizer():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{n}": n for n in range(64)}, unk_token="w0"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w1", eos_token="w2", unk_token="w0")
 
 
 class Watcher(TrainerCallback):
