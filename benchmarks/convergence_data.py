@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dropbp_kernels.cli import corpus
 from dropbp_kernels.cli.builtin import ByteTokenizer
-from dropbp_kernels.cli.data import Data, Document, Row, encode, load_data
+from dropbp_kernels.cli.data import Data, Row, encode, load_data
+from dropbp_kernels.cli.documents import Document
 
 from .coreset_data import SOURCES, Mixture
 

@@ -69,11 +69,20 @@ def test_help_names_every_option_and_its_default(capsys):
         "(default: builtin)",
         "(default: 0.75; 0 with --context inference)",
         "--resume DIR",
+        "--adapter lora|paca|full LoRA or PaCA",
+        "--steps N optimizer steps",
         "examples:",
         "--no-compare",
     ):
         assert part in text
     assert "SUPPRESS" not in text
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"dropbp-kernels {__version__}\n"
 
 
 @pytest.mark.parametrize(

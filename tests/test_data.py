@@ -7,7 +7,8 @@ import torch
 
 from dropbp_kernels.cli import corpus
 from dropbp_kernels.cli.builtin import ByteTokenizer
-from dropbp_kernels.cli.data import IGNORED, Data, Document, Row, check_data_path, encode, load_data
+from dropbp_kernels.cli.data import IGNORED, Data, Row, encode, load_data
+from dropbp_kernels.cli.documents import Document, check_data_path
 from dropbp_kernels.cli.errors import UserError
 
 TOKENIZER = ByteTokenizer()

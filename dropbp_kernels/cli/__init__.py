@@ -1,20 +1,22 @@
 """The command line.
 
-dropbp-kernels finetune   fine-tune a Llama-family model with DropBP; compares four ways on the built-in model
+dropbp-kernels finetune   fine-tune a causal language model with DropBP; on the built-in one several ways are compared
 dropbp-kernels info       versions, devices, and which backend serves each op here
 dropbp-kernels plan       predict memory and step time of a fine-tuning, without a GPU and without weights
 dropbp-kernels profile    what each branch does in one step, and whether dropped ones do nothing
 dropbp-kernels tune       measure launch parameters of the Triton kernels on this GPU
 
-Order of a fine-tuning: `finetune` reads the settings, `corpus` and `data` make batches, `builtin` and `models` make
-the model, `training` runs the steps, `checkpoint` keeps them, `compare` measures, `plots` draws. Of a plan:
-`model_config` finds the config, `planning` simulates steps of its model (`four_bit`: where its base is held in 4 bits).
-Of a profile: `tracing` reads a profiler trace.
+Order of a fine-tuning: `finetune` reads the settings, `documents` (`corpus`: built-in ones) and `data` make batches,
+`builtin` and `models` make the model, `compare` the runs, `training` runs the steps, `checkpoint` keeps them,
+`compare_report` says what they cost and reached, `plots` draws. Of a plan: `model_config` finds the config, `planning`
+simulates steps of its model (`four_bit`: where its base is held in 4 bits). Of a profile: `tracing` reads a profiler
+trace.
 """
 
 import sys
 from collections.abc import Sequence
 
+from .. import __version__
 from . import finetune, info, plan, profile, tune
 from .errors import UserError
 from .parser import Parser
@@ -23,6 +25,7 @@ from .parser import Parser
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0, 2 for a user's error (one line on stderr), 130 when interrupted."""
     parser = Parser(prog="dropbp-kernels", description="Fine-tuning with dropped backward propagation.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="finetune | info | plan | profile | tune")
     for command in (finetune, info, plan, profile, tune):
         command.add_parser(commands)

@@ -21,8 +21,9 @@ from ..integrations.target_plans import CONTEXT_GRADIENTS
 from ..missing_grad import MISSING_GRAD
 from ..row_plan import GRANULARITIES
 from ..schedules import SCHEDULES
-from . import checkpoint, compare, hardware, models
-from .data import BUILTIN, Data, load_data
+from . import checkpoint, compare, compare_report, hardware, models
+from .data import Data, load_data
+from .documents import BUILTIN
 from .errors import UserError, require_finetune_packages
 from .settings import ADAPTERS, CONTEXTS, DTYPES, RATES, Settings, parse_grad_scale, resolve, settings_of
 from .training import Run, train
@@ -32,25 +33,27 @@ EXAMPLES = """examples:
   dropbp-kernels finetune --data builtin:docs --drop-rate 0.5
   dropbp-kernels finetune --data notes.txt --no-compare     one run of ours
   dropbp-kernels finetune --context inference               tokens without a loss run as inference, compared
-  dropbp-kernels finetune --coreset 0.5 --drop-rate 0        half of each batch, chosen by its gradients
+  dropbp-kernels finetune --coreset 0.5 --drop-rate 0       half of each batch, chosen by its gradients
   dropbp-kernels finetune --model owner/llama --data chats.jsonl --seq-len 1024 --batch-size 4
   dropbp-kernels finetune --resume runs/finetune-20250101-120000
 """
 INTERRUPTED = 130
+METAVARS: dict[Any, str] = {int: "N", float: "X"}
 
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "finetune",
-        help="fine-tune a Llama-family model with DropBP",
-        description="Fine-tune a Llama-family model with DropBP. On the built-in model, several ways are compared.",
+        help="fine-tune a causal language model with DropBP",
+        description="Fine-tune a causal language model with DropBP. On the built-in one, several ways are compared.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # what is not given comes from Settings, or from the checkpoint
         allow_abbrev=False,
     )
 
-    def add(name: str, text: str, **options: Any) -> None:
+    def add(name: str, text: str, values: Sequence[str] = (), **options: Any) -> None:
+        options.setdefault("metavar", "|".join(values) or METAVARS.get(options.get("type"), "NAME"))
         default = getattr(Settings, name.lstrip("-").replace("-", "_"))
         shown = "" if default is None or text == argparse.SUPPRESS else f" (default: {default})"
         parser.add_argument(name, help=text + shown, **options)
@@ -61,26 +64,26 @@ def add_parser(commands: Any) -> None:
         f"{', '.join(BUILTIN)}, a .txt or .jsonl file, or a folder of those; keys of .jsonl: text, or prompt "
         "and completion, or messages",
     )
-    add("--adapter", f"{', '.join(ADAPTERS)}: LoRA or PaCA on all linear layers, or train everything")
+    add("--adapter", "LoRA or PaCA on all linear layers, or train everything", ADAPTERS)
     add("--lora-rank", "rank of LoRA; how many columns PaCA trains of each weight", type=int)
     rate = "share of the branches' backward to drop, 0 <= drop rate < 1 (default: 0.75; 0 with --context inference)"
     add("--drop-rate", rate, type=float)
-    add("--context", f"{' or '.join(CONTEXTS)}: how tokens without a loss run; inference: without a backward")
-    add("--context-gradient", f"of what --context inference leaves out, keep {', '.join(CONTEXT_GRADIENTS)}")
+    add("--context", "how tokens without a loss run; inference: without a backward", CONTEXTS)
+    add("--context-gradient", "what to keep of what --context inference leaves out", CONTEXT_GRADIENTS)
     add("--coreset", "train on this share of each batch, chosen by its gradients, 0 < coreset <= 1", type=float)
-    add("--rates", f"{', '.join(RATES)}: equal, rising with depth, or allocated after a tenth of the steps")
-    add("--allocation", f"rates from sensitivities: {', '.join(METHODS)}")
-    add("--sampler", f"how plans are drawn: {', '.join(samplers.SAMPLERS)}")
-    add("--granularity", f"{', '.join(GRANULARITIES)}: what a branch keeps its share of")
-    add("--schedule", f"the drop rate over the run: {', '.join(SCHEDULES)}, with a share of it as in recovery:0.2")
-    add("--grad-scale", "factor on the gradient entering a kept branch, or 'unbiased'", type=parse_grad_scale)
-    add("--missing-grad", f"optimizer step of a parameter whose branch was dropped: {' or '.join(MISSING_GRAD)}")
+    add("--rates", "of branches: equal, rising with depth, or allocated after a tenth of the steps", RATES)
+    add("--allocation", "how rates are made from sensitivities", METHODS)
+    add("--sampler", "how plans are drawn", tuple(samplers.SAMPLERS))
+    add("--granularity", "what a branch keeps its share of: steps, samples or tokens", GRANULARITIES)
+    add("--schedule", "the drop rate over the run, with a share of it as in recovery:0.2", tuple(SCHEDULES))
+    add("--grad-scale", "factor on the gradient entering a kept branch", type=parse_grad_scale, metavar="X|unbiased")
+    add("--missing-grad", "what the optimizer does with a parameter whose branch was dropped", MISSING_GRAD)
     add("--steps", "optimizer steps", type=int)
     add("--batch-size", "rows of a batch", type=int)
     add("--seq-len", "most tokens of a row", type=int)
     add("--learning-rate", "peak of the learning rate (default: by model and adapter)", type=float)
-    add("--dtype", f"{', '.join(DTYPES)}; auto: bfloat16 on a GPU, else float32")
-    add("--device", "auto, cpu, cuda, cuda:1, ...")
+    add("--dtype", "auto: bfloat16 on a GPU, else float32", DTYPES)
+    add("--device", "auto, cpu, cuda, cuda:1, ...", metavar="DEVICE")
     add("--seed", "seed of data order, adapter and drop plans", type=int)
     parser.add_argument(
         "--compare",
@@ -153,7 +156,7 @@ def _finetune(settings: Settings, folder: Path, resumed: dict[str, Any] | None) 
     is_finished = done == settings.steps
     if is_finished:  # first of all what was trained
         _save_model(runs[-1], tokenizer, folder)
-    results = {run.name: compare.result(run, with_memory=is_finished) for run in runs}
+    results = {run.name: compare_report.result(run, with_memory=is_finished) for run in runs}
     report = {
         "finished": is_finished,
         "steps_done": done,
@@ -194,7 +197,7 @@ def _make_runs(model: Any, data: Data, settings: Settings, resumed: dict[str, An
 
 def _show(folder: Path, report: dict[str, Any], runs: Sequence[Run]) -> None:
     settings = runs[-1].settings
-    compare.print_table(report["results"], settings)
+    compare_report.print_table(report["results"], settings)
     if settings.compare:
         from .plots import draw_comparison
 
@@ -217,9 +220,9 @@ def _print_plan(settings: Settings, data: Data, folder: Path) -> None:
 
 def _write(folder: Path, report: dict[str, Any], runs: Sequence[Run]) -> None:
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    rows = compare.loss_rows(runs)
+    rows = compare_report.loss_rows(runs)
     with open(folder / "losses.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, compare.LOSS_FIELDS)
+        writer = csv.DictWriter(file, compare_report.LOSS_FIELDS)
         writer.writeheader()
         writer.writerows(rows)
 

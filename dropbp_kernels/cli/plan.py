@@ -8,12 +8,13 @@ relative to the step that drops nothing and checkpoints nothing.
 import argparse
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from .builtin import NAME
-from .data import check_data_path
+from .documents import check_data_path
 from .errors import UserError, require_packages
 from .model_config import load_config, shipped
 from .plan_report import by_target_share, make_report, measure_data
@@ -43,33 +44,33 @@ def add_parser(commands: Any) -> None:
         allow_abbrev=False,
     )
 
-    def add(name: str, default: Any, text: str, **options: Any) -> None:
+    def add(name: str, default: Any, text: str, values: Sequence[str] = (), **options: Any) -> None:
+        options["metavar"] = "|".join(values) or {int: "N", float: "X"}[options["type"]]
         parser.add_argument(name, default=default, help=f"{text} (default: {default})", **options)
 
     names = ", ".join([NAME, *shipped()])
     parser.add_argument("--model", required=True, help=f"{names}, a config.json, its folder, or a Hugging Face hub id")
     add("--seq-len", 2048, "tokens of a row", type=int)
     add("--batch-size", 1, "rows of a micro-batch", type=int)
-    add(
-        "--adapter",
-        "lora",
-        f"{', '.join(ADAPTERS)}: LoRA on all linear layers, over a 4-bit base, PaCA, or train everything",
-    )
+    add("--adapter", "lora", "LoRA on all linear layers, over a 4-bit base, PaCA, or train everything", ADAPTERS)
     add("--lora-rank", 8, "rank of LoRA; how many columns PaCA trains of each weight", type=int)
     add("--drop-rate", 0.75, "share of the branches' backward to drop, 0 <= drop rate < 1", type=float)
-    add("--checkpoint", "none", f"{', '.join(CHECKPOINTS)}: gradient checkpointing")
-    add("--dtype", "bfloat16", f"of weights and activations: {', '.join(DTYPES)}")
-    add("--adapter-dtype", "float32", f"of what the adapter trains (PEFT's own choice is float32): {', '.join(DTYPES)}")
-    add("--optimizer", "adamw", f"whose state is counted: {', '.join(OPTIMIZERS)}")
+    add("--checkpoint", "none", "gradient checkpointing", CHECKPOINTS)
+    add("--dtype", "bfloat16", "of weights and activations", DTYPES)
+    add("--adapter-dtype", "float32", "of what the adapter trains; PEFT's own choice is float32", DTYPES)
+    add("--optimizer", "adamw", "whose state is counted", OPTIMIZERS)
     parser.add_argument(
         "--gradient-accumulation", action="store_true", help="gradients stay from one micro-batch to the next"
     )
     parser.add_argument("--gpu-memory", metavar="GIB", help="memory of the GPU in GiB: also find what fits")
     add("--reserve", RESERVE_GIB, "GiB of it that tensors cannot have", type=float)
-    add("--fused-loss", "auto", f"{', '.join(FUSED_LOSSES)}: as in apply_dropbp")
+    add("--fused-loss", "auto", "as in apply_dropbp; chunked: logits never exist as a whole", FUSED_LOSSES)
     parser.add_argument("--fused", action="store_true", help="as in apply_dropbp: fused norms and MLPs save less")
     parser.add_argument(
-        "--target-share", type=float, help="share of a row's tokens that carry a loss: compare target plans too"
+        "--target-share",
+        type=float,
+        metavar="X",
+        help="share of a row's tokens with a loss: compare target plans too",
     )
     parser.add_argument(
         "--data", help="as for finetune: take --target-share and --seq-len from this, as its batches are padded"

@@ -34,18 +34,22 @@ def add_parser(commands: Any) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--model", required=True, help="as for plan: a name, a config.json, its folder, or a hub id")
+    metavars = {int: "N", float: "X", str: "inference|detach"}
     for name, default, text, kind in (
         ("--drop-rate", 0.75, "share of the branches' backward to drop, 0 <= drop rate < 1", float),
         ("--lora-rank", 8, "rank of LoRA on all linear layers; 0: train everything", int),
         ("--batch-size", 2, "rows of the batch", int),
         ("--seq-len", 128, "tokens of a row", int),
-        ("--dropped-runs", "inference", "inference, or detach: how dropped branches run", str),
+        ("--dropped-runs", "inference", "how dropped branches run", str),
         ("--seed", 0, "seed of weights, tokens and plan", int),
     ):
-        parser.add_argument(name, default=default, type=kind, help=f"{text} (default: {default})")
+        parser.add_argument(
+            name, default=default, type=kind, metavar=metavars[kind], help=f"{text} (default: {default})"
+        )
     parser.add_argument(
         "--target-share",
         type=float,
+        metavar="X",
         help="share of each row's tokens, its last ones, that carry a loss: run a target plan",
     )
     parser.add_argument("--output", metavar="DIR", help="output folder (default: a new one under runs/)")

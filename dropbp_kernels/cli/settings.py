@@ -14,7 +14,7 @@ from ..row_plan import GRANULARITIES
 from ..samplers import SAMPLERS
 from ..schedules import get_schedule
 from . import builtin
-from .data import check_data_path
+from .documents import check_data_path
 from .errors import UserError
 
 ADAPTERS = ("lora", "paca", "full")
