@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from dropbp_kernels import apply_dropbp
-from dropbp_kernels.handler import find_gates
+from dropbp_kernels.gates import find_gates
 from dropbp_kernels.integrations.families import FAMILIES
 
 FUSED = os.getenv("DROPBP_SUITE_WAY") == "fused"

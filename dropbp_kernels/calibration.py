@@ -21,7 +21,7 @@ class Calibration:
     """Sensitivities and FLOPs of the branches, by name and in model order, and the rates allocated from them.
 
     definition, method: of the sensitivity and of measuring it, see `calibrate`. drop_rate: the target. min_rate,
-    allocation: what `allocate` was told besides.
+    allocation: what `allocate` was told besides. drop_rates: empty until they are allocated.
     """
 
     branches: tuple[str, ...]
@@ -32,7 +32,7 @@ class Calibration:
     drop_rate: float
     min_rate: float
     allocation: str
-    drop_rates: tuple[float, ...]
+    drop_rates: tuple[float, ...] = ()
 
     def reallocated(self, drop_rate: float, allocation: str) -> "Calibration":
         """The same measurement with the rates for another target or by another method. Errors: those of `allocate`."""

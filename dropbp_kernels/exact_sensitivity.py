@@ -59,6 +59,11 @@ def measure_sensitivity(
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    if isinstance(loss, Tensor) or not (callable(loss) or isinstance(loss, Sequence)):
+        raise TypeError(
+            "loss: expected a function that returns it, such as lambda: model(**batch).loss, or a list of those, got "
+            f"{type(loss).__name__}"
+        )
     losses = [loss] if callable(loss) else list(loss)
     if not losses:
         raise ValueError("loss: expected a function, or one for each micro-batch, got none")

@@ -1,4 +1,4 @@
-"""DropBPHandler: finds the gates of a model, draws the plan of each step and keeps the books. No tensor arithmetic.
+"""DropBPHandler: the options of DropBP on a model, the plan of each step, the drop rates, the state to resume from.
 
     handler = DropBPHandler(model, drop_rate=0.75)
     for batch in loader:
@@ -11,20 +11,20 @@ A plan is a pure function of (seed, step), so it is the same on every rank, afte
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from .allocation import allocate
 from .calibration import Calibration, check_branches
 from .exact_sensitivity import measure_sensitivity
-from .layer import DROPPED_RUNS, DropBP, checkpoint_branch
-from .plan import DropPlan, as_entry, set_plan
-from .report import Report, make_report
-from .row_plan import GRANULARITIES, RowPlan, RowsOfBranch
-from .samplers import Sampler, draw_kept, get_sampler, with_one_kept
+from .gates import check_called, check_model, find_gates, flops_of
+from .layer import DROPPED_RUNS, checkpoint_branch
+from .plan import DropPlan, as_entry, draw_plan, set_plan
+from .report import Books, Report
+from .row_plan import GRANULARITIES
+from .samplers import Sampler, get_sampler
 from .schedules import Schedule, factor_at, get_schedule
 from .sensitivity import mean_over_ranks
 from .slicing import SLICE_TOKENS
@@ -32,15 +32,6 @@ from .targets import TargetRule
 
 STATE_VERSION = 1
 CHECKPOINTS = (None, "kept", "sliced")
-# Sequence length at which FLOPs are compared before the first training call has shown the real one.
-DEFAULT_SEQ_LEN = 512
-# FLOPs of every branch when gates do not know theirs: all alike, and large, since the published allocation truncates.
-UNKNOWN_FLOPS = 1e9
-
-
-def find_gates(model: nn.Module) -> dict[str, DropBP]:
-    """The gates of `model` by module name, in model order; a gate that several blocks share appears once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, DropBP)}
 
 
 def check_drop_rate(drop_rate: float, name: str = "drop_rate") -> float:
@@ -100,6 +91,7 @@ class DropBPHandler:
         granularity: str = "branch",
         aligned: bool | int = False,
     ):
+        check_model(model)
         gates = find_gates(model)
         if not gates:
             found = ", ".join(sorted({type(m).__name__ for m in model.modules()}))
@@ -107,18 +99,20 @@ class DropBPHandler:
                 f"model: expected at least one DropBP gate, got none; module types found: {found}. "
                 "Use apply_dropbp(model, ...) for a supported family, or put gates into your blocks."
             )
-        if grad_scale != "unbiased" and (isinstance(grad_scale, str | bool) or not math.isfinite(grad_scale)):
+        is_number = isinstance(grad_scale, int | float) and not isinstance(grad_scale, bool)
+        if grad_scale != "unbiased" and not (is_number and math.isfinite(float(grad_scale))):
             raise ValueError(f'grad_scale: expected a finite number or "unbiased", got {grad_scale!r}')
         if dropped_runs not in DROPPED_RUNS:
             raise ValueError(f"dropped_runs: expected one of {', '.join(DROPPED_RUNS)}, got {dropped_runs!r}")
         if checkpoint not in CHECKPOINTS:
             raise ValueError(f'checkpoint: expected None, "kept" or "sliced", got {checkpoint!r}')
-        if total_steps is not None and (
-            isinstance(total_steps, bool) or total_steps != int(total_steps) or total_steps < 1
-        ):
+        is_whole = isinstance(total_steps, int | float) and total_steps == int(total_steps) and total_steps is not True
+        if total_steps is not None and not (is_whole and total_steps >= 1):
             raise ValueError(f"total_steps: expected a number of steps, at least 1, got {total_steps!r}")
         if granularity not in GRANULARITIES:
             raise ValueError(f"granularity: expected one of {', '.join(GRANULARITIES)}, got {granularity!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed: expected an integer, got {seed!r}")
         if not isinstance(aligned, int) or aligned < 0:
             raise ValueError(f"aligned: expected True, False or a number of blocks, got {aligned!r}")
         if aligned and granularity == "branch":
@@ -140,9 +134,7 @@ class DropBPHandler:
         self.num_steps = 0
         self.calibration: Calibration | None = None
         self.plan = DropPlan((True,) * len(gates), seed=seed)
-        self._num_kept = [0] * len(gates)
-        self._num_rows = [0] * len(gates)
-        self._is_booked = True  # whether the rows of the plan of now are in these two
+        self._books = Books([0] * len(gates), [0] * len(gates))
         self._awaits_call = False
         self.targets = TargetRule.of(model)
         self._tell_targets()
@@ -167,17 +159,15 @@ class DropBPHandler:
         """
         if labels is not None and self.targets is None:
             raise ValueError('labels: expected None, since the model was not patched with context="inference"')
-        if self.strict and self._awaits_call:
-            self._check_called()
+        if labels is not None and not isinstance(labels, Tensor):
+            raise TypeError(f"labels: expected an int64 tensor, got {type(labels).__name__}")
         if self._awaits_call:
-            self._check_labels()
-        self._book()
+            self._check_last_step()
+        self._books.settle()
         self.plan = self.draw(self.num_steps)
         set_plan(self.gates, self.plan.kept)
         self._scale_gradients(self.rates_at(self.num_steps))
-        self._is_booked = False
-        if self.granularity == "branch":
-            self._book()
+        self._books.open(self.plan)
         for gate in self.gates.values():
             gate.was_called = False
         self.num_steps += 1
@@ -195,35 +185,17 @@ class DropBPHandler:
 
         Errors: TypeError or ValueError when a sampler or schedule of the user's returns something else than it should.
         """
-        rates = self.rates_at(step)
-        if self.granularity != "branch":
-            return self._draw_rows(rates, step)
-        kept = draw_kept(self.sampler, rates, self.flops(), self.seed, step)
-        if self.keep_one:
-            is_trainable = [gate.is_trainable() for gate in self.gates.values()]
-            kept = with_one_kept(kept, is_trainable, rates, self.seed, step)
-        return DropPlan(kept, step, self.seed)
-
-    def _draw_rows(self, rates: Sequence[float], step: int) -> DropPlan:
-        flops = self.flops()
-        rows = RowPlan(
-            rates,
-            by_token=[self.granularity == "token" and gate.per_token for gate in self.gates.values()],
-            run_of=self._runs(),
-            covering=[self.keep_one and gate.is_trainable() for gate in self.gates.values()],
-            round_up=lambda shares: draw_kept(self.sampler, shares, flops, self.seed, step),
+        return draw_plan(
+            self.gates,
+            self.rates_at(step),
+            self.flops(),
+            sampler=self.sampler,
+            granularity=self.granularity,
+            aligned=self.aligned,
+            keep_one=self.keep_one,
             seed=self.seed,
             step=step,
         )
-        return DropPlan(tuple(RowsOfBranch(rows, branch) for branch in range(len(self.gates))), step, self.seed)
-
-    def _runs(self) -> list[int]:
-        """For each branch, the number of the run of branches that keeps the same rows."""
-        if not self.aligned:
-            return list(range(len(self.gates)))
-        blocks = [name.rpartition(".")[0] for name in self.gates]
-        number = {block: place for place, block in enumerate(dict.fromkeys(blocks))}
-        return [0 if self.aligned is True else number[block] // self.aligned for block in blocks]
 
     def set_plan(self, kept: Sequence[Any]) -> DropPlan:
         """Set a plan by hand until the next `step`: for each branch a bool, True = kept, or a bool tensor over rows.
@@ -232,15 +204,22 @@ class DropBPHandler:
         count as a step.
         Errors: ValueError for a wrong length, TypeError for other entries; the old plan stays.
         """
-        self._book()
+        if not isinstance(kept, Sequence):
+            raise TypeError(
+                f"plan: expected a list with one entry for each of the {len(self.gates)} branches, got "
+                f"{type(kept).__name__}"
+            )
+        self._books.settle()
         entries = tuple(map(as_entry, kept))
         set_plan(self.gates, entries)
         self.plan = DropPlan(entries, seed=self.seed)
         return self.plan
 
-    def _check_labels(self) -> None:
-        """Warn, once, when the last step ran and no labels told its context from its targets."""
+    def _check_last_step(self) -> None:
+        """Whether every gate was called, in strict mode; warn, once, where no labels told context from targets."""
         rule = self.targets
+        if self.strict and (rule is None or rule.num_target != 0):  # a batch without a target runs without autograd
+            check_called(self.gates)
         if rule is None or rule.num_target is not None or rule.has_warned_of_labels:
             return
         if any(gate.was_called for gate in self.gates.values()):
@@ -252,17 +231,6 @@ class DropBPHandler:
                 stacklevel=3,
             )
 
-    def _check_called(self) -> None:
-        if self.targets is not None and self.targets.num_target == 0:
-            return  # the batch ran without autograd
-        missed = [name for name, gate in self.gates.items() if not gate.was_called]
-        if missed:
-            shown = ", ".join(missed[:4]) + (", ..." if len(missed) > 4 else "")
-            raise RuntimeError(
-                f"step: {len(missed)} of {len(self.gates)} gates were not called with gradients enabled since the last "
-                f"step ({shown}). Run the patched model's forward between two steps, or pass strict=False."
-            )
-
     # ---- rates
 
     def set_drop_rates(self, drop_rates: Sequence[float]) -> None:
@@ -271,6 +239,11 @@ class DropBPHandler:
         Errors: ValueError for a wrong length or a rate outside [0, 1), TypeError for one that is no number; no rate is
         changed then.
         """
+        if not isinstance(drop_rates, Sequence):
+            raise TypeError(
+                f"drop_rates: expected a list with one for each of the {len(self.gates)} branches, got "
+                f"{type(drop_rates).__name__}"
+            )
         if len(drop_rates) != len(self.gates):
             raise ValueError(
                 f"drop_rates: expected one for each of the {len(self.gates)} branches, got {len(drop_rates)}"
@@ -294,19 +267,7 @@ class DropBPHandler:
 
         All alike when no gate knows its FLOPs. Errors: ValueError when only some do; the message names one that lacks.
         """
-        unknown = [name for name, gate in self.gates.items() if gate.flops is None]
-        if len(unknown) == len(self.gates):
-            return [UNKNOWN_FLOPS] * len(unknown)
-        if unknown:
-            raise ValueError(
-                f"gates: expected all {len(self.gates)} with flops or all without, but {len(unknown)} lack them "
-                f"({unknown[0]})"
-            )
-        return [
-            float(gate.flops(gate.batch_size or 1, gate.seq_len or DEFAULT_SEQ_LEN))
-            for gate in self.gates.values()
-            if gate.flops is not None
-        ]
+        return flops_of(self.gates)
 
     def calibrate(
         self,
@@ -333,21 +294,17 @@ class DropBPHandler:
         for gate in self.gates.values():
             gate.refresh()
         sensitivities = mean_over_ranks(measure_sensitivity(self, loss, definition, method, progress))
-        flops = self.flops()
-        rates = allocate(sensitivities, flops, self.drop_rate, method=allocation, min_rate=min_rate)
-        self.set_drop_rates(rates)
-        self.calibration = Calibration(
+        measured = Calibration(
             branches=tuple(self.gates),
             sensitivities=tuple(sensitivities),
-            flops=tuple(flops),
+            flops=tuple(self.flops()),
             definition=definition,
             method=method,
             drop_rate=self.drop_rate,
             min_rate=min_rate,
             allocation=allocation,
-            drop_rates=tuple(rates),
         )
-        return rates
+        return self.use_calibration(measured)
 
     def use_calibration(self, calibration: Calibration | str | Path, *, allocation: str | None = None) -> list[float]:
         """Set the drop rates from an earlier calibration, or from a file of `Calibration.save`; return the rates.
@@ -367,39 +324,17 @@ class DropBPHandler:
 
     # ---- books
 
-    def _book(self) -> None:
-        """Count what the plan of now keeps, once: rows of its last batch, or calls of branches."""
-        if self._is_booked:
-            return
-        self._is_booked = True
-        for index, entry in enumerate(self.plan):
-            if isinstance(entry, bool):
-                num_kept, num_rows = int(entry), 1
-            else:
-                num_kept, num_rows = entry.counts()
-            self._num_kept[index] += num_kept
-            self._num_rows[index] += num_rows
-
     def report(self) -> Report:
         """What was dropped so far: realised rate and FLOPs kept, overall and per branch (`branches`, model order).
 
         A dict; `print` and rich show it as a table, `draw(path)` as a picture. Counts are those of steps or, under
         plans that differ from row to row, of rows: samples or tokens.
         """
-        self._book()
-        return make_report(
-            list(self.gates),
-            self.drop_rate,
-            self.drop_rates,
-            self.flops(),
-            self._num_kept,
-            self._num_rows,
-            self.num_steps,
-        )
+        return self._books.report(list(self.gates), self.drop_rate, self.drop_rates, self.flops(), self.num_steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Rates, calibration, step, seed and counts, as plain Python values; also good as a JSON file."""
-        self._book()
+        self._books.settle()
         return {
             "version": STATE_VERSION,
             "branches": list(self.gates),
@@ -412,8 +347,8 @@ class DropBPHandler:
             "aligned": self.aligned,
             "plan": [entry if isinstance(entry, bool) else entry.as_list() for entry in self.plan],
             "plan_step": self.plan.step,
-            "num_kept": list(self._num_kept),
-            "num_rows": list(self._num_rows),
+            "num_kept": list(self._books.num_kept),
+            "num_rows": list(self._books.num_rows),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -422,8 +357,13 @@ class DropBPHandler:
         Errors: ValueError when the state is of another version, of a model with other branches or of another
                 granularity; nothing is changed.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state: expected what state_dict returned, got {type(state).__name__}")
         if state.get("version") != STATE_VERSION:
             raise ValueError(f"state: expected version {STATE_VERSION}, got {state.get('version')!r}")
+        needed = [name for name in self.state_dict() if name not in ("granularity", "aligned", "num_rows")]
+        if missing := [name for name in needed if name not in state]:
+            raise ValueError(f"state: expected the keys {', '.join(needed)}; it lacks {', '.join(missing)}")
         check_branches(state["branches"], list(self.gates), "state")
         for name, default in (("granularity", "branch"), ("aligned", False)):  # what a state lacks that is older
             if (theirs := state.get(name, default)) != getattr(self, name):
@@ -439,8 +379,6 @@ class DropBPHandler:
         else:
             self.plan = DropPlan(tuple(map(as_entry, state["plan"])), state["plan_step"], self.seed)
         set_plan(self.gates, self.plan.kept)
-        self._num_kept = list(state["num_kept"])
-        self._num_rows = list(state.get("num_rows", [self.num_steps] * len(self.gates)))
-        self._is_booked = True
+        self._books = Books(state["num_kept"], state.get("num_rows", [self.num_steps] * len(self.gates)))
         self._awaits_call = False
         self._tell_targets()

@@ -56,7 +56,12 @@ def as_inference(device_type: str) -> Iterator[None]:
 
 
 def add_branch(residual: Tensor, output: Tensor, grad_scale: float = 1.0) -> Tensor:
-    """residual + the output of a branch; a branch wider than the residual promotes it, as x + y does."""
+    """residual + the output of a branch; a branch wider than the residual promotes it, as x + y does.
+
+    Errors: TypeError for a branch that returned no tensor.
+    """
+    if not isinstance(output, Tensor):
+        raise TypeError(f"branch: expected it to return a tensor, got {type(output).__name__}")
     if output.dtype is not residual.dtype:  # float32 norms give wider branches
         residual = residual.to(torch.promote_types(residual.dtype, output.dtype))
     return gated_residual_add(residual, output, grad_scale=grad_scale)

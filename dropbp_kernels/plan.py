@@ -1,15 +1,20 @@
-"""The drop plan: which branches, or which of their rows, send a gradient in this step. Fixed before the forward."""
+"""The drop plan: which branches, or which of their rows, send a gradient in one step.
+
+Drawn before the forward (`draw_plan`), then told to the gates (`set_plan`).
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .layer import DropBP, Entry
-from .row_plan import ChosenRows, RowsOfBranch
+from .row_plan import ChosenRows, RowPlan, RowsOfBranch
+from .samplers import Sampler, draw_kept, with_one_kept
 from .targets import Stage, StagedRows
 
 # Share of a stage's rows: leaving out fewer does not pay for the copies that it takes.
@@ -45,6 +50,49 @@ class DropPlan:
     def drop_rate(self) -> float:
         """Share of the backward that this plan drops, all branches counted alike."""
         return 1.0 - sum(self.kept_shares) / len(self.kept)
+
+
+def draw_plan(
+    gates: dict[str, DropBP],
+    rates: Sequence[float],
+    flops: Sequence[float],
+    *,
+    sampler: Sampler,
+    granularity: str,
+    aligned: bool | int,
+    keep_one: bool,
+    seed: int,
+    step: int,
+) -> DropPlan:
+    """The plan of `step` for gates with these drop rates and FLOPs: a pure function, which tells no gate.
+
+    The options are those of `DropBPHandler`. Errors: TypeError or ValueError when the sampler returns something else
+    than it should.
+    """
+    if granularity == "branch":
+        kept = draw_kept(sampler, rates, flops, seed, step)
+        if keep_one:
+            kept = with_one_kept(kept, [gate.is_trainable() for gate in gates.values()], rates, seed, step)
+        return DropPlan(kept, step, seed)
+    rows = RowPlan(
+        rates,
+        by_token=[granularity == "token" and gate.per_token for gate in gates.values()],
+        run_of=_runs_of_blocks(list(gates), aligned),
+        covering=[keep_one and gate.is_trainable() for gate in gates.values()],
+        round_up=partial(draw_kept, sampler, flops=flops, seed=seed, step=step),
+        seed=seed,
+        step=step,
+    )
+    return DropPlan(tuple(RowsOfBranch(rows, branch) for branch in range(len(gates))), step, seed)
+
+
+def _runs_of_blocks(names: Sequence[str], aligned: bool | int) -> list[int]:
+    """For each branch, the number of the run of blocks, or of branches, that keeps the same rows."""
+    if not aligned:
+        return list(range(len(names)))
+    blocks = [name.rpartition(".")[0] for name in names]
+    number = {block: place for place, block in enumerate(dict.fromkeys(blocks))}
+    return [0 if aligned is True else number[block] // aligned for block in blocks]
 
 
 def as_entry(entry: Any) -> Entry:

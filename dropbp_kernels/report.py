@@ -1,6 +1,6 @@
-"""What was dropped so far, for people: the dict of `DropBPHandler.report`, which prints as a table and draws itself."""
+"""What was dropped so far: the books of a handler, and for people its report, a dict that prints and draws itself."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,35 +84,59 @@ class Report(dict[str, Any]):
         ]
 
 
-def make_report(
-    names: Sequence[str],
-    drop_rate: float,
-    drop_rates: Sequence[float],
-    flops: Sequence[float],
-    num_kept: Sequence[int],
-    num_rows: Sequence[int],
-    num_steps: int,
-) -> Report:
-    """The report of num_steps plans, under which each branch kept num_kept of num_rows: of steps, samples or tokens."""
-    shares = [kept / number if number else None for kept, number in zip(num_kept, num_rows, strict=True)]
-    branches = [
-        {
-            "name": name,
-            "drop_rate": rate,
-            "num_kept": kept,
-            "num_dropped": number - kept,
-            "realised_drop_rate": None if share is None else 1.0 - share,
-            "flops": branch_flops,
-        }
-        for name, rate, kept, number, share, branch_flops in zip(
-            names, drop_rates, num_kept, num_rows, shares, flops, strict=True
+class Books:
+    """What was kept so far of each branch, in model order: num_kept of num_rows steps, samples or tokens.
+
+    Which rows a plan keeps is known once its batch ran. So a plan is opened when it is drawn, and counted, once, when
+    the next is or somebody asks.
+    """
+
+    def __init__(self, num_kept: Sequence[int], num_rows: Sequence[int]):
+        self.num_kept = list(num_kept)
+        self.num_rows = list(num_rows)
+        self._open: tuple[Any, ...] = ()
+
+    def open(self, plan: Iterable[Any]) -> None:
+        """Count the entries of `plan` when the books are settled the next time."""
+        self._open = tuple(plan)
+
+    def settle(self) -> None:
+        """Count the open plan: a bool as one step, an entry over rows as those of its last batch."""
+        for index, entry in enumerate(self._open):
+            num_kept, num_rows = (int(entry), 1) if isinstance(entry, bool) else entry.counts()
+            self.num_kept[index] += num_kept
+            self.num_rows[index] += num_rows
+        self._open = ()
+
+    def report(
+        self,
+        names: Sequence[str],
+        drop_rate: float,
+        drop_rates: Sequence[float],
+        flops: Sequence[float],
+        num_steps: int,
+    ) -> Report:
+        """The report of num_steps plans for branches of these names, drop rates and FLOPs."""
+        self.settle()
+        shares = [kept / rows if rows else None for kept, rows in zip(self.num_kept, self.num_rows, strict=True)]
+        branches = [
+            {
+                "name": name,
+                "drop_rate": rate,
+                "num_kept": kept,
+                "num_dropped": rows - kept,
+                "realised_drop_rate": None if share is None else 1.0 - share,
+                "flops": branch_flops,
+            }
+            for name, rate, kept, rows, share, branch_flops in zip(
+                names, drop_rates, self.num_kept, self.num_rows, shares, flops, strict=True
+            )
+        ]
+        known = [(share, cost) for share, cost in zip(shares, flops, strict=True) if share is not None]
+        return Report(
+            num_steps=num_steps,
+            drop_rate=drop_rate,
+            realised_drop_rate=1.0 - sum(share for share, _ in known) / len(known) if known else None,
+            flops_kept=sum(share * cost for share, cost in known) / sum(cost for _, cost in known) if known else None,
+            branches=branches,
         )
-    ]
-    known = [(share, cost) for share, cost in zip(shares, flops, strict=True) if share is not None]
-    return Report(
-        num_steps=num_steps,
-        drop_rate=drop_rate,
-        realised_drop_rate=1.0 - sum(share for share, _ in known) / len(known) if known else None,
-        flops_kept=sum(share * cost for share, cost in known) / sum(cost for _, cost in known) if known else None,
-        branches=branches,
-    )

@@ -228,19 +228,54 @@ def test_no_gates_names_the_module_types():
         DropBPHandler(torch.nn.Sequential(torch.nn.Linear(1, 1)), 0.5)
 
 
-def test_other_arguments():
-    with pytest.raises(ValueError, match="drop_rates: expected one for each of the 4 branches, got 2"):
-        DropBPHandler(toy_model(), 0.5).set_drop_rates([0.5, 0.5])
-    with pytest.raises(ValueError, match='grad_scale: expected a finite number or "unbiased"'):
-        DropBPHandler(toy_model(), 0.5, grad_scale="big")
-    with pytest.raises(ValueError, match="grad_scale"):
-        DropBPHandler(toy_model(), 0.5, grad_scale=float("nan"))
-    with pytest.raises(ValueError, match="dropped_runs"):
-        DropBPHandler(toy_model(), 0.5, dropped_runs="fast")
-    with pytest.raises((TypeError, ValueError), match="sampler"):
-        DropBPHandler(toy_model(), 0.5, sampler="fair")
-    with pytest.raises(ValueError, match="plan: expected one entry for each of the 4"):
-        DropBPHandler(toy_model(), 0.5).set_plan([True])
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"grad_scale": "big"}, ValueError, 'grad_scale: expected a finite number or "unbiased"'),
+        ({"grad_scale": float("nan")}, ValueError, 'grad_scale: expected a finite number or "unbiased"'),
+        ({"grad_scale": None}, ValueError, 'grad_scale: expected a finite number or "unbiased"'),
+        ({"dropped_runs": "fast"}, ValueError, "dropped_runs: expected one of inference, detach, got 'fast'"),
+        ({"sampler": "fair"}, ValueError, "sampler: expected a callable or one of balanced"),
+        ({"total_steps": "many"}, ValueError, "total_steps: expected a number of steps, at least 1, got 'many'"),
+        ({"seed": "a"}, TypeError, "seed: expected an integer, got 'a'"),
+    ],
+)
+def test_other_arguments(options, error, message):
+    with pytest.raises(error, match=message):
+        DropBPHandler(toy_model(), 0.5, **options)
+
+
+@pytest.mark.parametrize("model", [None, "llama", [torch.nn.Linear(1, 1)], torch.nn.Linear])
+def test_what_is_no_model(model):
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got (NoneType|str|list|type)"):
+        DropBPHandler(model, 0.5)
+
+
+def test_replicas_are_refused():
+    with pytest.raises(ValueError, match="got DataParallel, which runs replicas; use DistributedDataParallel"):
+        DropBPHandler(torch.nn.DataParallel(toy_model()), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda h: h.set_drop_rates([0.5, 0.5]), ValueError, "drop_rates: expected one for each of the 4 .* got 2"),
+        (lambda h: h.set_drop_rates(0.5), TypeError, "drop_rates: expected a list with one for each .* got float"),
+        (lambda h: h.set_plan([True]), ValueError, "plan: expected one entry for each of the 4"),
+        (lambda h: h.set_plan(True), TypeError, "plan: expected a list with one entry for each .* got bool"),
+        (lambda h: h.load_state_dict([]), TypeError, "state: expected what state_dict returned, got list"),
+        (lambda h: h.load_state_dict({"version": 1}), ValueError, "state: expected the keys .* it lacks branches"),
+        (lambda h: h.calibrate(torch.ones(())), TypeError, "loss: expected a function that returns it, .* got Tensor"),
+        (lambda h: h.calibrate(None), TypeError, "loss: expected a function that returns it, .* got NoneType"),
+        (lambda h: h.calibrate([]), ValueError, "loss: expected a function, or one for each micro-batch, got none"),
+    ],
+)
+def test_arguments_of_methods(call, error, message):
+    handler = DropBPHandler(toy_model(), 0.5)
+    before = handler.state_dict()
+    with pytest.raises(error, match=message):
+        call(handler)
+    assert handler.state_dict() == before
 
 
 def test_shared_gate_counts_once():

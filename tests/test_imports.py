@@ -38,6 +38,7 @@ LEVELS = {
     "ops": 2,
     "layer": 4,
     "by_rows": 3,
+    "gates": 5,
     "plan": 5,
     "blocks": 5,
     "simulation": 5,

@@ -157,3 +157,12 @@ def test_new_plans_compile_each_block_at_most_twice():
         block.gate.kept = step % 3 != 0
         compiled(x).sum().backward()
     assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("returned", [(torch.ones(2, 3, 8), None), None])
+def test_a_branch_that_returns_no_tensor(kept, returned):
+    gate = DropBP()
+    gate.kept = kept
+    with pytest.raises(TypeError, match=r"branch: expected it to return a tensor, got (tuple|NoneType)"):
+        gate.residual_add(torch.ones(2, 3, 8), lambda x: returned)

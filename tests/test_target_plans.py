@@ -529,6 +529,7 @@ def with_batch_norm(model):
             'context_keep: expected 0 with context_gradient="full"',
         ),
         ({"context_keep": 0.1}, 'context: expected "inference" with context_keep=0.1, got None'),
+        ({"context_gradient": "full"}, 'context: expected "inference" with context_gradient=full, got None'),
         ({"shared_context": True}, 'context: expected "inference" with shared_context=True, got None'),
     ],
 )

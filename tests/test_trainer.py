@@ -324,11 +324,36 @@ def test_ddp_that_does_not_look_for_unused_parameters_is_refused(option, checkpo
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     mode = SimpleNamespace(value="distributed")
-    args = SimpleNamespace(parallel_mode=mode, fsdp=None, deepspeed=None, ddp_find_unused_parameters=option)
+    args = SimpleNamespace(
+        parallel_mode=mode, fsdp=None, deepspeed=None, ddp_find_unused_parameters=option, torch_compile=False
+    )
     with pytest.raises(ValueError, match="ddp_find_unused_parameters: expected True"):
-        trainer_module._check_ddp(args, model)
+        trainer_module._check_parallel(args, model)
     args.ddp_find_unused_parameters = True
-    trainer_module._check_ddp(args, model)
+    trainer_module._check_parallel(args, model)
+
+
+def test_replicas_are_refused():
+    from types import SimpleNamespace
+
+    args = SimpleNamespace(parallel_mode=SimpleNamespace(value="not_distributed"), n_gpu=2)
+    with pytest.raises(ValueError, match=r"n_gpu: expected one GPU in a process, got 2, .* torchrun"):
+        trainer_module._check_parallel(args, tiny_causal_lm())
+
+
+def test_compiling_the_whole_model_is_warned_of():
+    from types import SimpleNamespace
+
+    args = SimpleNamespace(parallel_mode=SimpleNamespace(value="not_parallel"), torch_compile=True)
+    with pytest.warns(UserWarning, match="torch_compile: .* block by block"):
+        trainer_module._check_parallel(args, tiny_causal_lm())
+
+
+def test_a_misspelt_option_is_named_at_once():
+    with pytest.raises(TypeError, match=r"samplr: expected an option of apply_dropbp .*; did you mean sampler\?"):
+        DropBPCallback(0.5, samplr="cyclic")
+    with pytest.raises(TypeError, match=r"model: expected an option"):
+        DropBPCallback(0.5, model=None)
 
 
 def test_a_model_that_cannot_be_patched(tmp_path):

@@ -210,3 +210,21 @@ def test_generation_and_evaluation_ignore_the_plan():
     apply_dropbp(model, 0.5, fused=False).set_plan([False] * 6)
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, expected)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo's own asking
+def test_compiled_block_by_block_there_is_a_graph_for_each_plan_of_a_block():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    model = tiny_causal_lm()
+    handler = apply_dropbp(model, 0.5, sampler="bernoulli")
+    for block in model.model.layers:
+        block.compile(backend=backend)
+    for _ in range(8):
+        handler.step()
+        model(**tiny_batch()).loss.backward()
+    assert len(graphs) == 4

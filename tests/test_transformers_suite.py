@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")  # an optional extra
 
 TESTS = """
 import pytest
-from dropbp_kernels.handler import find_gates
+from dropbp_kernels.gates import find_gates
 from transformers import LlamaConfig, LlamaForCausalLM
 
 

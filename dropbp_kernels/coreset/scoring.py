@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..handler import find_gates
+from ..gates import find_gates
 from .projection import Projection
 
 IGNORED = -100

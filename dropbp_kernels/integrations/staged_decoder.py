@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..handler import find_gates
+from ..gates import find_gates
 from ..layer import as_inference
 from ..plan import running
 from ..targets import TargetPlan, TargetRule

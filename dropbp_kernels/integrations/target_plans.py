@@ -69,9 +69,14 @@ def check_context(
                 f"context_keep: expected 0 with attention {attention!r}, in which no row can skip a key, got "
                 f"{context_keep}; load the model with attn_implementation in {TAKES_MASKS}"
             )
-    elif context_keep or shared_context:
-        name, value = ("context_keep", context_keep) if context_keep else ("shared_context", shared_context)
-        raise ValueError(f'context: expected "inference" with {name}={value}, got None')
+        return
+    for name, value, default in (
+        ("context_gradient", context_gradient, "none"),
+        ("context_keep", context_keep, 0.0),
+        ("shared_context", shared_context, False),
+    ):
+        if value != default:
+            raise ValueError(f'context: expected "inference" with {name}={value}, got None')
 
 
 def patch_targets(model: nn.Module, rule: TargetRule) -> None:

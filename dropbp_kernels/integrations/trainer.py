@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from ..allocation import METHODS, depth_linear_rates
-from ..handler import DropBPHandler, check_drop_rate, find_gates
+from ..gates import find_gates
+from ..handler import DropBPHandler, check_drop_rate
 from ..missing_grad import MISSING_GRAD, fill_missing_gradients
 from ..sensitivity import DEFINITIONS
 from .checkpointing import is_reentrant
 from .meters import PlanMeter, TimeMeter, saved_bytes_by_branch
-from .transformers import apply_dropbp, remove_dropbp
+from .transformers import apply_dropbp, check_options, remove_dropbp
 
 try:
     from transformers.trainer_callback import CallbackHandler, ExportableState, TrainerCallback
@@ -86,6 +87,7 @@ class DropBPCallback(TrainerCallback, ExportableState):
     ):
         check_drop_rate(drop_rate)
         check_drop_rate(calibrate_at, "calibrate_at")
+        check_options(options, apply_dropbp, DropBPHandler)
         is_file = isinstance(rates, str) and rates.endswith(".json")
         for name, value, known in [
             ("rates", "uniform" if is_file else rates, RATES),
@@ -129,7 +131,7 @@ class DropBPCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._go_first()
-        _check_ddp(args, model)
+        _check_parallel(args, model)
         self._stop()  # what a run that broke off left
         self._attach(model)
         self._is_calibrated = False
@@ -345,8 +347,19 @@ class DropBPCallback(TrainerCallback, ExportableState):
         self._is_calibrated = saved["attributes"]["_is_calibrated"]
 
 
-def _check_ddp(args: Any, model: nn.Module) -> None:
-    """Refuse DDP that would stop at the first dropped branch: its parameters get no gradient in that step."""
+def _check_parallel(args: Any, model: nn.Module) -> None:
+    """Refuse replicas, whose gates nobody tells, and DDP that would stop at a dropped branch for want of a gradient."""
+    if args.parallel_mode.value == "not_distributed":
+        raise ValueError(
+            f"n_gpu: expected one GPU in a process, got {args.n_gpu}, which the Trainer would run as replicas "
+            "(DataParallel); launch the script with torchrun, or let it see one GPU (CUDA_VISIBLE_DEVICES)"
+        )
+    if args.torch_compile:
+        warnings.warn(
+            "torch_compile: the Trainer compiles the whole model, one graph for each plan it meets, which soon takes "
+            "longer than it saves; compile block by block instead (for block in model.model.layers: block.compile())",
+            stacklevel=2,
+        )
     if args.parallel_mode.value != "distributed" or args.fsdp or args.deepspeed:
         return
     finds_unused = args.ddp_find_unused_parameters

@@ -10,7 +10,9 @@ class is created, stays in force. Which instances, says the family: the modules 
 `gate_<branch>`.
 """
 
+import difflib
 import functools
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -18,7 +20,8 @@ from typing import Any
 
 from torch import nn
 
-from ..handler import DropBPHandler, check_drop_rate, find_gates
+from ..gates import check_model, find_gates
+from ..handler import DropBPHandler, check_drop_rate
 from ..targets import TargetRule
 from . import fused_mlp, fusing
 from .checkpointing import CheckpointByPlan, without_cache
@@ -73,7 +76,9 @@ def apply_dropbp(
     Cost:   no parameter, no buffer; one gate a branch.
     Source: DropBP (arXiv 2402.17812).
     """
+    check_model(model)
     check_drop_rate(drop_rate)
+    check_options(options, DropBPHandler)
     if fused not in fusing.FUSED:
         raise ValueError(f'fused: expected True, False or "auto", got {fused!r}')
     check_fused_loss(fused_loss)
@@ -121,6 +126,16 @@ def apply_dropbp(
     return handler
 
 
+def check_options(options: Iterable[str], *functions: Callable[..., Any]) -> None:
+    """Raise TypeError for the first of `options` that none of these functions takes, with the name most like it."""
+    known = {name for function in functions for name in inspect.signature(function).parameters}
+    for name in options:
+        if name not in known - {"model", "options"}:
+            likely = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {likely[0]}?" if likely else f", which are {', '.join(sorted(known))}"
+            raise TypeError(f"{name}: expected an option of apply_dropbp or DropBPHandler{hint}")
+
+
 def _warn_of_ungated(blocks: list[tuple[str, nn.Module]]) -> None:
     by_class: dict[str, list[str]] = {}
     for name, block in blocks:
@@ -139,8 +154,9 @@ def _warn_of_ungated(blocks: list[tuple[str, nn.Module]]) -> None:
 def remove_dropbp(model: nn.Module) -> None:
     """Undo `apply_dropbp`: classes, forwards and submodules are again what they were.
 
-    Errors: ValueError when the model was not patched.
+    Errors: ValueError when the model was not patched, TypeError for what is no module.
     """
+    check_model(model)
     if not _unpatch(model):
         raise ValueError("model: expected one patched by apply_dropbp, got one without patched blocks")
 

@@ -1,0 +1,55 @@
+"""The gates of a model, seen together: which there are, what their branches cost, whether they were called."""
+
+from torch import nn
+
+from .layer import DropBP
+
+# Sequence length at which FLOPs are compared before the first training call has shown the real one.
+DEFAULT_SEQ_LEN = 512
+# FLOPs of every branch when gates do not know theirs: all alike, and large, since the published allocation truncates.
+UNKNOWN_FLOPS = 1e9
+
+
+def check_model(model: object) -> None:
+    """Errors: TypeError for what is no module; ValueError for one that runs as replicas, whose gates nobody tells."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, nn.DataParallel):
+        raise ValueError(
+            "model: expected one that runs itself, got DataParallel, which runs replicas; use DistributedDataParallel"
+        )
+
+
+def find_gates(model: nn.Module) -> dict[str, DropBP]:
+    """The gates of `model` by module name, in model order; a gate that several blocks share appears once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, DropBP)}
+
+
+def flops_of(gates: dict[str, DropBP]) -> list[float]:
+    """Forward FLOPs of each branch at the shape it last saw (before that 1 x 512 tokens).
+
+    All alike when no gate knows its FLOPs. Errors: ValueError when only some do; the message names one that lacks.
+    """
+    unknown = [name for name, gate in gates.items() if gate.flops is None]
+    if len(unknown) == len(gates):
+        return [UNKNOWN_FLOPS] * len(unknown)
+    if unknown:
+        raise ValueError(
+            f"gates: expected all {len(gates)} with flops or all without, but {len(unknown)} lack them ({unknown[0]})"
+        )
+    return [
+        float(gate.flops(gate.batch_size or 1, gate.seq_len or DEFAULT_SEQ_LEN))
+        for gate in gates.values()
+        if gate.flops is not None
+    ]
+
+
+def check_called(gates: dict[str, DropBP]) -> None:
+    """Errors: RuntimeError when a gate was not called with gradients enabled since the last plan."""
+    missed = [name for name, gate in gates.items() if not gate.was_called]
+    if missed:
+        shown = ", ".join(missed[:4]) + (", ..." if len(missed) > 4 else "")
+        raise RuntimeError(
+            f"step: {len(missed)} of {len(gates)} gates were not called with gradients enabled since the last "
+            f"step ({shown}). Run the patched model's forward between two steps, or pass strict=False."
+        )
