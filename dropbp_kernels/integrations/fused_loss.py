@@ -6,6 +6,7 @@ shift, ignore_index, reduction and num_items_in_batch are the model's own. There
 input, a slice of the rows at a time. Any other use computes the logits, with their graph, as an unpatched head would.
 """
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
 from ..losses import linear_cross_entropy, rows_of_slice
+from .swapping import subclass, swap_back
 
 KINDS = ("auto", "off", "chunked", "torch", "liger")
 
@@ -46,9 +48,7 @@ def patch_head(model: nn.Module, kind: str) -> bool:
     head = find_head() if callable(find_head) else None
     reason = _why_not(head)
     if reason is None:
-        original = nn.Linear
-        body = {"forward": _forward, "__module__": original.__module__, "_dropbp_head": kind}
-        head.__class__ = type(original.__name__, (original,), body)
+        head.__class__ = _head_class(nn.Linear, kind)
     elif kind != "auto":
         raise ValueError(f"fused_loss: expected a model with a plain nn.Linear as its head for {kind!r}, got {reason}")
     return reason is None
@@ -58,7 +58,12 @@ def unpatch_head(model: nn.Module) -> None:
     """Undo `patch_head`; nothing happens where there is nothing to undo."""
     for module in model.modules():
         if "_dropbp_head" in vars(type(module)):
-            module.__class__ = nn.Linear
+            swap_back(module)
+
+
+@functools.cache
+def _head_class(original: Any, kind: str) -> Any:
+    return subclass(original, (_head_class, kind), forward=_forward, _dropbp_head=kind)
 
 
 def _why_not(head: nn.Module | None) -> str | None:

@@ -78,7 +78,7 @@ def _fused_class(original: Any, fused: bool | str) -> Any:
         del made, gate, up  # the product's node alone holds them, or nobody
         return self.down_proj(product)  # type: ignore[no-any-return]
 
-    return subclass(original, _ORIGINAL, forward=forward)
+    return subclass(original, (_fused_class, fused), _ORIGINAL, forward=forward)
 
 
 def _known(activation: Any) -> Callable[..., Tensor] | None:

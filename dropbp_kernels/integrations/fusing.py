@@ -14,7 +14,6 @@ is either, so that a value does not depend on what is checkpointed.
 
 import functools
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,31 +142,38 @@ class _Branch:
         return gate.add_rows(split, rows, run, *args, **kwargs)
 
 
+# A class rather than a closure, so that a patched model can be pickled.
+@dataclass(frozen=True)
+class PreNormForward:
+    """The forward of a block that adds its branches to the residual one after the other, each through its gate."""
+
+    branches: tuple[_Branch, ...]
+
+    def __call__(self, block: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        hands_on = kwargs.pop(_HANDS_ON, False)
+        is_fused = _is_fused(block, hidden_states.device)
+        pending = hidden_states if isinstance(hidden_states, Pending) else Pending(Stream(hidden_states))
+        for branch in self.branches:
+            branch.extend(block, pending, args, kwargs, is_fused)
+        stream = pending.take()
+        # transformers records hidden states by hooks, which it installs after the decision to hand on.
+        return Pending(stream) if hands_on and not block._forward_hooks else _add(stream)
+
+
 def pre_norm_forward(
     attention: str = "input_layernorm self_attn", mlp: str = "post_attention_layernorm mlp", scale: str | None = None
-) -> Callable[..., Any]:
-    """The forward of a block that adds attention(norm(x)), then mlp(norm(x)) to its residual, each through its gate.
+) -> PreNormForward:
+    """The forward of a block that adds attention(norm(x)), then mlp(norm(x)).
 
     attention, mlp: the names of each branch's modules, the pre-norm first. scale: the block's attribute that multiplies
     what is added.
     """
-    branches = [
-        _Branch(f"gate_{name}", norm, tuple(modules), name == "attention", scale)
-        for name, (norm, *modules) in (("attention", attention.split()), ("mlp", mlp.split()))
-    ]
-
-    def forward(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-        hands_on = kwargs.pop(_HANDS_ON, False)
-        is_fused = _is_fused(self, hidden_states.device)
-        pending = hidden_states if isinstance(hidden_states, Pending) else Pending(Stream(hidden_states))
-        for branch in branches:
-            branch.extend(self, pending, args, kwargs, is_fused)
-        stream = pending.take()
-        # transformers records hidden states by hooks, which it installs after the decision to hand on.
-        return Pending(stream) if hands_on and not self._forward_hooks else _add(stream)
-
-    forward._dropbp_is_pre_norm = True  # type: ignore[attr-defined]
-    return forward
+    return PreNormForward(
+        tuple(
+            _Branch(f"gate_{name}", norm, tuple(modules), name == "attention", scale)
+            for name, (norm, *modules) in (("attention", attention.split()), ("mlp", mlp.split()))
+        )
+    )
 
 
 def _final_norm_forward(self: Any, hidden_states: Any) -> Tensor:
@@ -279,7 +285,7 @@ def install(model: nn.Module, fused: bool | str) -> None:
     A model is one that is named like its blocks, in the module where they are: its forward is known then.
     """
     for block in model.modules():
-        if getattr(type(block).forward, "_dropbp_is_pre_norm", False):
+        if isinstance(inspect.unwrap(type(block).forward), PreNormForward):
             vars(block)["_dropbp_fused"] = fused
     backbones: list[Any] = [module for module in model.modules() if fused is not False and _is_backbone(module)]
     for backbone in backbones:
@@ -300,7 +306,7 @@ def uninstall(model: nn.Module) -> None:
 
 @functools.cache
 def _final_norm_class(original: Any) -> Any:
-    return subclass(original, forward=_final_norm_forward, _dropbp_is_final_norm=True)
+    return subclass(original, (_final_norm_class,), forward=_final_norm_forward, _dropbp_is_final_norm=True)
 
 
 def _blocks_and_norm(module: Any) -> tuple[Any, Any]:

@@ -142,7 +142,7 @@ def _gated_class(original: Any) -> Any:
             return output
         return last_of.pass_output(output, is_kept=bool(entries[gates.index(last_of)]))
 
-    return subclass(original, __call__=__call__)
+    return subclass(original, (_gated_class,), __call__=__call__)
 
 
 def _common_split(gates: Sequence[ModuleGate], entries: Sequence[bool | Rows], stream: Tensor) -> RowSplit | None:

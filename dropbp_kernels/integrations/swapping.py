@@ -2,24 +2,42 @@
 
 The subclass keeps the name and has the class as its ancestor, so wrappers that look for a class (FSDP, accelerate,
 output recording) still find it; `state_dict` keys stay; and the patch is undone by giving the old class back.
+
+No module has that subclass under its name, so a pickle could not find it. It is pickled as what made it instead, and
+made anew where it is read: `torch.save(model)` works, and the loaded model is patched.
 """
 
+import copyreg
 import functools
 from typing import Any
 
 from torch import nn
 
 
-def subclass(original: Any, original_as: str = "_dropbp_original", **members: Any) -> Any:
-    """A subclass of `original` in its name, with `members`; it holds `original` under the name `original_as`."""
+def subclass(original: Any, made_by: tuple[Any, ...], original_as: str = "_dropbp_original", **members: Any) -> Any:
+    """A subclass of `original` in its name, with `members`; it holds `original` under the name `original_as`.
+
+    made_by: the function of a module that calls this, and its further arguments: called with `original` and those, it
+        returns this class again.
+    """
     namespace = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
+        "_dropbp_made_by": (made_by[0], (original, *made_by[1:])),
         original_as: original,
         **members,
     }
-    return type(original.__name__, (original,), namespace)
+    metaclass: Any = type(original)
+    return _pickled_by_maker(metaclass)(original.__name__, (original,), namespace)
+
+
+@functools.cache
+def _pickled_by_maker(metaclass: Any) -> Any:
+    """A metaclass of classes that are pickled as what made them; copyreg knows objects by their class alone."""
+    made = type(metaclass.__name__, (metaclass,), {})
+    copyreg.pickle(made, lambda cls: vars(cls).get("_dropbp_made_by", cls.__qualname__))
+    return made
 
 
 def is_swapped(module: nn.Module, original_as: str = "_dropbp_original") -> bool:

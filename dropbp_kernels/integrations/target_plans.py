@@ -158,7 +158,7 @@ def _class_with(original: Any, call: Callable[..., Any]) -> Any:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         return call(self, functools.partial(original.__call__, self), *args, **kwargs)
 
-    return subclass(original, _ORIGINAL, __call__=__call__)
+    return subclass(original, (_class_with, call), _ORIGINAL, __call__=__call__)
 
 
 # ---- the model: from labels to a plan, and the head's rows back

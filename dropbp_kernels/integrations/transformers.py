@@ -197,17 +197,23 @@ def _patch_checkpointed(model: nn.Module) -> None:
 
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer) and find_gates(module) and not is_swapped(module):
-            _swap_class(module, type(module).forward)
+            _swap_class(module, None)
 
 
-def _swap_class(module: nn.Module, forward: Callable[..., Any]) -> None:
+def _swap_class(module: nn.Module, forward: Callable[..., Any] | None) -> None:
     original: Any = type(module)
     module.__class__ = _class_with(original, forward)
 
 
 @functools.cache
-def _class_with(original: Any, forward: Callable[..., Any]) -> Any:
-    return subclass(original, forward=without_cache(forward), _gradient_checkpointing_func=CheckpointByPlan())
+def _class_with(original: Any, forward: Callable[..., Any] | None) -> Any:
+    """`original` as a layer that transformers may checkpoint by the plan; forward: None for its own."""
+    return subclass(
+        original,
+        (_class_with, forward),
+        forward=without_cache(forward or original.forward),
+        _gradient_checkpointing_func=CheckpointByPlan(),
+    )
 
 
 def _unpatch(model: nn.Module) -> bool:
