@@ -7,12 +7,17 @@ DropBP                        the gate of one residual branch       layer.py
 DropBPHandler, DropPlan       draws the plan of each step           handler.py, plan.py
 blocks                        fused transformer blocks              blocks.py
 ops                           the fused operators                   ops/
+losses                        cross entropy without whole logits    losses.py
+missing_grad                  optimizers and dropped branches       missing_grad.py
 measure                       exact counts of saved work            measure.py
+paca                          partial connections, a PEFT tuner     paca/
+coreset                       examples worth a backward             coreset/
 """
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from . import blocks, measure, ops
+from . import blocks, losses, measure, ops
 from .handler import DropBPHandler
 from .integrations.families import register_family
 from .integrations.transformers import apply_dropbp, remove_dropbp
@@ -25,6 +30,7 @@ __all__ = [
     "DropPlan",
     "apply_dropbp",
     "blocks",
+    "losses",
     "measure",
     "ops",
     "register_family",
@@ -32,10 +38,22 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
+# Imported when they are asked for: DropBPCallback is a subclass of transformers', PaCA one of PEFT's.
+_LATER = {"DropBPCallback": "integrations.trainer", "coreset": "", "missing_grad": "", "paca": ""}
 
-def __getattr__(name: str) -> Any:
-    if name == "DropBPCallback":  # a subclass of transformers' callback: imported when it is asked for
-        from .integrations.trainer import DropBPCallback
+if TYPE_CHECKING:
+    from . import coreset as coreset
+    from . import missing_grad as missing_grad
+    from . import paca as paca
+    from .integrations.trainer import DropBPCallback as DropBPCallback
+else:
 
-        return DropBPCallback
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name not in _LATER:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module = importlib.import_module(f".{_LATER[name] or name}", __name__)
+        return getattr(module, name) if _LATER[name] else module
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_LATER, "__version__"])
