@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from models import tiny_causal_lm, toy_model
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -94,43 +95,57 @@ def fsdp2(rank: int, missing_grad: str):
     return train(model, handler, batches(rank), missing_grad)
 
 
-def _tensor_parallel(model) -> None:
+def _tensor_parallel(model):
     columns = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
     rows = ("self_attn.o_proj", "mlp.down_proj")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for block in model.model.layers:
         parallelize_module(block, mesh, dict.fromkeys(columns, ColwiseParallel()))
         parallelize_module(block, mesh, dict.fromkeys(rows, RowwiseParallel()))
+    return model
 
 
-def _fsdp2(model) -> None:
+def _fsdp2(model):
     for block in model.model.layers:
         fully_shard(block)
-    fully_shard(model)
+    return fully_shard(model)
+
+
+def _fsdp1(model):
+    policy = ModuleWrapPolicy({type(block) for block in model.model.layers})
+    return FullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=torch.device("cpu"))
+
+
+def _whole(net) -> dict[str, torch.Tensor]:
+    """The weights of a net that an engine may have cut."""
+    if isinstance(net, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(net):
+            weights = {name: value.detach().clone() for name, value in net.named_parameters()}
+        return {name.replace("_fsdp_wrapped_module.", ""): value for name, value in weights.items()}
+    return {
+        name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in net.state_dict().items()
+    }
 
 
 def llama(options, engine=None, rank: int | None = None, patch_first: bool = True) -> dict[str, torch.Tensor]:
     """Two steps of a tiny Llama; its weights afterwards, whole. rank: of a batch that is cut; None: all of it."""
     model = tiny_causal_lm()
     handler = apply_dropbp(model, **options) if patch_first else None
-    if engine is not None:
-        engine(model)
+    net = model if engine is None else engine(model)
     handler = handler or apply_dropbp(model, **options)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     batches = torch.randint(64, (2, 4, 10), generator=torch.Generator().manual_seed(3))
     for tokens in batches if rank is None else batches[:, 2 * rank : 2 * rank + 2]:
         labels = tokens.clone()
         labels[:, :3] = labels[:, 5:8] = -100  # two turns
         handler.step()
-        model(input_ids=tokens, labels=labels).loss.backward()
+        net(input_ids=tokens, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     remove_dropbp(model)
-    model(input_ids=tokens, labels=tokens).loss.backward()  # as it was: every weight is used
-    assert all(parameter.grad is not None for parameter in model.parameters())
-    return {
-        name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in model.state_dict().items()
-    }
+    net(input_ids=tokens, labels=tokens).loss.backward()  # as it was: every weight is used
+    assert all(parameter.grad is not None for parameter in net.parameters())
+    return _whole(net)
 
 
 def refusal(options) -> str:
@@ -148,6 +163,7 @@ def llamas(rank: int) -> dict[str, object]:
     for name, options in (LLAMA_OPTIONS | WHOLE_BATCH_OPTIONS).items():
         results[f"tensor parallel {name}"] = llama(options, _tensor_parallel)
     for name, options in LLAMA_OPTIONS.items():
+        results[f"fsdp1 {name}"] = llama(options, _fsdp1, rank)
         results[f"fsdp2 {name}"] = llama(options, _fsdp2, rank)
         results[f"fsdp2 first {name}"] = llama(options, _fsdp2, rank, patch_first=False)
     for name in ("one_hop", "full"):

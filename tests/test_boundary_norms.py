@@ -116,6 +116,7 @@ def test_next_dropped_saves_nothing_and_aliases(backend, device, norm, is_kept):
         normed, new_residual = norm(*inputs, next_kept=False)
     assert (saved.num_bytes, saved.num_tensors) == (0, 0)
     assert num_autograd_nodes(new_residual) - before == 1
+    assert sum(node is not None for node, _ in new_residual.grad_fn.next_functions) == 1 + is_kept  # none of the norm's
     assert normed.grad_fn is None
     grad = torch.randn_like(residual)
     grads = torch.autograd.grad(new_residual, inputs[: 1 + is_kept], grad)

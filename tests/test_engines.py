@@ -1,4 +1,4 @@
-"""DDP, FSDP2 and tensor parallel on two processes (gloo): plans are those of one process, and so is what is trained."""
+"""DDP, FSDP and tensor parallel on two processes (gloo): plans are those of one process, and so is what is trained."""
 
 import itertools
 import os
@@ -87,7 +87,7 @@ def test_a_static_graph_is_refused_by_ddp(results):
 def test_llamas_on_two_ranks_train_like_one(results, name):
     """Patched before or after they were sharded, and whole again after `remove_dropbp`."""
     expected = llama((LLAMA_OPTIONS | WHOLE_BATCH_OPTIONS)[name])
-    engines = ["tensor parallel", *(("fsdp2", "fsdp2 first") if name in LLAMA_OPTIONS else ())]
+    engines = ["tensor parallel", *(("fsdp1", "fsdp2", "fsdp2 first") if name in LLAMA_OPTIONS else ())]
     for engine, result in itertools.product(engines, results):
         weights = result[f"{engine} {name}"]
         for key, value in expected.items():

@@ -60,13 +60,14 @@ def gated_residual_layer_norm(
         check_bias(bias, weight)
 
     if torch.is_grad_enabled():
+        trains_stream = residual.requires_grad or branch.requires_grad
         trains_norm = weight.requires_grad or (bias is not None and bias.requires_grad)
-        if residual.requires_grad or branch.requires_grad or (next_kept and trains_norm):
-            if next_kept:
-                return _Kept.apply(residual, branch, weight, bias, eps, grad_scale)
-            return NextDropped.apply(_raw.gated_residual_layer_norm, grad_scale, residual, branch, weight, bias, eps)
-        if trains_norm:  # gradients that nobody asks for; detach is a fourth of the price of no_grad
+        if next_kept and (trains_stream or trains_norm):
+            return _Kept.apply(residual, branch, weight, bias, eps, grad_scale)
+        if trains_norm:  # no edge to what gets no gradient; detach is a fourth of the price of no_grad
             weight, bias = weight.detach(), None if bias is None else bias.detach()
+        if trains_stream:
+            return NextDropped.apply(_raw.gated_residual_layer_norm, grad_scale, residual, branch, weight, bias, eps)
     normed, new_residual, _, _ = _raw.gated_residual_layer_norm(residual, branch, weight, bias, eps)
     return normed, new_residual
 

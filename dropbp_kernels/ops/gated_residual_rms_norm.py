@@ -58,12 +58,13 @@ def gated_residual_rms_norm(
     gemma = is_gemma(casting)
 
     if torch.is_grad_enabled():
-        if residual.requires_grad or branch.requires_grad or (next_kept and weight.requires_grad):
-            if next_kept:
-                return _Kept.apply(residual, branch, weight, eps, gemma, grad_scale)
-            return NextDropped.apply(_raw.gated_residual_rms_norm, grad_scale, residual, branch, weight, eps, gemma)
-        if weight.requires_grad:  # a gradient that nobody asks for; detach is a fourth of the price of no_grad
+        trains_stream = residual.requires_grad or branch.requires_grad
+        if next_kept and (trains_stream or weight.requires_grad):
+            return _Kept.apply(residual, branch, weight, eps, gemma, grad_scale)
+        if weight.requires_grad:  # no edge to what gets no gradient; detach is a fourth of the price of no_grad
             weight = weight.detach()
+        if trains_stream:
+            return NextDropped.apply(_raw.gated_residual_rms_norm, grad_scale, residual, branch, weight, eps, gemma)
     normed, new_residual, _ = _raw.gated_residual_rms_norm(residual, branch, weight, eps, gemma)
     return normed, new_residual
 
