@@ -50,6 +50,10 @@ class Calibration:
         if not isinstance(content, Mapping) or set(content) != set(names):
             found = ", ".join(content) if isinstance(content, Mapping) else type(content).__name__
             raise ValueError(f"{where}: expected a calibration with the keys {', '.join(names)}, got {found}")
+        columns = {name: content[name] for name in ("branches", "sensitivities", "flops", "drop_rates")}
+        lengths = {len(column) if isinstance(column, list | tuple) else None for column in columns.values()}
+        if len(lengths) > 1 or lengths == {None}:
+            raise ValueError(f"{where}: expected {', '.join(columns)} to be lists of one length, got {columns}")
         values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in content.items()}
         return cls(**values)
 

@@ -32,6 +32,10 @@ def test_other_files_are_refused(calibration, tmp_path):
     (tmp_path / "other.json").write_text('{"drop_rate": 0.5}')
     with pytest.raises(ValueError, match=r"other\.json: expected a calibration with the keys .*, got drop_rate$"):
         Calibration.load(tmp_path / "other.json")
+    content = {**calibration.to_dict(), "drop_rates": [0.5]}
+    (tmp_path / "short.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"short\.json: expected branches, .*, drop_rates to be lists of one length"):
+        Calibration.load(tmp_path / "short.json")
     (tmp_path / "list.json").write_text("[0.5]")
     with pytest.raises(ValueError, match=r"list\.json: expected a calibration .*, got list$"):
         Calibration.load(tmp_path / "list.json")

@@ -98,6 +98,7 @@ def test_version(capsys):
             "--drop-rate with --rates sensitivity: drop_rate: expected",
         ),
         (["--rates", "best"], "--rates: expected one of uniform, depth_linear, sensitivity"),
+        (["--rates", "none.json"], "--rates none.json: No such file"),
         (["--schedule", "linear"], "--schedule: expected a callable or one of warmup, cosine, recovery, got 'linear'"),
         (["--sampler", "lottery"], "--sampler: expected one of balanced, bernoulli, published"),
         (["--grad-scale", "big"], "argument --grad-scale"),

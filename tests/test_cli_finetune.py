@@ -1,6 +1,7 @@
 """Fine-tuning through the command line: what is compared, what is written."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -102,6 +103,37 @@ def test_published_dropbp_is_given_the_backward_of_ours(tmp_path):
     assert list(runs) == [compare.FULL, compare.SMALLER, compare.PUBLISHED, compare.OURS]
     assert [run.by_targets for run in runs.values()] == [False, False, False, True]
     assert runs[compare.PUBLISHED].handler.drop_rate == pytest.approx(1 - 6 / 32)
+
+
+def test_rates_from_the_calibration_of_another_run(tmp_path, capsys):
+    def rates(folder):
+        branches = report(tmp_path / folder)["results"][compare.OURS]["dropbp"]["branches"]
+        return [branch["drop_rate"] for branch in branches]
+
+    options = ["--no-compare", "--drop-rate", "0.5", "--steps", "1"]
+    assert finetune(tmp_path / "first", *options, "--rates", "sensitivity") == 0
+    assert (tmp_path / "first" / "calibration.png").read_bytes()[:4] == b"\x89PNG"
+    file = str(tmp_path / "first" / "calibration.json")
+    assert finetune(tmp_path / "again", *options, "--rates", file, "--seed", "1") == 0
+    assert rates("again") == rates("first")
+    assert len(set(rates("first"))) > 1
+    assert finetune(tmp_path / "other", *options, "--rates", file, "--allocation", "optimal") == 0
+    assert rates("other") != rates("first")
+    assert json.loads((tmp_path / "other" / "calibration.json").read_text())["allocation"] == "optimal"
+
+    capsys.readouterr()
+    assert finetune("no", *options, "--rates", file, "--adapter", "full") == 2
+    assert re.search(r"--rates .*calibration.json: calibration: expected the 16 branches", capsys.readouterr().err)
+    assert finetune("no", *options[:1], "--drop-rate", "0.95", "--rates", file) == 2
+    assert re.search(r"--drop-rate with --rates .*: drop_rate: expected less than 0.9", capsys.readouterr().err)
+    assert finetune("no", *options, "--rates", str(tmp_path / "first" / "report.json")) == 2
+    assert "report.json: expected a calibration with the keys" in capsys.readouterr().err
+
+
+def test_published_dropbp_at_a_rate_that_cannot_be_shared_out_is_refused_before_the_first_step(tmp_path, capsys):
+    options = ["--context", "inference", "--drop-rate", "0.6", "--rates", "sensitivity", "--steps", "2"]
+    assert finetune(tmp_path / "out", *pairs(tmp_path), *options) == 2
+    assert "--drop-rate with --rates sensitivity: drop_rate: expected less than 0.9" in capsys.readouterr().err
 
 
 def test_loss_that_is_not_finite_ends_the_run(tmp_path, capsys, monkeypatch):

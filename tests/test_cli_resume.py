@@ -70,6 +70,8 @@ def test_resumed_comparison_repeats_the_losses_bit_for_bit(tmp_path, capsys, int
         assert whole == parts
         assert len({branch["drop_rate"] for branch in whole["branches"]}) > 1
     assert not (tmp_path / "parts" / "checkpoint.pt").exists()
+    files = [(tmp_path / folder / "calibration.json").read_text() for folder in ("whole", "parts")]
+    assert files[0] == files[1]
 
 
 def test_context_is_asked_for_and_repeated_after_a_resume(tmp_path, capsys, interrupt_at):

@@ -25,7 +25,7 @@ from ..target_share import TargetShare, count_targets
 from .data import Data
 from .errors import UserError
 from .models import twin
-from .settings import Settings
+from .settings import Settings, check_rates
 from .training import Run
 
 FULL, SMALLER, PUBLISHED, OURS = "full backward", "smaller batch", "published DropBP", "ours"
@@ -45,8 +45,16 @@ def gate(model: nn.Module, settings: Settings, drop_rate: float, **options: Any)
         handler = apply_dropbp(model, drop_rate, seed=settings.seed, total_steps=settings.steps, **{**ours, **options})
     except ValueError as error:
         raise UserError(f"--model {settings.model}: {error}") from error
+    if drop_rate == 0.0:
+        return handler
+    check_rates(settings, drop_rate)  # published DropBP is given another one than ours with --context inference
     if settings.rates == "depth_linear":
         handler.set_drop_rates(depth_linear_rates(handler.flops(), drop_rate))
+    elif (file := settings.calibration_file()) is not None:
+        try:
+            handler.use_calibration(file, allocation=settings.allocation)
+        except ValueError as error:  # of another model
+            raise UserError(f"--rates {settings.rates}: {error}") from error
     return handler
 
 

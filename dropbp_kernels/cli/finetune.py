@@ -3,6 +3,7 @@
 checkpoint.pt    to go on from (--resume)                      comparison.png   with --compare
 report.json      settings, machine, results                    adapter/         with lora and paca, in PEFT's format
 losses.csv       one row per run and step                      model/           with --adapter full
+calibration.json, calibration.png    with rates from sensitivities; the former for --rates of another run
 """
 
 import argparse
@@ -71,7 +72,8 @@ def add_parser(commands: Any) -> None:
     add("--context", "how tokens without a loss run; inference: without a backward", CONTEXTS)
     add("--context-gradient", "what to keep of what --context inference leaves out", CONTEXT_GRADIENTS)
     add("--coreset", "train on this share of each batch, chosen by its gradients, 0 < coreset <= 1", type=float)
-    add("--rates", "of branches: equal, rising with depth, or allocated after a tenth of the steps", RATES)
+    rates = "equal, rising with depth, allocated after a tenth of the steps, or by another run's calibration.json"
+    add("--rates", rates, (*RATES, "FILE"))
     add("--allocation", "how rates are made from sensitivities", METHODS)
     add("--sampler", "how plans are drawn", tuple(samplers.SAMPLERS))
     add("--granularity", "what a branch keeps its share of: steps, samples or tokens", GRANULARITIES)
@@ -225,6 +227,10 @@ def _write(folder: Path, report: dict[str, Any], runs: Sequence[Run]) -> None:
         writer = csv.DictWriter(file, compare_report.LOSS_FIELDS)
         writer.writeheader()
         writer.writerows(rows)
+    handler = runs[-1].handler
+    if handler is not None and handler.calibration is not None:
+        handler.calibration.save(folder / "calibration.json")
+        handler.calibration.draw(folder / "calibration.png")
 
 
 def _save_model(run: Run, tokenizer: Any, folder: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..allocation import METHODS, allocate
+from ..calibration import Calibration
 from ..integrations.target_plans import CONTEXT_GRADIENTS
 from ..missing_grad import MISSING_GRAD
 from ..row_plan import GRANULARITIES
@@ -18,7 +19,7 @@ from .documents import check_data_path
 from .errors import UserError
 
 ADAPTERS = ("lora", "paca", "full")
-RATES = ("uniform", "depth_linear", "sensitivity")
+RATES = ("uniform", "depth_linear", "sensitivity")  # or the path of a calibration
 DTYPES = ("auto", "float32", "bfloat16")
 CONTEXTS = ("off", "inference")
 DROP_RATES = {"off": 0.75, "inference": 0.0}  # by context: with a target plan, tokens are dropped in place of branches
@@ -68,6 +69,10 @@ class Settings:
         """How the built-in model is pretrained."""
         return replace(builtin.Recipe(), steps=self.pretrain_steps)
 
+    def calibration_file(self) -> Path | None:
+        """Where the rates come from, when it is an earlier calibration."""
+        return Path(self.rates).expanduser() if self.rates.endswith(".json") else None
+
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
 
@@ -102,7 +107,7 @@ def resolve(settings: Settings) -> Settings:
 def _check(settings: Settings) -> None:
     choices = {
         "adapter": ADAPTERS,
-        "rates": RATES,
+        "rates": RATES if settings.calibration_file() is None else (settings.rates,),
         "dtype": DTYPES,
         "allocation": METHODS,
         "missing_grad": MISSING_GRAD,
@@ -134,17 +139,31 @@ def _check(settings: Settings) -> None:
         raise UserError(f"--grad-scale: expected a finite number or 'unbiased', got {settings.grad_scale}")
     if settings.learning_rate is not None and not 0.0 < settings.learning_rate < float("inf"):
         raise UserError(f"--learning-rate: expected a positive number, got {settings.learning_rate}")
-    if settings.rates == "sensitivity":
-        try:  # FLOPs differ between branches, but the limit on the rate does not depend on them
-            allocate([1.0, 1.0], [1e9, 1e9], settings.drop_rate, method=settings.allocation)
-        except ValueError as error:
-            raise UserError(f"--drop-rate with --rates sensitivity: {error}") from error
+    check_rates(settings, settings.drop_rate)
     if settings.model == builtin.NAME:
         if settings.seq_len > builtin.MAX_SEQ_LEN:
             raise UserError(f"--seq-len: expected at most {builtin.MAX_SEQ_LEN}, got {settings.seq_len}")
     else:
         _check_model_path(settings.model)
     check_data_path(settings.data)
+
+
+def check_rates(settings: Settings, drop_rate: float) -> None:
+    """Raise a UserError unless `drop_rate` can be shared out as `settings.rates` says."""
+    file = settings.calibration_file()
+    try:
+        calibration = None if file is None else Calibration.load(file)
+    except OSError as error:
+        raise UserError(f"--rates {settings.rates}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"--rates {error}") from error
+    try:
+        if calibration is not None:
+            calibration.reallocated(drop_rate, settings.allocation)
+        elif settings.rates == "sensitivity":  # FLOPs differ between branches; the limit does not depend on them
+            allocate([1.0, 1.0], [1e9, 1e9], drop_rate, method=settings.allocation)
+    except ValueError as error:
+        raise UserError(f"--drop-rate with --rates {settings.rates}: {error}") from error
 
 
 def _check_model_path(name: str) -> None:
