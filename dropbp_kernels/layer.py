@@ -207,11 +207,14 @@ class DropBP(nn.Module):
             return self.without_padding(self.as_dropped(branch))(residual, *args, **kwargs)
 
     def as_kept(self, branch: Callable[..., Any]) -> Callable[..., Any]:
-        """`branch` as a kept one runs: as written, or checkpointed, in slices where the gate has them."""
-        if self.checkpoint is None or not self.training or not torch.is_grad_enabled():
+        """`branch` as a kept one runs: as written, or checkpointed, in slices where the gate has them.
+
+        Without gradients, as the context of a target plan runs in training, the slices alone are left.
+        """
+        if self.checkpoint is None or not self.training:
             return branch
         # What is computed again is the branch alone, never the gate: a plan drawn since then changes nothing.
-        return self.as_dropped(partial(self.checkpoint, branch))
+        return self.as_dropped(partial(self.checkpoint, branch) if torch.is_grad_enabled() else branch)
 
     def as_dropped(self, branch: Callable[..., Any]) -> Callable[..., Any]:
         """`branch` as a dropped one runs, under `as_inference`: in slices where the gate has them."""

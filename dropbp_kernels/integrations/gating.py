@@ -124,7 +124,7 @@ def _gated_class(original: Any) -> Any:
             return gates[0].without_padding(run) if all(gate.real_rows is not None for gate in gates) else run
 
         if not torch.is_grad_enabled():
-            return whole(run)(*args, **kwargs)
+            return whole(gates[0].as_kept(run))(*args, **kwargs)
         stream = first_tensor(*args, *kwargs.values())
         if stream is not None:
             for gate in gates:
