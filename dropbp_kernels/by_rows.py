@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from .ops.derivative import first_derivative
 from .ops.permuted_residual_add import permuted_residual_add
 from .ownership import owns_gradient
+from .permutation import row_shape
 from .row_plan import Batch, Rows
 
 
@@ -144,11 +145,12 @@ class RowSplit:
             parts.append(rows[0])
         if self.num_padding:
             parts[1] = torch.cat((parts[1], parts[1].new_zeros(self.num_padding, *shape[1:])))
-        dtype = torch.promote_types(residual.dtype, parts[0].dtype)
-        output = permuted_residual_add(
-            residual.to(dtype).reshape(shape), parts[0], parts[1], self.rows.permutation, grad_scale=grad_scale
-        )
-        return output.view(residual.shape)
+        stream = residual.to(torch.promote_types(residual.dtype, parts[0].dtype))
+        # A view would have a gradient that is a view too, into which the norm's backward may not write.
+        if row_shape(stream.shape, len(self.rows.permutation)) != shape:
+            stream = stream.reshape(shape)
+        output = permuted_residual_add(stream, parts[0], parts[1], self.rows.permutation, grad_scale=grad_scale)
+        return output if output.shape == residual.shape else output.view(residual.shape)
 
 
 class _TakeRows(torch.autograd.Function):

@@ -180,7 +180,11 @@ class DropBP(nn.Module):
         So a norm that reads rows through a permutation (`ops.permuted_norm`) can stand before the branch.
         """
         kept, dropped, residual = rows
-        parts = ((split.shaped(kept),), (split.shaped(dropped[: len(split.dropped)]),))
+        of_row = split.row_shape(residual)[1:]  # of samples of one token the norm's rows have a dimension more
+        parts = [
+            (split.shaped(part[:count].reshape(count, *of_row)),)
+            for part, count in ((kept, len(split.kept)), (dropped, len(split.dropped)))
+        ]
         return split.add(residual, *self.run_rows(split, branch, args, kwargs, parts), grad_scale=self.grad_scale)
 
     def run(self, residual: Tensor, branch: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.tiny_models import tiny_causal_lm, tiny_inputs
-from dropbp_kernels import DropBPHandler, apply_dropbp, blocks, remove_dropbp
+from dropbp_kernels import DropBPHandler, apply_dropbp, blocks, ownership, remove_dropbp
 from dropbp_kernels.integrations import fusing
 from dropbp_kernels.integrations.families import Family
 from dropbp_kernels.measure import saved_bytes
@@ -252,22 +252,28 @@ class MyMLP(torch.nn.Module):
 
 
 def test_the_mean_over_plans_is_the_gradient():
-    """Unbiased gates: of one branch, over all choices of two of four samples, exactly."""
-    model = toy_model(1).double()
+    """Unbiased gates: over all choices of two of four samples that two branches can make for themselves, exactly.
+
+    Not so where both keep the same two.
+    """
+    model = toy_model(2).double()
     handler = DropBPHandler(model, 0.5, granularity="sample", grad_scale="unbiased", keep_one=False)
     x = torch.randn(4, 3, 8, dtype=torch.float64)
 
-    def gradient(entry):
-        handler.set_plan([entry])
-        if entry is True:
-            handler.gates["0.gate"].grad_scale = 1.0
+    def gradient(entries):
+        handler.set_plan(entries)
         model.zero_grad()
         model(x).square().sum().backward()
         return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
-    pairs = list(itertools.combinations(range(4), 2))
-    mean = sum(gradient(torch.tensor([place in pair for place in range(4)])) for pair in pairs) / len(pairs)
-    torch.testing.assert_close(mean, gradient(True), rtol=1e-10, atol=1e-12)
+    pairs = [torch.tensor([place in pair for place in range(4)]) for pair in itertools.combinations(range(4), 2)]
+    mean = sum(map(gradient, itertools.product(pairs, pairs))) / len(pairs) ** 2
+    aligned = sum(gradient([pair, pair]) for pair in pairs) / len(pairs)
+    for gate in handler.gates.values():
+        gate.grad_scale = 1.0
+    full = gradient([True, True])
+    torch.testing.assert_close(mean, full, rtol=1e-10, atol=1e-12)
+    assert (aligned - full).norm() > 0.01 * full.norm()
 
 
 def test_the_backward_does_equal_work_in_every_step():
@@ -369,6 +375,39 @@ def test_norms_that_read_permuted_rows(model_type, tokens):
             patch.setattr(fusing, "has_kernel", lambda *_, has_kernel=has_kernel: has_kernel)
             results.append(step(model, tiny_inputs(model, BATCH, SEQ)))
     assert_close(*results, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [False, True], ids=["sample", "token"])
+def test_no_branch_copies_the_gradient_of_the_stream(tokens, monkeypatch):
+    """With norms that read permuted rows and with rows that are taken first: all add their rows to one gradient."""
+    if ownership._counts_of_a_sole_owner() is None:
+        pytest.skip("this torch does not count references")
+    model = with_lora(tiny_llama(attn_implementation="sdpa"))
+    handler = apply_dropbp(model, 0.5, granularity="token" if tokens else "sample", fused_loss="off")
+    clone, copied = torch.Tensor.clone, []
+    monkeypatch.setattr(torch.Tensor, "clone", lambda x, **options: copied.append(x.shape) or clone(x, **options))
+    for has_kernel in (True, False):
+        monkeypatch.setattr(fusing, "has_kernel", lambda *_, has_kernel=has_kernel: has_kernel)
+        handler.step()
+        loss = model(**tiny_batch(BATCH, SEQ)).loss
+        copied.clear()
+        loss.backward()
+        assert copied == []
+
+
+@pytest.mark.parametrize("context", [None, "inference"])
+def test_samples_of_one_token(context):
+    """A batch of them, or a target plan whose answers are one token: N tokens are N samples too."""
+    model = tiny_llama()
+    handler = apply_dropbp(model, 0.5, granularity="token", context=context, fused_loss="off")
+    tokens = tiny_batch(4, 1 if context is None else SEQ)["input_ids"]
+    labels = tokens.clone()
+    labels[:, :-1] = -100
+    handler.step()
+    output = model(tokens, labels=labels)
+    (output.logits.square().sum() if context is None else output.loss).backward()
+    assert [branch["num_kept"] for branch in handler.report()["branches"]] == [2] * 6
+    assert all(parameter.grad is not None for parameter in model.model.layers.parameters())
 
 
 def test_an_auxiliary_loss_sees_all_tokens_in_their_order():
