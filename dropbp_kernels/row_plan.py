@@ -14,7 +14,6 @@ A row is a sample of the batch or, for branches that treat each token for itself
 
 import functools
 import math
-import random
 import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .row_draws import draw_samples, draw_tokens, tokens_by_stage
+from .samplers import with_one_kept
 from .targets import StagedRows
 
 GRANULARITIES = ("branch", "sample", "token")
@@ -141,8 +141,8 @@ class RowPlan:
         if len(samples) == 1 and not all(self.by_token):
             _say_that_one_sample_is_no_share()
         num_kept = self.num_kept(len(samples), stages.num_tokens)
-        if any(self.covering):
-            num_kept = self._with_one_kept(num_kept)
+        keeps = with_one_kept([bool(n) for n in num_kept], self.covering, self.drop_rates, self.seed, self.step)
+        num_kept = [max(count, int(is_any)) for count, is_any in zip(num_kept, keeps, strict=True)]
         rows = self._sample_rows(num_kept, samples, stages, batch.device)
         rows |= self._token_rows(num_kept, stages, batch.device)
         sizes = [stages.num_tokens if by_token else len(samples) for by_token in self.by_token]
@@ -151,15 +151,6 @@ class RowPlan:
             list(zip(num_kept, sizes, strict=True)),
             [[rows[branch][stage] for branch in range(len(num_kept))] for stage in range(len(stages.widths))],
         )
-
-    def _with_one_kept(self, num_kept: list[int]) -> list[int]:
-        """num_kept, or with one more where no row would be kept by any branch that has something to train."""
-        candidates = [branch for branch, counts in enumerate(self.covering) if counts]
-        if any(num_kept[branch] for branch in candidates):
-            return num_kept
-        weights = [1.0 - self.drop_rates[branch] for branch in candidates]
-        chosen = random.Random(f"keep_one:{self.seed}:{self.step}").choices(candidates, weights)[0]
-        return [count + (branch == chosen) for branch, count in enumerate(num_kept)]
 
     def _sample_rows(
         self, num_kept: list[int], samples: list[int], stages: "_Stages", device: torch.device

@@ -15,6 +15,8 @@ published  below 1 - rate       at most the target share of branches      as ber
 =========  ===================  ========================================  ==================================
 """
 
+import bisect
+import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -162,14 +164,15 @@ def draw_kept(
 
 
 def with_one_kept(
-    kept: tuple[bool, ...], is_trainable: Sequence[bool], rates: Sequence[float], seed: int, step: int
+    kept: Sequence[bool], is_trainable: Sequence[bool], rates: Sequence[float], seed: int, step: int
 ) -> tuple[bool, ...]:
     """`kept`, and one branch more where it keeps none with something to train: by chance, in proportion to 1 - rate."""
     if any(is_kept and trains for is_kept, trains in zip(kept, is_trainable, strict=True)):
-        return kept
+        return tuple(kept)
     candidates = [index for index, trains in enumerate(is_trainable) if trains]
     if not candidates:  # only parameters outside the branches are trained: nothing to keep a branch for
-        return kept
-    weights = [1.0 - rates[index] for index in candidates]
-    chosen = random.Random(f"keep_one:{seed}:{step}").choices(candidates, weights)[0]
+        return tuple(kept)
+    ends = list(itertools.accumulate(1.0 - rates[index] for index in candidates))
+    point = random.Random(f"keep_one:{seed}:{step}").random() * ends[-1]
+    chosen = candidates[bisect.bisect(ends, point, 0, len(ends) - 1)]
     return tuple(is_kept or index == chosen for index, is_kept in enumerate(kept))
