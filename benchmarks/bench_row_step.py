@@ -17,19 +17,9 @@ from typing import ClassVar
 from dropbp_kernels import DropBPHandler, apply_dropbp, remove_dropbp
 from dropbp_kernels.row_plan import GRANULARITIES
 
+from . import steps
 from .rows import machine
 from .settings import Settings
-from .steps import (
-    DROP_RATES,
-    NUM_MEMORY_ROUNDS,
-    NUM_WARM_UP_ROUNDS,
-    ModelRow,
-    Stepper,
-    Times,
-    build,
-    size_of,
-    time_columns,
-)
 from .timing import in_turn
 
 NUM_ROUNDS = {"full": 15, "quick": 7, "tiny": 1}
@@ -38,7 +28,7 @@ ALLOWED_OVER_BRANCH = 1.05
 
 
 @dataclass(frozen=True)
-class RowStepRow(ModelRow):
+class RowStepRow(steps.ModelRow):
     """One granularity at one drop rate. results/README.md says what each column means."""
 
     granularity: str
@@ -55,7 +45,7 @@ class RowStepRow(ModelRow):
     peak_live_bytes: int
 
     HEADER: ClassVar[str] = (
-        f"{'granularity':<16} {'kept':>6} {ModelRow.TIMES} {'over branch':>11} {'saved':>10} {'peak live':>10}"
+        f"{'granularity':<16} {'kept':>6} {steps.ModelRow.TIMES} {'over branch':>11} {'saved':>10} {'peak live':>10}"
     )
 
     def __str__(self) -> str:
@@ -71,25 +61,25 @@ def run(settings: Settings) -> Iterator[list[RowStepRow]]:
     if not settings.has_time():
         return
     where = machine(settings.device, settings.commit)
-    size = size_of(settings)
-    model, batch = build(size, settings.device)
+    size = steps.size_of(settings)
+    model, batch = steps.build(size, settings.device)
     models = {name: model if name == "branch" else copy.deepcopy(model) for name in GRANULARITIES}
-    for rate in DROP_RATES:
+    for rate in steps.DROP_RATES:
         if not settings.has_time():
             continue
         handlers = {name: apply_dropbp(models[name], rate, granularity=name, strict=False) for name in GRANULARITIES}
-        steppers = {name: Stepper(models[name], batch, settings.device) for name in GRANULARITIES}
+        steppers = {name: steps.Stepper(models[name], batch, settings.device) for name in GRANULARITIES}
         measured = in_turn(
             {name: _drawn(handlers[name], steppers[name]) for name in GRANULARITIES},
             NUM_ROUNDS[settings.scale],
-            NUM_WARM_UP_ROUNDS[settings.scale],
+            steps.NUM_WARM_UP_ROUNDS[settings.scale],
             f"drop rate {rate:g}",
         )
-        times = {name: time_columns(measured[name]) for name in GRANULARITIES}
+        times = {name: steps.time_columns(measured[name]) for name in GRANULARITIES}
         rows = []
         for name in GRANULARITIES:
             counts = []
-            for _ in range(NUM_MEMORY_ROUNDS[settings.scale]):
+            for _ in range(steps.NUM_MEMORY_ROUNDS[settings.scale]):
                 handlers[name].step()
                 counts.append(steppers[name].bytes())
             rows.append(
@@ -120,10 +110,10 @@ def verdicts(rows: list[RowStepRow]) -> dict[str, bool]:
     }
 
 
-def _drawn(handler: DropBPHandler, stepper: Stepper) -> Callable[[int], Times]:
+def _drawn(handler: DropBPHandler, stepper: steps.Stepper) -> Callable[[int], steps.Times]:
     """For `in_turn`: a step under a new plan."""
 
-    def run_step(_: int) -> Times:
+    def run_step(_: int) -> steps.Times:
         handler.step()
         return stepper.times()
 

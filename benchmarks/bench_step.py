@@ -15,19 +15,9 @@ from dropbp_kernels import DropBPHandler, apply_dropbp
 from dropbp_kernels.measure import PeakLiveBytes
 from dropbp_kernels.samplers import get_sampler
 
+from . import steps
 from .rows import machine
 from .settings import Settings
-from .steps import (
-    DROP_RATES,
-    NUM_MEMORY_ROUNDS,
-    NUM_WARM_UP_ROUNDS,
-    ModelRow,
-    Stepper,
-    Times,
-    build,
-    size_of,
-    time_columns,
-)
 from .timing import in_turn
 
 NUM_ROUNDS = {"full": 15, "quick": 7, "tiny": 1}
@@ -52,19 +42,19 @@ class Method:
         flops = handler.flops()
         return sum(f for f, is_kept in zip(flops, plan, strict=True) if is_kept) / sum(flops)
 
-    def in_rounds(self, handler: DropBPHandler, stepper: Stepper) -> Callable[[int], tuple[float, Times]]:
+    def in_rounds(self, handler: DropBPHandler, stepper: steps.Stepper) -> Callable[[int], tuple[float, steps.Times]]:
         """For `in_turn`: a step under the plan of its number; the share that the plan keeps, and the times."""
         return lambda step: (self.set_plan(handler, step), stepper.times())
 
 
 METHODS = [
     Method("undropped", 0.0),
-    *(Method(name, rate) for rate in DROP_RATES for name in ("published", "ours")),
+    *(Method(name, rate) for rate in steps.DROP_RATES for name in ("published", "ours")),
 ]
 
 
 @dataclass(frozen=True)
-class StepRow(ModelRow):
+class StepRow(steps.ModelRow):
     """One method at one drop rate. results/README.md says what each column means."""
 
     method: str
@@ -85,7 +75,7 @@ class StepRow(ModelRow):
     peak_allocated_bytes: int | None
 
     HEADER: ClassVar[str] = (
-        f"{'method':<16} {'kept':>5} {ModelRow.TIMES} {'speedup':>8} {'over ideal':>10} {'saved':>10} "
+        f"{'method':<16} {'kept':>5} {steps.ModelRow.TIMES} {'speedup':>8} {'over ideal':>10} {'saved':>10} "
         f"{'peak live':>10} {'of ideal':>8} {'allocated':>10}"
     )
 
@@ -106,14 +96,14 @@ def run(settings: Settings) -> Iterator[list[StepRow]]:
     from tqdm import tqdm
 
     where = machine(settings.device, settings.commit)
-    size = size_of(settings)
-    model, batch = build(size, settings.device)
+    size = steps.size_of(settings)
+    model, batch = steps.build(size, settings.device)
     handler = apply_dropbp(model, 0.0, strict=False)
-    stepper = Stepper(model, batch, settings.device)
+    stepper = steps.Stepper(model, batch, settings.device)
 
     memory = {}
     for method in tqdm(METHODS, desc="counting memory", leave=False, disable=None):
-        plans = range(NUM_MEMORY_ROUNDS[settings.scale] if method.drop_rate else 1)
+        plans = range(steps.NUM_MEMORY_ROUNDS[settings.scale] if method.drop_rate else 1)
         counts = [_memory(method, handler, stepper, step) for step in plans]
         memory[method] = {key: max((one[key] for one in counts), key=lambda b: b or 0) for key in counts[0]}
     transient_bytes = _largest_forward_transient(handler, stepper)
@@ -121,16 +111,16 @@ def run(settings: Settings) -> Iterator[list[StepRow]]:
     measured = in_turn(
         {method: method.in_rounds(handler, stepper) for method in METHODS},
         NUM_ROUNDS[settings.scale],
-        NUM_WARM_UP_ROUNDS[settings.scale],
+        steps.NUM_WARM_UP_ROUNDS[settings.scale],
     )
     print(f"largest forward transient of a branch: {transient_bytes / 2**20:.1f} MiB", flush=True)
 
     undropped = METHODS[0]
-    undropped_times = time_columns([times for _, times in measured[undropped]])
+    undropped_times = steps.time_columns([times for _, times in measured[undropped]])
     rows = []
     for method in METHODS:
         kept, times = zip(*measured[method], strict=True)
-        columns = time_columns(times)
+        columns = steps.time_columns(times)
         ideal_ms = undropped_times["forward_ms"] + (1 - method.drop_rate) * undropped_times["backward_ms"]
         rows.append(
             StepRow(
@@ -166,7 +156,7 @@ def verdicts(rows: list[StepRow]) -> dict[str, bool]:
     return result
 
 
-def _memory(method: Method, handler: DropBPHandler, stepper: Stepper, step: int) -> dict[str, Any]:
+def _memory(method: Method, handler: DropBPHandler, stepper: steps.Stepper, step: int) -> dict[str, Any]:
     method.set_plan(handler, step)
     result: dict[str, Any] = {**stepper.bytes(), "peak_allocated_bytes": None}
     if stepper.device.type == "cuda":
@@ -178,7 +168,7 @@ def _memory(method: Method, handler: DropBPHandler, stepper: Stepper, step: int)
     return result
 
 
-def _largest_forward_transient(handler: DropBPHandler, stepper: Stepper) -> int:
+def _largest_forward_transient(handler: DropBPHandler, stepper: steps.Stepper) -> int:
     """The most bytes live while one branch runs without a graph, the residual stream that it reads included."""
     peaks = []
     gates = list(handler.gates.values())
