@@ -1,4 +1,4 @@
-"""A patched model is pickled whole, and read again by a process that has patched nothing."""
+"""A patched model in other hands: pickled, saved, loaded, merged, prepared. It stays patched, and can be released."""
 
 import subprocess
 import sys
@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 from models import encoder_decoder, gradients, tiny_batch, tiny_causal_lm, with_lora
+from transformers import AutoModelForCausalLM
 
-from dropbp_kernels import apply_dropbp
+from dropbp_kernels import apply_dropbp, remove_dropbp
 
 READ = """
 import sys, torch
@@ -54,3 +55,52 @@ def test_another_process_reads_it_and_goes_on(tmp_path):
             if grad is not None:  # the other process may have another number of threads
                 torch.testing.assert_close(grads[parameter], grad, atol=1e-6, rtol=1e-4)
         assert (classes, loss) == (expected[name][0], pytest.approx(expected[name][1])), name
+
+
+EVERYTHING = {"fused": True, "context": "inference", "fused_loss": "chunked"}
+
+
+def test_weights_are_saved_and_loaded_as_if_it_were_not_patched(tmp_path):
+    model = tiny_causal_lm()
+    apply_dropbp(model, 0.5, **EVERYTHING)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is type(tiny_causal_lm())
+    assert model.load_state_dict(loaded.state_dict()).missing_keys == []
+    for name, value in tiny_causal_lm().state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("options", [{}, EVERYTHING])
+def test_adapters_are_merged_into_it(options):
+    batch = tiny_batch()
+    expected = with_lora(tiny_causal_lm()).merge_and_unload().eval()(**batch).logits
+    model = with_lora(tiny_causal_lm())
+    handler = apply_dropbp(model, 0.5, **options)
+    merged = model.merge_and_unload().requires_grad_(True)
+    handler.set_plan([False, False, True, False, False, False])
+    merged(**batch).loss.backward()
+    in_blocks = {name for name, grad in gradients(merged).items() if grad is not None and "layers." in name}
+    assert {name.split(".")[2] for name in in_blocks} == {"1"}
+    assert not any("mlp" in name for name in in_blocks)
+    remove_dropbp(merged)
+    assert torch.equal(merged.eval()(**batch).logits, expected)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_accelerate_prepares_it(order):
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    model = tiny_causal_lm()
+    handler = apply_dropbp(model, 0.5) if order == "before" else None
+    prepared = accelerator.prepare(model)
+    handler = handler or apply_dropbp(prepared, 0.5)
+    handler.set_plan([False, False, True, False, False, False])
+    accelerator.backward(prepared(**tiny_batch()).loss)
+    assert all(
+        "layers.1.self_attn" in name or "layers.1.input" in name
+        for name, grad in gradients(model).items()
+        if grad is not None and "layers." in name
+    )
+    remove_dropbp(accelerator.unwrap_model(prepared))
+    assert all("dropbp" not in name for module in model.modules() for name in vars(module))
