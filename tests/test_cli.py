@@ -88,6 +88,7 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["--drop-rates", "0.5"], "unrecognized arguments: --drop-rates 0.5; did you mean --drop-rate? (see"),
         (["--adapter", "dora"], "--adapter: expected one of lora, paca, full, got 'dora'"),
         (["--drop-rate", "1.0"], "--drop-rate: expected 0 <= drop_rate < 1, got 1.0"),
         (["--drop-rate", "-0.1"], "--drop-rate: expected 0 <= drop_rate < 1, got -0.1"),

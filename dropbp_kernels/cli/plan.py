@@ -52,7 +52,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--model", required=True, help=f"{names}, a config.json, its folder, or a Hugging Face hub id")
     add("--seq-len", 2048, "tokens of a row", type=int)
     add("--batch-size", 1, "rows of a micro-batch", type=int)
-    add("--adapter", "lora", "LoRA on all linear layers, over a 4-bit base, PaCA, or train everything", ADAPTERS)
+    add("--adapter", "lora", "LoRA or PaCA on all linear layers, q: over a 4-bit base; or train everything", ADAPTERS)
     add("--lora-rank", 8, "rank of LoRA; how many columns PaCA trains of each weight", type=int)
     add("--drop-rate", 0.75, "share of the branches' backward to drop, 0 <= drop rate < 1", type=float)
     add("--checkpoint", "none", "gradient checkpointing", CHECKPOINTS)
