@@ -180,7 +180,7 @@ TINY = Recipe(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_att
 def _target_points(published_rates: dict[float, float], *smaller: int) -> tuple[Point, ...]:
     """published_rates: by drop rate of the target rows, that at which published DropBP keeps as many backward FLOPs.
 
-    context_gradient="full" is missing: it is undropped training to rounding (tests/test_target_plans.py).
+    context_gradient="full" is missing: it is undropped training to rounding (tests/test_target_gradients.py).
     """
     points = [Point("undropped")]
     for rate, published in published_rates.items():

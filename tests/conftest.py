@@ -75,6 +75,14 @@ def in_chunks(backend):
 
 
 @pytest.fixture
+def cut_attention():
+    """`target_cases.cut_attention`, undone afterwards."""
+    target_cases = importlib.import_module("target_cases")  # imports transformers, which few tests need
+    yield target_cases.cut_attention
+    target_cases.forget_cut()
+
+
+@pytest.fixture
 def poisoned():
     """Fresh memory is NaN, so that an element nobody wrote shows."""
     torch.use_deterministic_algorithms(True)  # fills torch.empty, in Python and in C++

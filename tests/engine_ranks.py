@@ -95,6 +95,54 @@ def fsdp2(rank: int, missing_grad: str):
     return train(model, handler, batches(rank), missing_grad)
 
 
+def chats(rank: int | None) -> list[list[dict[str, torch.Tensor]]]:
+    """For each step the batches of a rank, or (None) of both; the ranks differ in turns, and one has no target once."""
+    steps = []
+    for step in range(3):
+        tokens = torch.randint(64, (2, 2, 12), generator=torch.Generator().manual_seed(step))
+        labels = tokens.masked_fill(torch.arange(12) < 7, -100)
+        labels[1, :, 2:4] = tokens[1, :, 2:4]
+        if step == 1:
+            labels[1] = -100
+        halves = [{"input_ids": tokens[half], "labels": labels[half]} for half in (0, 1)]
+        steps.append(halves if rank is None else [halves[rank]])
+    return steps
+
+
+def train_targets(model, handler, steps: list[list[dict[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
+    """AdamW on the mean of the batches' losses, where one without a target counts as 0; the weights afterwards."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for batches in steps:
+        handler.step()
+        for batch in batches:
+            loss = model(**batch).loss
+            if loss.requires_grad:
+                (loss / len(batches)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name.removeprefix("module."): value for name, value in model.state_dict().items()}
+
+
+def targets(rank: int, granularity: str):
+    """Without find_unused_parameters where no branch is dropped."""
+    model = tiny_causal_lm(num_hidden_layers=2)
+    rate = 0.0 if granularity == "branch" else 0.5
+    handler = apply_dropbp(model, rate, granularity=granularity, context="inference")
+    return train_targets(DistributedDataParallel(model), handler, chats(rank))
+
+
+def sharded_targets(rank: int) -> str:
+    """What a target plan says of FSDP2 where ranks have other numbers of turns."""
+    model = tiny_causal_lm(num_hidden_layers=2)
+    apply_dropbp(model, 0.0, context="inference")
+    _fsdp2(model)
+    try:
+        model(**chats(rank)[0][0])
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
 def _tensor_parallel(model):
     columns = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
     rows = ("self_attn.o_proj", "mlp.down_proj")
@@ -188,5 +236,8 @@ if __name__ == "__main__":
         results["static"] = ddp_static_graph(rank)
     if "llama" in only or not only:
         results |= llamas(rank)
+    if "targets" in only or not only:
+        results |= {f"targets {granularity}": targets(rank, granularity) for granularity in ("branch", "sample")}
+        results["sharded targets"] = sharded_targets(rank)
     torch.save(results, Path(sys.argv[1], f"rank{rank}.pt"))
     dist.destroy_process_group()

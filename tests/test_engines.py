@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from engine_ranks import LLAMA_OPTIONS, WHOLE_BATCH_OPTIONS, batches, llama, train, with_paca
-from models import toy_model
+from engine_ranks import LLAMA_OPTIONS, WHOLE_BATCH_OPTIONS, batches, chats, llama, train, train_targets, with_paca
+from models import tiny_causal_lm, toy_model
 
-from dropbp_kernels import DropBPHandler
+from dropbp_kernels import DropBPHandler, apply_dropbp
 
 RANKS = 2
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
@@ -97,3 +97,22 @@ def test_llamas_on_two_ranks_train_like_one(results, name):
 @pytest.mark.parametrize("name", ["one_hop", "full"])
 def test_gradients_of_contexts_are_refused_under_fsdp(results, name):
     assert all('expected "none" under FSDP' in result[f"refused {name}"] for result in results)
+
+
+@pytest.mark.filterwarnings("ignore:labels. no target in a batch")
+def test_two_ranks_train_targets_like_one(results):
+    """Also in a step in which one rank has no target and the other waits for its gradients."""
+    model = tiny_causal_lm(num_hidden_layers=2)
+    expected = train_targets(model, apply_dropbp(model, 0.0, context="inference"), chats(None))
+    first, second = (result["targets branch"] for result in results)
+    for name, value in expected.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-5)
+    first, second = (result["targets sample"] for result in results)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], expected[name]) for name in first)
+
+
+def test_ranks_that_would_gather_in_other_numbers_of_passes_are_refused(results):
+    for result, passes in zip(results, (2, 4), strict=True):
+        assert f"expected as many passes on every rank under FSDP, got {passes}" in result["sharded targets"]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_target_plans import chat, tiny
+from target_cases import chat, tiny
 from torch import nn
 
 from dropbp_kernels import apply_dropbp

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_target_plans import CLOSE, assert_same, backward, chat, cut_attention, is_target, runs_again, tiny  # noqa: F401
+from target_cases import CLOSE, assert_same, backward, chat, is_target, runs_again, tiny
 from transformers import modeling_flash_attention_utils as flash
 
 from dropbp_kernels import apply_dropbp
@@ -55,7 +55,7 @@ def test_a_shared_context_runs_once_and_is_a_constant(
     model_type,
     max_rows,
     options,
-    cut_attention,  # noqa: F811
+    cut_attention,
     monkeypatch,
 ):
     monkeypatch.setattr(staged_decoder, "rows_at_once", lambda *_: max_rows)

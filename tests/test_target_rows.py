@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from test_target_plans import CLOSE, assert_same, backward, chat, cut_attention, cut_inputs, is_target, runs_again, tiny
+from target_cases import CLOSE, assert_same, backward, chat, cut_inputs, is_target, runs_again, tiny
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -14,8 +14,6 @@ from dropbp_kernels import DropBP, apply_dropbp
 from dropbp_kernels.integrations import fusing
 from dropbp_kernels.measure import saved_bytes
 from dropbp_kernels.targets import IGNORED
-
-__all__ = ["cut_attention"]  # a fixture
 
 
 def padded(side):

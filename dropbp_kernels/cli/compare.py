@@ -19,7 +19,7 @@ from torch import nn
 from ..allocation import depth_linear_rates
 from ..coreset import CoresetSelector
 from ..handler import DropBPHandler
-from ..integrations.target_plans import check_context
+from ..integrations.target_checks import check_context
 from ..integrations.transformers import apply_dropbp
 from ..target_share import TargetShare, count_targets
 from .data import Data

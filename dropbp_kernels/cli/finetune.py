@@ -18,7 +18,7 @@ from typing import Any
 
 from .. import samplers
 from ..allocation import METHODS
-from ..integrations.target_plans import CONTEXT_GRADIENTS
+from ..integrations.target_checks import CONTEXT_GRADIENTS
 from ..missing_grad import MISSING_GRAD
 from ..row_plan import GRANULARITIES
 from ..schedules import SCHEDULES

@@ -9,7 +9,7 @@ import torch
 
 from ..allocation import METHODS, allocate
 from ..calibration import Calibration
-from ..integrations.target_plans import CONTEXT_GRADIENTS
+from ..integrations.target_checks import CONTEXT_GRADIENTS
 from ..missing_grad import MISSING_GRAD
 from ..row_plan import GRANULARITIES
 from ..samplers import SAMPLERS

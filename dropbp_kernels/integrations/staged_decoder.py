@@ -15,10 +15,12 @@ from ..plan import running
 from ..targets import TargetPlan, TargetRule
 from .stage_keys import ModelMasks, StageKeys
 from .swapping import is_sharded
+from .target_checks import BY_ROW, check_checkpointing, check_inputs
 
-MIN_ROWS = 1024  # of context that run at a time; with fewer the GEMMs get slow, and so many hold little
-_BY_ROW = ("input_ids", "inputs_embeds", "position_ids")
-_REPLACED = {*_BY_ROW, "attention_mask", "past_key_values", "use_cache"}
+# Of context that run at a time: a pass costs as many calls as a dense forward, and so many rows hold little (200 MiB at
+# a width of 4096). With 1,024, a checkpointed step of the size in benchmarks/steps.py took a tenth more.
+MIN_ROWS = 2048
+COUNTS_TOKENS = ("opt",)  # whose positions leave padding on the left out; all others count places
 
 
 def run_in_stages(decoder: Any, run: Callable[..., Any], inputs: dict[str, Any], plan: TargetPlan) -> Any:
@@ -26,20 +28,17 @@ def run_in_stages(decoder: Any, run: Callable[..., Any], inputs: dict[str, Any],
 
     Errors: ValueError for inputs that stages cannot share out among them.
     """
-    _check_inputs(inputs, plan)
+    check_inputs(decoder, inputs, plan)
     rule = TargetRule.on(decoder)
     if rule.context_gradient != "none" and is_sharded(decoder):
         raise ValueError(
             'context_gradient: expected "none" under FSDP, which reduces the gradient of a block when its targets are '
             f"done and so would lose the context's, got {rule.context_gradient!r}"
         )
-    if inputs.get("position_ids") is None:
-        inputs["position_ids"] = torch.arange(plan.documents.shape[1], device=plan.documents.device).unsqueeze(0)
-    inputs["position_ids"] = inputs["position_ids"].expand_as(plan.documents)
+    check_checkpointing(decoder, rule.context_gradient, plan)
+    inputs["position_ids"] = _positions(decoder, inputs, plan).expand_as(plan.documents)
     parameter = next(p for p in decoder.parameters() if p.is_floating_point())
-    if rule.context_gradient != "full":
-        num_rows = max(stage.rows.numel() for stage in plan.stages if stage.is_target)
-        plan = plan.with_slices(rows_at_once(decoder, num_rows))
+    plan = sliced(decoder, rule, plan)
     masks = ModelMasks(decoder.config, plan.documents)
     staged = plan.staged_rows(with_context=rule.context_gradient == "full")
     gates = list(find_gates(decoder).values())
@@ -47,7 +46,7 @@ def run_in_stages(decoder: Any, run: Callable[..., Any], inputs: dict[str, Any],
     output: Any = None
     with _caches_under_checkpointing(decoder):
         for stage in plan.stages:
-            rows = {name: stage.running(stage.gather(inputs[name])) for name in _BY_ROW if inputs.get(name) is not None}
+            rows = {name: stage.running(stage.gather(inputs[name])) for name in BY_ROW if inputs.get(name) is not None}
             mask = masks.add(stage, parameter.dtype)
             keys = keys.of_next(stage, is_last=stage is plan.stages[-1])
             context = contextlib.nullcontext() if stage.is_target else _context(decoder, rule, parameter.device.type)
@@ -58,6 +57,25 @@ def run_in_stages(decoder: Any, run: Callable[..., Any], inputs: dict[str, Any],
     output.last_hidden_state = torch.cat(hidden, dim=1)
     output.past_key_values = None
     return output
+
+
+def _positions(decoder: Any, inputs: dict[str, Any], plan: TargetPlan) -> Tensor:
+    """The positions of a batch's rows, (B, S) or (1, S): as given, or those that the decoder gives them by itself."""
+    given: Tensor | None = inputs.get("position_ids")
+    if given is not None:
+        return given
+    mask = inputs.get("attention_mask")
+    if mask is not None and decoder.config.model_type in COUNTS_TOKENS:
+        return mask.long().cumsum(1) * mask.long() - 1
+    return torch.arange(plan.documents.shape[1], device=plan.documents.device).unsqueeze(0)
+
+
+def sliced(decoder: nn.Module, rule: TargetRule, plan: TargetPlan) -> TargetPlan:
+    """The plan as it runs: its context in slices. With its gradient kept there is nothing to gain by them."""
+    if rule.context_gradient == "full":
+        return plan
+    num_rows = max(stage.rows.numel() for stage in plan.stages if stage.is_target)
+    return plan.with_slices(rows_at_once(decoder, num_rows))
 
 
 def rows_at_once(decoder: Any, num_target_rows: int) -> int:
@@ -126,22 +144,3 @@ def _caches_under_checkpointing(decoder: nn.Module) -> Iterator[None]:
             vars(decoder)["gradient_checkpointing"] = True
         for layer in layers:
             vars(layer).pop("_can_checkpoint_with_cache", None)
-
-
-def _check_inputs(inputs: dict[str, Any], plan: TargetPlan) -> None:
-    if inputs.get("past_key_values") is not None:
-        raise ValueError("past_key_values: expected None with labels and context, got a cache")
-    for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
-        if inputs.get(name):
-            raise ValueError(f"{name}: expected False with labels and context: context and targets run apart")
-    shape = plan.documents.shape
-    for name, value in inputs.items():
-        if not isinstance(value, Tensor) or value.dim() < 2:
-            continue
-        if name in ("input_ids", "inputs_embeds") and value.shape[:2] != shape:
-            raise ValueError(
-                f"{name}: expected the shape of labels, {tuple(shape)}, got {tuple(value.shape[:2])}; prompts that an "
-                "adapter learns cannot run in stages"
-            )
-        if name not in _REPLACED and value.shape[:2] == shape:
-            raise ValueError(f"{name}: expected no further input by token with context, got shape {tuple(value.shape)}")

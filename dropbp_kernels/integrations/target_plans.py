@@ -24,59 +24,19 @@ the head's rows and labels on; the decoder's `__call__` runs the stages (`staged
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-from ..handler import check_drop_rate
-from ..ops.derivative import first_derivative
 from ..targets import IGNORED, TargetPlan, TargetRule, plan_targets
 from .swapping import is_swapped, subclass, swap_back
+from .target_checks import ATTENTION, TAKES_MASKS, check_ranks, find_decoder, without_peft
+from .without_target import run_without_target
 
-CONTEXT_GRADIENTS = ("none", "one_hop", "full")
-ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4")
-TAKES_MASKS = ATTENTION[:2]  # of our own; what the others can do, stages of one document a sample need
 _PLAN = "_dropbp_target_plan"
 _ORIGINAL = "_dropbp_before_targets"  # a name of its own: the class swapped here may be one that `gating` made
-
-
-def check_context(
-    model: nn.Module,
-    context: str | None,
-    context_gradient: str = "none",
-    context_keep: float = 0.0,
-    shared_context: bool = False,
-) -> None:
-    """Raise ValueError, with the reason, unless `patch_targets` can do what these options of apply_dropbp ask for."""
-    if context not in (None, "inference"):
-        raise ValueError(f'context: expected None or "inference", got {context!r}')
-    if context_gradient not in CONTEXT_GRADIENTS:
-        raise ValueError(f"context_gradient: expected one of {', '.join(CONTEXT_GRADIENTS)}, got {context_gradient!r}")
-    check_drop_rate(context_keep, "context_keep")
-    if context_keep and context_gradient == "full":
-        raise ValueError(f'context_keep: expected 0 with context_gradient="full", which keeps all, got {context_keep}')
-    if not isinstance(shared_context, bool):
-        raise TypeError(f"shared_context: expected True or False, got {shared_context!r}")
-    if context is not None:
-        decoder: Any = find_decoder(model)
-        _check_decoder(decoder)
-        if context_keep and (attention := decoder.config._attn_implementation) not in TAKES_MASKS:
-            raise ValueError(
-                f"context_keep: expected 0 with attention {attention!r}, in which no row can skip a key, got "
-                f"{context_keep}; load the model with attn_implementation in {TAKES_MASKS}"
-            )
-        return
-    for name, value, default in (
-        ("context_gradient", context_gradient, "none"),
-        ("context_keep", context_keep, 0.0),
-        ("shared_context", shared_context, False),
-    ):
-        if value != default:
-            raise ValueError(f'context: expected "inference" with {name}={value}, got None')
 
 
 def patch_targets(model: nn.Module, rule: TargetRule) -> None:
@@ -89,7 +49,7 @@ def patch_targets(model: nn.Module, rule: TargetRule) -> None:
     """
     decoder = find_decoder(model)
     rule.put_on(decoder)
-    lm = _without_peft(model)  # called by what PEFT wraps it in, or by itself
+    lm = without_peft(model)  # called by what PEFT wraps it in, or by itself
     for owner in (model,) if lm is model else (model, lm):
         vars(owner)["_dropbp_decoder"] = (decoder,)  # in a tuple, so that nn.Module does not register it again
         _swap(owner, _call_with_labels)
@@ -105,48 +65,6 @@ def unpatch_targets(model: nn.Module) -> bool:
         for name in ("_dropbp_decoder", _PLAN):
             vars(module).pop(name, None)
     return bool(patched)
-
-
-def find_decoder(model: nn.Module) -> nn.Module:
-    """The stack of blocks of a causal LM, with its embedding and last norm, without its head.
-
-    Errors: ValueError when `model` is no causal LM.
-    """
-    lm = _without_peft(model)
-    decoder = lm.get_decoder() if hasattr(lm, "get_decoder") else None
-    if not isinstance(decoder, nn.Module) or decoder is lm or lm.get_output_embeddings() is None:
-        raise ValueError(f"model: expected a causal LM of transformers for context, got {type(lm).__name__}")
-    return decoder
-
-
-def _without_peft(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _check_decoder(decoder: nn.Module) -> None:
-    """Raise ValueError, with the reason, unless `decoder` can run rows in stages."""
-    config: Any = decoder.config
-    name = type(decoder).__name__
-    reason = None
-    accepted = inspect.signature(decoder.forward).parameters
-    missing = [key for key in ("attention_mask", "position_ids", "past_key_values") if key not in accepted]
-    unknown = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if getattr(config, "is_encoder_decoder", False):
-        reason = "is an encoder-decoder"
-    elif missing:
-        reason = f"takes no {', '.join(missing)}: its rows cannot be told their places"
-    elif getattr(config, "alibi", False):
-        reason = "adds position biases (ALiBi) by the order of its keys"
-    elif unknown or getattr(decoder, "_is_stateful", False):
-        reason = f"has layers with a state of their own ({', '.join(sorted(unknown)) or 'stateful'})"
-    elif getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", False):
-        reason = "attends in both directions, so context depends on targets"
-    elif any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in decoder.modules()):
-        reason = "normalises over the batch, so samples and stages see each other"
-    elif config._attn_implementation not in ATTENTION:
-        reason = f"uses attention {config._attn_implementation!r}; load it with attn_implementation in {ATTENTION}"
-    if reason is not None:
-        raise ValueError(f"model: expected a decoder that can run in stages for context, but {name} {reason}")
 
 
 def _swap(module: nn.Module, call: Callable[..., Any]) -> None:
@@ -167,19 +85,23 @@ def _class_with(original: Any, call: Callable[..., Any]) -> Any:
 def _call_with_labels(self: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     (decoder,) = self._dropbp_decoder
     rule = TargetRule.on(decoder)
+    if args and "labels" not in kwargs and "labels" in (named := _named(self, args, kwargs)):
+        args, kwargs = (), named
     labels = kwargs.get("labels")
     is_given = labels is None  # to the handler, by a caller who takes the loss
     labels = rule.labels if is_given else labels
     if labels is None or not (self.training and torch.is_grad_enabled()) or _PLAN in vars(decoder):
         return run(*args, **kwargs)
+    if kwargs.get("shift_labels") is not None:
+        raise ValueError("shift_labels: expected None with context, which shifts labels by itself, got a tensor")
     # A hook sees the head's labels; who calls the model again with what a hook saw means the same batch.
     plan: TargetPlan | None = getattr(labels, _PLAN, None)
     if plan is None:
-        plan = _make_plan(decoder, rule, labels, _named(self, args, kwargs))
+        plan = _plan_of(decoder, rule, labels, _named(self, args, kwargs))
+    if plan.num_target == 0:
+        return run_without_target(self, rule, run, args, kwargs)
     if plan.is_dense:
         return run(*args, **kwargs)
-    if plan.num_target == 0:
-        return _run_without_target(self, rule, functools.partial(run, *args, **kwargs))
     seq_len = plan.documents.shape[1]
     logits_to_keep = kwargs.pop("logits_to_keep", 0) if is_given else 0
     vars(decoder)[_PLAN] = plan
@@ -211,11 +133,11 @@ def _call_decoder(self: Any, run: Callable[..., Any], *args: Any, **kwargs: Any)
     rule = TargetRule.on(self)  # called by itself, by a caller who takes the loss of the hidden states
     if rule.labels is None or not (self.training and torch.is_grad_enabled()):
         return run(*args, **kwargs)
-    plan = _make_plan(self, rule, rule.labels, inputs)
+    plan = _plan_of(self, rule, rule.labels, inputs)
+    if plan.num_target == 0:
+        return run_without_target(self, rule, run, args, kwargs)
     if plan.is_dense:
         return run(*args, **kwargs)
-    if plan.num_target == 0:
-        return _run_without_target(self, rule, functools.partial(run, *args, **kwargs))
     output = run_in_stages(self, run, inputs, plan)
     output.last_hidden_state = plan.to_places(output.last_hidden_state, plan.documents.shape[1])
     return output
@@ -223,6 +145,16 @@ def _call_decoder(self: Any, run: Callable[..., Any], *args: Any, **kwargs: Any)
 
 def _named(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**inspect.signature(module.forward).bind_partial(*args).arguments, **kwargs}
+
+
+def _plan_of(decoder: Any, rule: TargetRule, labels: Tensor, inputs: dict[str, Any]) -> TargetPlan:
+    from .staged_decoder import sliced
+
+    plan = _make_plan(decoder, rule, labels, inputs)
+    stages = () if plan.num_target == 0 or plan.is_dense else sliced(decoder, rule, plan).stages
+    num_targets = sum(stage.is_target for stage in stages)
+    check_ranks(decoder, len(stages) or int(plan.is_dense), num_targets or int(plan.is_dense))
+    return plan
 
 
 def _make_plan(decoder: Any, rule: TargetRule, labels: Tensor, inputs: dict[str, Any]) -> TargetPlan:
@@ -233,8 +165,12 @@ def _make_plan(decoder: Any, rule: TargetRule, labels: Tensor, inputs: dict[str,
                 f"labels: expected the shape of {name}, {tuple(values.shape[:2])}, got {tuple(labels.shape)}"
                 + ("; labels given to step hold until the next step" if labels is rule.labels else "")
             )
-    position_ids = inputs.get("position_ids")
     attention = decoder.config._attn_implementation
+    if attention not in ATTENTION:
+        raise ValueError(
+            f"model: expected attention in {ATTENTION} with context, got {attention!r}, set after apply_dropbp"
+        )
+    position_ids = inputs.get("position_ids")
     plan = plan_targets(
         labels,
         _check_mask(inputs.get("attention_mask")),
@@ -262,41 +198,6 @@ def _check_mask(mask: Any) -> Tensor | None:
     if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
         return mask
     raise ValueError("attention_mask: expected shape (batch, seq_len) with context, got another kind of mask")
-
-
-def _run_without_target(module: nn.Module, rule: TargetRule, run: Callable[[], Any]) -> Any:
-    """run() of a batch without a target, under no_grad; by the rule, with a gradient of zero."""
-    if not rule.has_warned:
-        ends = "its gradient is zero" if rule.zero_gradient else "its loss has no gradient"
-        warnings.warn(f"labels: no target in a batch; {ends}", UserWarning, stacklevel=5)
-    rule.has_warned = True
-    with torch.no_grad():
-        output = run()
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    if not rule.zero_gradient or not trained:
-        return output
-    parameter = min(trained, key=Tensor.numel)
-    return tree_map_only(
-        Tensor, lambda x: _WithZeroGradient.apply(x, parameter) if x.is_floating_point() else x, output
-    )
-
-
-class _WithZeroGradient(torch.autograd.Function):
-    """Values that a loss may be taken of and differentiated: the parameter's gradient is zero, no other gets any.
-
-    Of one parameter and not of none, since a GradScaler stops at a step without any gradient.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, parameter: Tensor) -> Tensor:
-        ctx.save_for_backward(parameter)
-        return values.clone()
-
-    @staticmethod
-    @first_derivative
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        (parameter,) = ctx.saved_tensors
-        return None, torch.zeros_like(parameter)
 
 
 def with_plan(labels: Tensor, plan: TargetPlan) -> Tensor:

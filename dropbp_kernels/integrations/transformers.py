@@ -31,7 +31,8 @@ from .fused_loss import check_fused_loss, patch_head, unpatch_head
 from .gating import ModuleGate
 from .row_batches import recorded_outputs, stop_telling, tell_gates_of_batches
 from .swapping import is_swapped, subclass, swap_back
-from .target_plans import check_context, patch_targets, unpatch_targets
+from .target_checks import check_context
+from .target_plans import patch_targets, unpatch_targets
 
 
 def apply_dropbp(

@@ -1,0 +1,164 @@
+"""Which models, options and inputs target plans take, and why not the others."""
+
+import inspect
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..handler import check_drop_rate
+from ..targets import TargetPlan
+from .checkpointing import is_reentrant
+from .swapping import is_sharded
+
+CONTEXT_GRADIENTS = ("none", "one_hop", "full")
+ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+TAKES_MASKS = ATTENTION[:2]  # of our own; what the others can do, stages of one document a sample need
+BY_ROW = ("input_ids", "inputs_embeds", "position_ids")
+REPLACED = {*BY_ROW, "attention_mask", "past_key_values", "use_cache"}  # by those of a stage
+RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
+
+
+def check_context(
+    model: nn.Module,
+    context: str | None,
+    context_gradient: str = "none",
+    context_keep: float = 0.0,
+    shared_context: bool = False,
+) -> None:
+    """Raise ValueError, with the reason, unless `patch_targets` can do what these options of apply_dropbp ask for."""
+    if context not in (None, "inference"):
+        raise ValueError(f'context: expected None or "inference", got {context!r}')
+    if context_gradient not in CONTEXT_GRADIENTS:
+        raise ValueError(f"context_gradient: expected one of {', '.join(CONTEXT_GRADIENTS)}, got {context_gradient!r}")
+    check_drop_rate(context_keep, "context_keep")
+    if context_keep and context_gradient == "full":
+        raise ValueError(f'context_keep: expected 0 with context_gradient="full", which keeps all, got {context_keep}')
+    if not isinstance(shared_context, bool):
+        raise TypeError(f"shared_context: expected True or False, got {shared_context!r}")
+    if context is not None:
+        decoder: Any = find_decoder(model)
+        _check_decoder(decoder)
+        if context_keep and (attention := decoder.config._attn_implementation) not in TAKES_MASKS:
+            raise ValueError(
+                f"context_keep: expected 0 with attention {attention!r}, in which no row can skip a key, got "
+                f"{context_keep}; load the model with attn_implementation in {TAKES_MASKS}"
+            )
+        return
+    for name, value, default in (
+        ("context_gradient", context_gradient, "none"),
+        ("context_keep", context_keep, 0.0),
+        ("shared_context", shared_context, False),
+    ):
+        if value != default:
+            raise ValueError(f'context: expected "inference" with {name}={value}, got None')
+
+
+def find_decoder(model: nn.Module) -> nn.Module:
+    """The stack of blocks of a causal LM, with its embedding and last norm, without its head.
+
+    Errors: ValueError when `model` is no causal LM.
+    """
+    lm = without_peft(model)
+    decoder = lm.get_decoder() if hasattr(lm, "get_decoder") else None
+    if not isinstance(decoder, nn.Module) or decoder is lm or lm.get_output_embeddings() is None:
+        raise ValueError(f"model: expected a causal LM of transformers for context, got {type(lm).__name__}")
+    return decoder
+
+
+def without_peft(model: Any) -> Any:
+    """The model of transformers inside of PEFT's."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _check_decoder(decoder: nn.Module) -> None:
+    """Raise ValueError, with the reason, unless `decoder` can run rows in stages."""
+    config: Any = decoder.config
+    name = type(decoder).__name__
+    reason = None
+    accepted = inspect.signature(decoder.forward).parameters
+    missing = [key for key in ("attention_mask", "position_ids", "past_key_values") if key not in accepted]
+    unknown = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if getattr(config, "is_encoder_decoder", False):
+        reason = "is an encoder-decoder"
+    elif missing:
+        reason = f"takes no {', '.join(missing)}: its rows cannot be told their places"
+    elif getattr(decoder, "layerdrop", 0.0) or getattr(config, "layerdrop", 0.0):
+        reason = "skips layers at random (layerdrop), other ones in each pass; set layerdrop to 0"
+    elif getattr(config, "alibi", False):
+        reason = "adds position biases (ALiBi) by the order of its keys"
+    elif unknown or getattr(decoder, "_is_stateful", False):
+        reason = f"has layers with a state of their own ({', '.join(sorted(unknown)) or 'stateful'})"
+    elif getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", False):
+        reason = "attends in both directions, so context depends on targets"
+    elif any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in decoder.modules()):
+        reason = "normalises over the batch, so samples and stages see each other"
+    elif config._attn_implementation not in ATTENTION:
+        reason = f"uses attention {config._attn_implementation!r}; load it with attn_implementation in {ATTENTION}"
+    if reason is not None:
+        raise ValueError(f"model: expected a decoder that can run in stages for context, but {name} {reason}")
+
+
+def check_ranks(decoder: nn.Module, num_passes: int, num_targets: int) -> None:
+    """Raise ValueError, on all ranks, where they would gather sharded weights in other numbers of passes.
+
+    They would wait for each other for ever. A batch is asked about and not the model, since turns are the data's.
+    """
+    is_zero3 = any(hasattr(parameter, "ds_id") for parameter in decoder.parameters())
+    if not has_ranks() or not (is_zero3 or is_sharded(decoder)):
+        return
+    counts = [num_passes, num_targets]
+    device = next(decoder.parameters()).device
+    most = torch.tensor([*counts, *(-count for count in counts)], device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    if most[:2].tolist() != (-most[2:]).tolist():
+        raise ValueError(
+            f"labels: expected as many passes on every rank under FSDP, got {num_passes} of which {num_targets} of "
+            f"targets here and up to {most[0]} and {most[1]} elsewhere; use DDP, or batches with the same turns"
+        )
+
+
+def has_ranks() -> bool:
+    """Whether other ranks take part in each step."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def check_checkpointing(decoder: nn.Module, context_gradient: str, plan: TargetPlan) -> None:
+    """Raise ValueError where reentrant checkpointing of `decoder` would lose a gradient.
+
+    Its blocks run without a graph first, and so do the keys that they leave to later stages.
+    """
+    num_targets = sum(stage.is_target for stage in plan.stages)
+    if (num_targets > 1 or context_gradient != "none") and is_reentrant(decoder):
+        raise ValueError(
+            "use_reentrant: expected False in gradient_checkpointing_kwargs with context where targets attend to keys "
+            f"that have a gradient (several turns, or context_gradient), got reentrant with {num_targets} "
+            f"turns and context_gradient={context_gradient!r}"
+        )
+
+
+def check_inputs(decoder: Any, inputs: dict[str, Any], plan: TargetPlan) -> None:
+    """Raise ValueError for inputs of `decoder` that stages cannot share out among them."""
+    if inputs.get("past_key_values") is not None:
+        raise ValueError("past_key_values: expected None with labels and context, got a cache")
+    for name in RECORDED:
+        if inputs.get(name, getattr(decoder.config, name, False)):
+            raise ValueError(f"{name}: expected False with labels and context: context and targets run apart")
+    shape = plan.documents.shape
+    position_ids = inputs.get("position_ids")
+    if position_ids is not None and tuple(position_ids.shape) not in (tuple(shape), (1, shape[1])):
+        raise ValueError(
+            f"position_ids: expected the shape of labels, {tuple(shape)}, got {tuple(position_ids.shape)}; positions "
+            "of several axes cannot run in stages"
+        )
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor) or value.dim() < 2:
+            continue
+        if name in ("input_ids", "inputs_embeds") and value.shape[:2] != shape:
+            raise ValueError(
+                f"{name}: expected the shape of labels, {tuple(shape)}, got {tuple(value.shape[:2])}; prompts that an "
+                "adapter learns cannot run in stages"
+            )
+        if name not in REPLACED and value.shape[:2] == shape:
+            raise ValueError(f"{name}: expected no further input by token with context, got shape {tuple(value.shape)}")

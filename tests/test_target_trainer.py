@@ -1,0 +1,58 @@
+"""Target plans in a Trainer of transformers."""
+
+import itertools
+
+import pytest
+import torch
+from target_cases import chat, tiny
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from dropbp_kernels import DropBPCallback
+from dropbp_kernels.targets import IGNORED
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+def test_in_the_trainer(tmp_path):
+    batch = chat(4)
+    data = [{name: batch[name][index] for name in ("input_ids", "labels")} for index in range(4)]
+    losses = []
+    for options in ({}, {"context": "inference", "context_gradient": "full"}):
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=2, per_device_train_batch_size=2, logging_steps=1, report_to="none", use_cpu=True
+        )
+        trainer = Trainer(
+            tiny(dtype=torch.float32), arguments, train_dataset=data, callbacks=[DropBPCallback(0.0, **options)]
+        )
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][0] != losses[0][1]
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 3])
+def test_a_trainer_goes_on_after_a_batch_without_a_target(tmp_path, num_micro_batches):
+    class Watch(TrainerCallback):
+        weights = ()
+
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            self.weights += ([p.detach().clone() for p in model.parameters()],)
+
+    batch = chat(3)
+    batch["labels"][1] = IGNORED
+    data = [{name: batch[name][index] for name in ("input_ids", "labels")} for index in range(3)]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=4, per_device_train_batch_size=1, gradient_accumulation_steps=num_micro_batches,
+        logging_steps=1, report_to="none", use_cpu=True, optim="sgd", learning_rate=0.1, lr_scheduler_type="constant",
+    )  # fmt: skip
+    model, watch = tiny(dtype=torch.float32), Watch()
+    callback = DropBPCallback(0.0, context="inference", rates="sensitivity", calibrate_at=0.0)
+    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[callback, watch])
+    with pytest.warns(UserWarning, match="no target in a batch; its gradient is zero"):
+        trainer.train()
+    weights = (*watch.weights, [p.detach() for p in model.parameters()])
+    moved = [any(map(torch.ne, map(torch.sum, old), map(torch.sum, new))) for old, new in itertools.pairwise(weights)]
+    assert sum(moved) in ((4,) if num_micro_batches == 3 else (2, 3))  # of four steps, by the order of the samples
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    batch["labels"][:] = IGNORED
+    assert not model(**batch).loss.requires_grad  # a loop of one's own asks
