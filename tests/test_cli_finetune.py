@@ -72,6 +72,29 @@ def test_comparison_shows_a_target_plan_where_data_have_context(tmp_path, capsys
     assert "rows with a backward" in capsys.readouterr().out
 
 
+def test_tokens_without_a_loss_run_as_inference_by_default(tmp_path, capsys):
+    assert finetune(tmp_path / "out", *pairs(tmp_path), "--steps", "2") == 0
+    facts = report(tmp_path / "out")
+    assert (facts["settings"]["context"], facts["settings"]["drop_rate"]) == ("inference", 0.0)
+    results = facts["results"]
+    assert list(results) == [compare.FULL, compare.SMALLER, compare.PUBLISHED, compare.BRANCHES, compare.OURS]
+    assert results[compare.OURS]["backward_flops_kept"] == 6 / 32
+    text = capsys.readouterr().out
+    assert "19% of the tokens carry a loss: the others run as inference, and no branch is dropped" in text
+    assert "drop rate 0, tokens without a loss as inference" in text
+    assert finetune(tmp_path / "text", "--steps", "1", "--no-compare") == 0  # every token of a text carries a loss
+    settings = report(tmp_path / "text")["settings"]
+    assert (settings["context"], settings["drop_rate"]) == ("off", 0.75)
+
+
+@pytest.mark.parametrize(
+    "options", [{"drop_rate": 0.75}, {"granularity": "token"}, {"coreset": 0.5}, {"context": "off"}]
+)
+def test_who_drops_otherwise_gets_no_target_plan_unasked(options):
+    settings = resolve(Settings(**options))
+    assert (settings.context, settings.drop_rate) == ("off", 0.75)
+
+
 def test_granularity_is_kept_by_ours_alone_also_with_context(tmp_path, capsys):
     assert finetune(tmp_path / "out", "--granularity", "token", "--drop-rate", "0.5", "--steps", "2", "--compare") == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -100,9 +123,10 @@ def test_published_dropbp_is_given_the_backward_of_ours(tmp_path):
     assert settings.drop_rate == 0.0  # tokens are dropped in place of branches
     data = load_data(settings.data, models.load_tokenizer(settings), settings.seq_len, settings.seed)
     runs = {run.name: run for run in compare.make_runs(models.load_model(settings, data), data, settings, 1)}
-    assert list(runs) == [compare.FULL, compare.SMALLER, compare.PUBLISHED, compare.OURS]
-    assert [run.by_targets for run in runs.values()] == [False, False, False, True]
-    assert runs[compare.PUBLISHED].handler.drop_rate == pytest.approx(1 - 6 / 32)
+    assert list(runs) == [compare.FULL, compare.SMALLER, compare.PUBLISHED, compare.BRANCHES, compare.OURS]
+    assert [run.by_targets for run in runs.values()] == [False, False, False, False, True]
+    for name in (compare.PUBLISHED, compare.BRANCHES):
+        assert runs[name].handler.drop_rate == pytest.approx(1 - 6 / 32)
 
 
 def test_rates_from_the_calibration_of_another_run(tmp_path, capsys):

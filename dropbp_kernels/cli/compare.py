@@ -5,9 +5,11 @@ full backward       nothing dropped
 smaller batch       nothing dropped, with the batch whose step takes as long as ours: the honest control
 published DropBP    branches dropped by detaching them after their forward, plans drawn as published, at the same
                     backward FLOPs as ours
-target plan         no branch dropped, tokens without a loss run like inference; where the data have such tokens
-ours                what was asked for: branches decided before the forward, a dropped one runs like inference; with
-                    --context inference by target plan
+target plan         no branch dropped, tokens without a loss run like inference; where the data have such tokens and
+                    ours is another way
+DropBP              where ours is that target plan: branches decided before the forward, a dropped one runs like
+                    inference, at the same backward FLOPs
+ours                what was asked for, or chosen by `decide_context`
 ==================  =====================================================================================
 """
 
@@ -25,11 +27,11 @@ from ..target_share import TargetShare, count_targets
 from .data import Data
 from .errors import UserError
 from .models import twin
-from .settings import Settings, check_rates
+from .settings import Settings, check_rates, with_context
 from .training import Run
 
 FULL, SMALLER, PUBLISHED, OURS = "full backward", "smaller batch", "published DropBP", "ours"
-TARGETS = "target plan"
+TARGETS, BRANCHES = "target plan", "DropBP"
 MOST_TARGETS = 0.9  # of the rows of a batch: above that a target plan has little to leave out and is not compared
 NUM_COUNTED_BATCHES = 64
 WARM_UP_ROUNDS, TIMED_ROUNDS = 1, 5
@@ -71,7 +73,9 @@ def make_runs(model: nn.Module, data: Data, settings: Settings, control_batch: i
         coreset = _coreset(model, settings)
         return [Run(OURS, model, handler, settings.batch_size, data, settings, bool(asked), coreset)]
     share = count_targets_of(data, settings.batch_size, settings.steps).backward
-    others = [FULL, SMALLER, PUBLISHED, *[TARGETS] * _is_of_use(model, settings, share)]
+    is_target_plan = bool(asked) and settings.drop_rate == 0.0
+    others = [FULL, SMALLER, PUBLISHED, *[BRANCHES] * is_target_plan]
+    others += [TARGETS] * (not is_target_plan and _has_targets(model, settings, share, "compared"))
     models = {name: twin(model) for name in others} | {OURS: model}
     handlers = {}
     if TARGETS in others:
@@ -86,6 +90,8 @@ def make_runs(model: nn.Module, data: Data, settings: Settings, control_batch: i
     }
     rate = 1.0 - (1.0 - settings.drop_rate) * (share if asked else 1.0)
     handlers[PUBLISHED] = gate(models[PUBLISHED], settings, rate, **published)
+    if BRANCHES in others:
+        handlers[BRANCHES] = gate(models[BRANCHES], settings, rate)
     handlers[OURS] = gate(models[OURS], settings, settings.drop_rate, **asked)
     by_plan = {TARGETS, *[OURS] * bool(asked)}
     runs = {
@@ -112,14 +118,26 @@ def count_targets_of(data: Data, batch_size: int, steps: int) -> TargetShare:
     return count_targets({"input_ids": ids, "labels": labels} for ids, labels in batches)
 
 
-def _is_of_use(model: nn.Module, settings: Settings, share: float) -> bool:
-    """Whether a target plan without dropping is a way of its own: there is context, and ours does not do just that."""
-    if share > MOST_TARGETS or (settings.context == "inference" and settings.drop_rate == 0.0):
+def decide_context(model: nn.Module, data: Data, settings: Settings) -> Settings:
+    """Settings whose context was left open: a target plan where there is something to leave out; says what and why."""
+    share = count_targets_of(data, settings.batch_size, settings.steps)
+    if not _has_targets(model, settings, share.backward, "run"):
+        return with_context(settings, "off")
+    print(
+        f"{share.targets:.0%} of the tokens carry a loss: the others run as inference, and no branch is dropped "
+        "(--context off, or a --drop-rate: branches are dropped instead)"
+    )
+    return with_context(settings, "inference")
+
+
+def _has_targets(model: nn.Module, settings: Settings, share: float, done: str) -> bool:
+    """Whether there is context to leave out, and the model can; says so if it cannot."""
+    if share > MOST_TARGETS:
         return False
     try:
         check_context(model, "inference", settings.context_gradient)
     except ValueError as error:
-        print(f"no target plan is compared: {error}")
+        print(f"no target plan is {done}: {error}")
         return False
     return True
 

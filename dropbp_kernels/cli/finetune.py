@@ -31,9 +31,9 @@ from .training import Run, train
 
 EXAMPLES = """examples:
   dropbp-kernels finetune                                   the built-in model and task, several ways compared
+  dropbp-kernels finetune --drop-rate 0.75                  branches dropped in place of tokens without a loss, compared
   dropbp-kernels finetune --data builtin:docs --drop-rate 0.5
   dropbp-kernels finetune --data notes.txt --no-compare     one run of ours
-  dropbp-kernels finetune --context inference               tokens without a loss run as inference, compared
   dropbp-kernels finetune --coreset 0.5 --drop-rate 0       half of each batch, chosen by its gradients
   dropbp-kernels finetune --model owner/llama --data chats.jsonl --seq-len 1024 --batch-size 4
   dropbp-kernels finetune --resume runs/finetune-20250101-120000
@@ -67,9 +67,13 @@ def add_parser(commands: Any) -> None:
     )
     add("--adapter", "LoRA or PaCA on all linear layers, or train everything", ADAPTERS)
     add("--lora-rank", "rank of LoRA; how many columns PaCA trains of each weight", type=int)
-    rate = "share of the branches' backward to drop, 0 <= drop rate < 1 (default: 0.75; 0 with --context inference)"
+    rate = "share of the branches' backward to drop, 0 <= drop rate < 1 (default: 0.75; 0 where context is inference)"
     add("--drop-rate", rate, type=float)
-    add("--context", "how tokens without a loss run; inference: without a backward", CONTEXTS)
+    context = (
+        "how tokens without a loss run; inference: without a backward; auto: that, where data have such tokens, the "
+    )
+    context += "model can do it, and no branches or examples are asked to be dropped"
+    add("--context", context, CONTEXTS)
     add("--context-gradient", "what to keep of what --context inference leaves out", CONTEXT_GRADIENTS)
     add("--coreset", "train on this share of each batch, chosen by its gradients, 0 < coreset <= 1", type=float)
     rates = "equal, rising with depth, allocated after a tenth of the steps, or by another run's calibration.json"
@@ -143,6 +147,8 @@ def _finetune(settings: Settings, folder: Path, resumed: dict[str, Any] | None) 
     identity = {"model": models.fingerprint(model), "data": data.fingerprint()}
     if resumed is not None:
         checkpoint.check(resumed, identity)
+    if settings.context == "auto":
+        settings = compare.decide_context(model, data, settings)
     _print_plan(settings, data, folder)
     runs, first_step = _make_runs(model, data, settings, resumed)
 

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .compare import FULL, OURS, PUBLISHED, SMALLER, TARGETS, in_words
+from .compare import BRANCHES, FULL, OURS, PUBLISHED, SMALLER, TARGETS, in_words
 from .settings import Settings
 from .training import Run
 
 # Colours that stay apart for colour-blind readers and in grey (Okabe and Ito).
 COLORS = {FULL: "#555555", SMALLER: "#E69F00", PUBLISHED: "#56B4E9", TARGETS: "#009E73", OURS: "#D55E00"}
+COLORS[BRANCHES] = COLORS[TARGETS]  # there is one of the two
 MiB = 2**20
 
 

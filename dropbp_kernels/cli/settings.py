@@ -21,7 +21,7 @@ from .errors import UserError
 ADAPTERS = ("lora", "paca", "full")
 RATES = ("uniform", "depth_linear", "sensitivity")  # or the path of a calibration
 DTYPES = ("auto", "float32", "bfloat16")
-CONTEXTS = ("off", "inference")
+CONTEXTS = ("auto", "off", "inference")
 DROP_RATES = {"off": 0.75, "inference": 0.0}  # by context: with a target plan, tokens are dropped in place of branches
 LEARNING_RATES = {  # (is built-in, adapter): the built-in model is small and takes larger steps
     (True, "lora"): 4e-3,
@@ -31,13 +31,18 @@ LEARNING_RATES = {  # (is built-in, adapter): the built-in model is small and ta
     (False, "paca"): 1e-4,
     (False, "full"): 2e-5,
 }
+# How branches are dropped: where one of these, or a coreset, is asked for, context "auto" is off.
+DROP_OPTIONS = ("drop_rate", "rates", "allocation", "sampler", "granularity", "schedule", "grad_scale", "missing_grad")
 # What a resumed run may have different without being another run.
 FREE_ON_RESUME = ("save_every", "device")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Fields are the options of `dropbp-kernels finetune`; None and "auto" are decided by `resolve`."""
+    """Fields are the options of `dropbp-kernels finetune`; None and "auto" are decided by `resolve`.
+
+    But for context "auto" without drop options, and with it drop_rate None, which need the data: `with_context`.
+    """
 
     model: str = builtin.NAME
     data: str = "builtin:docstrings"
@@ -50,7 +55,7 @@ class Settings:
     granularity: str = "branch"
     schedule: str | None = None
     grad_scale: float | str = 1.0
-    context: str = "off"
+    context: str = "auto"
     context_gradient: str = "none"
     coreset: float | None = None
     missing_grad: str = "skip"
@@ -82,6 +87,9 @@ def resolve(settings: Settings) -> Settings:
 
     Errors: UserError that names the option, what was expected and what came.
     """
+    drops = any(getattr(settings, name) != getattr(Settings, name) for name in (*DROP_OPTIONS, "coreset"))
+    if settings.context == "auto" and drops:
+        settings = replace(settings, context="off")
     if settings.drop_rate is None and settings.context in DROP_RATES:
         settings = replace(settings, drop_rate=DROP_RATES[settings.context])
     _check(settings)
@@ -102,6 +110,11 @@ def resolve(settings: Settings) -> Settings:
         learning_rate=learning_rate,
         compare=is_builtin if settings.compare is None else settings.compare,
     )
+
+
+def with_context(settings: Settings, context: str) -> Settings:
+    """Resolved settings whose context was left open, with that context and its drop rate."""
+    return replace(settings, context=context, drop_rate=DROP_RATES[context])
 
 
 def _check(settings: Settings) -> None:
@@ -125,9 +138,9 @@ def _check(settings: Settings) -> None:
         raise UserError(f"--seq-len: expected at least 16, got {settings.seq_len}")
     if settings.save_every < 0:
         raise UserError(f"--save-every: expected 0 (only when interrupted) or more, got {settings.save_every}")
-    if settings.context_gradient != "none" and settings.context == "off":
+    if settings.context_gradient != "none" and settings.context != "inference":
         raise UserError(f"--context-gradient {settings.context_gradient}: expected --context inference with it")
-    if settings.drop_rate is None or not 0.0 <= settings.drop_rate < 1.0:
+    if settings.drop_rate is not None and not 0.0 <= settings.drop_rate < 1.0:
         raise UserError(f"--drop-rate: expected 0 <= drop_rate < 1, got {settings.drop_rate}")
     try:
         get_schedule(settings.schedule)
@@ -139,7 +152,8 @@ def _check(settings: Settings) -> None:
         raise UserError(f"--grad-scale: expected a finite number or 'unbiased', got {settings.grad_scale}")
     if settings.learning_rate is not None and not 0.0 < settings.learning_rate < float("inf"):
         raise UserError(f"--learning-rate: expected a positive number, got {settings.learning_rate}")
-    check_rates(settings, settings.drop_rate)
+    if settings.drop_rate is not None:
+        check_rates(settings, settings.drop_rate)
     if settings.model == builtin.NAME:
         if settings.seq_len > builtin.MAX_SEQ_LEN:
             raise UserError(f"--seq-len: expected at most {builtin.MAX_SEQ_LEN}, got {settings.seq_len}")
