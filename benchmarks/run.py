@@ -2,6 +2,7 @@
 
 python -m benchmarks.run                     all, under 6 minutes on 2 CPU cores; rows to benchmarks/results
 python -m benchmarks.run --quick --out DIR   about a minute
+python -m benchmarks.run --only glu --sizes 256x256 --dtypes float32    some rows again
 """
 
 import argparse
@@ -73,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
         baselines.compiler = "aot_eager"  # so would the compiler: tracing sees all that is ours
     elif device.type == "cpu" and (load := os.getloadavg()[0]) > BUSY_LOAD:
         print(f"Something else is running (load average {load:.1f}): these times will be worth little.", flush=True)
-    settings = Settings(device, options.scale, options.commit)
+    settings = Settings(device, options.scale, options.commit, tuple(options.sizes), tuple(options.dtypes))
     started = time.monotonic()
     failed = []
     for number, name in enumerate(options.only):
@@ -94,6 +95,15 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
+def _size(text: str) -> tuple[int, int]:
+    rows, width = map(int, text.split("x"))
+    return rows, width
+
+
+def _dtype(text: str) -> torch.dtype:
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[text]
+
+
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
@@ -107,6 +117,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=RESULTS, help="folder of the CSV files; default: benchmarks/results"
     )
+    parser.add_argument(
+        "--sizes", nargs="+", type=_size, default=(), metavar="ROWSxWIDTH", help="of ops, such as 256x256; default: all"
+    )
+    parser.add_argument("--dtypes", nargs="+", type=_dtype, default=(), help="of ops: float32, bfloat16; default: both")
     parser.add_argument("--commit", default="", help="the commit that rows name, for a copy without git")
     parser.add_argument(
         "--budget-s",

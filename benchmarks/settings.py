@@ -22,21 +22,28 @@ class Settings:
     """What every benchmark is given.
 
     scale: full, quick or tiny (seconds, to see every code path run). deadline: no case starts after it, on the clock of
-    time.monotonic; num_left_out counts them. commit: what rows name where there is no git checkout.
+    time.monotonic; num_left_out counts them. commit: what rows name where there is no git checkout. chosen_sizes,
+    chosen_dtypes: these alone, in place of the scale's.
     """
 
     device: torch.device
     scale: str = "full"
     commit: str = ""
+    chosen_sizes: tuple[tuple[int, int], ...] = ()
+    chosen_dtypes: tuple[torch.dtype, ...] = ()
     deadline: float = float("inf")
     num_left_out: int = field(default=0, init=False)
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
+        if self.chosen_sizes:
+            return list(self.chosen_sizes)
         return [(16, 64)] if self.scale == "tiny" else _SIZES[self.device.type, self.scale]
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
+        if self.chosen_dtypes:
+            return self.chosen_dtypes
         return (torch.bfloat16,) if self.scale == "tiny" else (torch.bfloat16, torch.float32)
 
     @property

@@ -211,10 +211,10 @@ void check_glu() {
       backward);
 }
 
-// x lies as (batch, head, seq, channel); the last N channels are not turned.
+// x lies as (batch, head, seq, channel); the last 2 N channels are not turned.
 template <class T, class C, int N, bool kTranspose>
 void check_rope(bool is_shared) {
-  constexpr int64_t kBatch = 2, kSeq = 3, kNumHeads = 2, kHalf = 2 * N, kWidth = 5 * N;
+  constexpr int64_t kBatch = 2, kSeq = 3, kNumHeads = 2, kHalf = 2 * N, kWidth = 6 * N;
   constexpr int64_t kTokens = kBatch * kSeq, kCount = kTokens * kNumHeads * kWidth;
   const int64_t table_stride = is_shared ? 0 : kSeq * 2 * kHalf;
   const auto x = random_values<T>(kCount);

@@ -58,6 +58,8 @@ def assert_as_the_reference(op, arguments, actual):
         largest = theirs.abs().max().item() if theirs.numel() else 0.0
         rounding = ROUNDING.get(theirs.dtype, 0.0)
         torch.testing.assert_close(ours, theirs, rtol=rounding, atol=rounding * max(largest, 1.0))
+        if ours.dtype == torch.bfloat16:  # a rounding too many is within the tolerance, but shows in many elements
+            assert ours.ne(theirs).sum() <= max(2, ours.numel() // 10)
 
 
 @pytest.mark.parametrize(("wide", "narrow"), DTYPES)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .checks import DTYPES, check_dtype, check_holds
-from .derivative import first_derivative
+from .derivative import Function, first_derivative
 
 _raw = torch.ops.dropbp_kernels
 
@@ -23,7 +23,8 @@ def check(residual: Tensor, branch: Tensor, weight: Tensor, grad_scale: float) -
         _check_sum(residual, branch)
     if not shape or weight.shape != shape[-1:]:
         raise ValueError(f"weight: expected shape {tuple(shape[-1:])}, got {tuple(weight.shape)}")
-    check_dtype("weight", weight.dtype)
+    if weight.dtype is not dtype:
+        check_dtype("weight", weight.dtype)
     if device != branch.device or device != weight.device:
         raise ValueError(f"branch, weight: expected on {device}, got {branch.device}, {weight.device}")
     if not isinstance(grad_scale, (float, int)):
@@ -38,7 +39,7 @@ def _check_sum(residual: Tensor, branch: Tensor) -> None:
     check_holds(residual.dtype, "branch", branch.dtype)
 
 
-class NextDropped(torch.autograd.Function):
+class NextDropped(Function):
     """(normed, new_residual) where the next branch is dropped: normed is a constant, the stream's gradient passes."""
 
     @staticmethod
@@ -53,8 +54,7 @@ class NextDropped(torch.autograd.Function):
         normed, new_residual, *_ = raw_op(residual, branch, *arguments)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(normed)
-        ctx.grad_scale = grad_scale
-        ctx.branch_dtype = branch.dtype
+        ctx.sharing = grad_scale, branch.dtype
         ctx.num_arguments = len(arguments)
         return normed, new_residual
 
@@ -62,7 +62,7 @@ class NextDropped(torch.autograd.Function):
     @first_derivative
     def backward(ctx: Any, _: Tensor | None, grad_new: Tensor | None) -> tuple[Tensor | None, ...]:
         is_wanted = ctx.needs_input_grad[2:4]
-        gradients = share(grad_new, is_wanted, ctx.grad_scale, ctx.branch_dtype)
+        gradients = share(grad_new, is_wanted, *ctx.sharing)
         return None, None, *gradients, *[None] * ctx.num_arguments
 
 

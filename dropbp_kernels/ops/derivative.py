@@ -1,4 +1,4 @@
-"""How the backward of an op says that it has no derivative of its own."""
+"""How an op tells autograd of its backward, and that this has no derivative of its own."""
 
 import functools
 from collections.abc import Callable
@@ -6,6 +6,21 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+
+
+class Function(torch.autograd.Function):
+    """torch.autograd.Function without 2 us of Python a call.
+
+    PyTorch's apply first looks for keyword arguments, a setup_context and tensors that a transform of torch.func left
+    behind, of which ops have none; inside such a transform it is asked, and says so. torch.compile sees neither of
+    both: it traces forward and backward.
+    """
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
 def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_dtype, check_holds, split_grad_scale
-from .derivative import first_derivative
+from .derivative import Function, first_derivative
 
 _raw = torch.ops.dropbp_kernels
 
@@ -79,7 +79,7 @@ def _add_constant(residual: Tensor, branch: Tensor, rows: Tensor | None, inplace
     return residual
 
 
-class _GatedResidualAdd(torch.autograd.Function):
+class _GatedResidualAdd(Function):
     @staticmethod
     def forward(
         ctx: Any,

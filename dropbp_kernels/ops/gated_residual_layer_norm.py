@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .boundary import NextDropped, check, share
 from .checks import check_bias
-from .derivative import first_derivative
+from .derivative import Function, first_derivative
 
 _raw = torch.ops.dropbp_kernels
 
@@ -72,7 +72,7 @@ def gated_residual_layer_norm(
     return normed, new_residual
 
 
-class _Kept(torch.autograd.Function):
+class _Kept(Function):
     """The next branch is kept: normed carries a gradient."""
 
     @staticmethod
@@ -82,21 +82,20 @@ class _Kept(torch.autograd.Function):
         normed, new_residual, mean, rstd = _raw.gated_residual_layer_norm(residual, branch, weight, bias, eps)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(new_residual, weight, mean, rstd)
-        ctx.grad_scale = grad_scale
-        ctx.branch_dtype = branch.dtype
+        ctx.sharing = grad_scale, branch.dtype
         return normed, new_residual
 
     @staticmethod
     @first_derivative
     def backward(ctx: Any, grad_normed: Tensor | None, grad_new: Tensor | None) -> tuple[Tensor | None, ...]:
-        is_wanted, grad_scale, branch_dtype = ctx.needs_input_grad, ctx.grad_scale, ctx.branch_dtype
+        is_wanted = ctx.needs_input_grad
         if grad_normed is None:
-            return *share(grad_new, is_wanted, grad_scale, branch_dtype), None, None, None, None
-        _, _, weight_grad, bias_grad, *_ = is_wanted
+            return *share(grad_new, is_wanted, *ctx.sharing), None, None, None, None
+        weight_grad, bias_grad = is_wanted[2], is_wanted[3]
         grad, grad_weight, grad_bias = _raw.gated_residual_layer_norm_backward(
             grad_normed, grad_new, *ctx.saved_tensors, weight_grad, bias_grad
         )
-        gradients = share(grad, is_wanted, grad_scale, branch_dtype)
+        gradients = share(grad, is_wanted, *ctx.sharing)
         return *gradients, grad_weight if weight_grad else None, grad_bias if bias_grad else None, None, None
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .boundary import NextDropped, check, share
 from .checks import is_gemma
-from .derivative import first_derivative
+from .derivative import Function, first_derivative
 
 _raw = torch.ops.dropbp_kernels
 
@@ -69,7 +69,7 @@ def gated_residual_rms_norm(
     return normed, new_residual
 
 
-class _Kept(torch.autograd.Function):
+class _Kept(Function):
     """The next branch is kept: normed carries a gradient."""
 
     @staticmethod
@@ -80,22 +80,21 @@ class _Kept(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(new_residual, weight, rstd)
         ctx.gemma = gemma
-        ctx.grad_scale = grad_scale
-        ctx.branch_dtype = branch.dtype
+        ctx.sharing = grad_scale, branch.dtype
         return normed, new_residual
 
     @staticmethod
     @first_derivative
     def backward(ctx: Any, grad_normed: Tensor | None, grad_new: Tensor | None) -> tuple[Tensor | None, ...]:
-        is_wanted, grad_scale, branch_dtype = ctx.needs_input_grad, ctx.grad_scale, ctx.branch_dtype
+        is_wanted = ctx.needs_input_grad
         if grad_normed is None:
-            return *share(grad_new, is_wanted, grad_scale, branch_dtype), None, None, None, None
+            return *share(grad_new, is_wanted, *ctx.sharing), None, None, None, None
         new_residual, weight, rstd = ctx.saved_tensors
         weight_grad = is_wanted[2]
         grad, grad_weight = _raw.gated_residual_rms_norm_backward(
             grad_normed, grad_new, new_residual, weight, rstd, ctx.gemma, weight_grad
         )
-        gradients = share(grad, is_wanted, grad_scale, branch_dtype)
+        gradients = share(grad, is_wanted, *ctx.sharing)
         return *gradients, grad_weight if weight_grad else None, None, None, None
 
 

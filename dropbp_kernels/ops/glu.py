@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..ownership import owns_saved_tensors
 from .checks import check_dtype
-from .derivative import first_derivative
+from .derivative import Function, first_derivative
 
 APPROXIMATIONS = {"none": "gelu", "tanh": "gelu_tanh"}
 
@@ -96,7 +96,7 @@ def _overwrite(gate: Tensor, up: Tensor, activation: str, is_recorded: bool) -> 
     return gate
 
 
-class _Glu(torch.autograd.Function):
+class _Glu(Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str, donate: bool) -> Tensor:
         ctx.set_materialize_grads(False)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_channels, check_dtype
-from .derivative import first_derivative
+from .derivative import Function, first_derivative
 
 _raw = torch.ops.dropbp_kernels
 
@@ -35,7 +35,7 @@ def partial_gather(input: Tensor, index: Tensor) -> Tensor:
     return _raw.partial_gather(input, index)
 
 
-class _PartialGather(torch.autograd.Function):
+class _PartialGather(Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from ..ownership import owns_gradient
 from ..permutation import check_permutation, row_shape
 from .checks import check_bias, check_dtype, is_gemma
+from .derivative import Function
 
 _raw = torch.ops.dropbp_kernels
 
@@ -116,7 +117,7 @@ def _permuted_norm(
         return normed[:num_kept], normed[num_kept:], residual
 
 
-class _PermutedNorm(torch.autograd.Function):
+class _PermutedNorm(Function):
     @staticmethod
     def forward(
         ctx: Any,

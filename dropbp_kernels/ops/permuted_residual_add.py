@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..permutation import check_permutation
 from .checks import check_dtype, check_holds, split_grad_scale
-from .derivative import first_derivative
+from .derivative import Function, first_derivative
 
 _raw = torch.ops.dropbp_kernels
 
@@ -65,7 +65,7 @@ def permuted_residual_add(
     return _raw.permuted_residual_add(residual, kept, dropped, permutation)
 
 
-class _PermutedResidualAdd(torch.autograd.Function):
+class _PermutedResidualAdd(Function):
     @staticmethod
     def forward(
         ctx: Any,

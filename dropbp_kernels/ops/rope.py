@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_dtype
-from .derivative import first_derivative
+from .derivative import Function, first_derivative
 
 _raw = torch.ops.dropbp_kernels
 
@@ -74,7 +74,7 @@ def _check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
             raise ValueError(f"{name}: expected a constant, got a tensor that requires a gradient")
 
 
-class _Rope(torch.autograd.Function):
+class _Rope(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
