@@ -108,6 +108,17 @@ def test_environment_variables_are_read_in_one_place():
     assert readers == ["_backend.py"]
 
 
+def test_test_modules_import_no_test_module():
+    """What several of them use stands in a module of its own, so that each can be read, moved and run by itself."""
+    imports = {
+        (path.name, node.module)
+        for path in Path(__file__).parent.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("test_")
+    }
+    assert not imports
+
+
 @pytest.mark.parametrize("module", ["dropbp_kernels", "dropbp_kernels.cli"])
 def test_import_is_light(module):
     """No optional package, no Triton, no CUDA query, no change of global state at import."""
@@ -122,3 +133,13 @@ assert torch.equal(rng, torch.get_rng_state()) and threads == torch.get_num_thre
 """
     result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_every_name_that_is_shown_is_there():
+    pytest.importorskip("peft")
+    shown = dir(dropbp_kernels)
+    assert {"DropBPCallback", "apply_dropbp", "coreset", "losses", "paca"} < set(shown)
+    assert not {"Any", "importlib", "handler"} & set(shown)
+    assert all(hasattr(dropbp_kernels, name) for name in shown)
+    with pytest.raises(AttributeError, match="has no attribute 'apply_dropb'"):
+        dropbp_kernels.apply_dropb  # noqa: B018
