@@ -11,11 +11,14 @@ it serves targets through its keys and values only. Rows run in stages, each by 
 A row may attend to what its document holds before it; all of that is in earlier stages or in its own. Rows that no
 later target could see (after the last target, in samples without a target, padding) are in no stage: they do not run.
 
+The targets of a sample may be cut into windows, of which each step trains on one: the other targets are context then.
+
 A share of the context may be kept as well, at random. Such a row runs twice: with the context, which needs its keys,
 and again, with autograd, with the targets that follow, which see the second run of it only.
 """
 
 import math
+import random
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,6 +44,7 @@ class TargetRule:
     context_gradient: str = "none"
     context_keep: float = 0.0
     shared_context: bool = False
+    target_windows: int = 1
     seed: int = 0
     step: int = 0
     labels: Tensor | None = None
@@ -239,6 +243,7 @@ def plan_targets(
     position_ids: Tensor | None = None,
     *,
     context_keep: float = 0.0,
+    target_windows: int = 1,
     seed: int = 0,
     step: int = 0,
 ) -> TargetPlan:
@@ -249,6 +254,8 @@ def plan_targets(
             one starts a new document (packed sequences).
     context_keep: share of the context rows that run once more, with autograd; which, is a pure function of (seed, step)
             and the batch: the first of them in one random order of all places.
+    target_windows: into how many runs of equal length the targets of each sample are cut. Those of one run stay
+            targets: the same run for all samples, another one in each of so many steps, in an order by the seed.
     Errors: ValueError when shapes do not fit or a padded row predicts a label.
     Cost:   planned on the host; labels are waited for once a batch.
     """
@@ -267,6 +274,9 @@ def plan_targets(
             f"labels: expected {IGNORED} after every padded row, but in sample {sample} the padding at place {row} "
             f"predicts label {int(shift_labels[sample, row])}"
         )
+    if target_windows > 1:
+        is_target &= _window_of_targets(is_target, target_windows) == _window_of_step(target_windows, seed, step)
+        shift_labels = shift_labels.masked_fill(~is_target, IGNORED)
     documents = torch.zeros_like(labels)
     if attention_mask is None and position_ids is not None and labels.shape[1] > 1:
         steps = position_ids.detach().cpu().expand_as(labels).diff(dim=1)
@@ -297,6 +307,18 @@ def plan_targets(
         int(is_kept.sum()),
         bool(documents.any()),
     )
+
+
+def _window_of_targets(is_target: Tensor, num_windows: int) -> Tensor:
+    """The window of every target, int64 (B, S): of n targets of a sample the i-th is in window i * num_windows // n."""
+    order = is_target.cumsum(1) - 1
+    return order * num_windows // is_target.sum(1, keepdim=True).clamp(min=1)
+
+
+def _window_of_step(num_windows: int, seed: int, step: int) -> int:
+    """Every window once in num_windows steps, in a random order."""
+    turn, place = divmod(step, num_windows)
+    return random.Random(f"target_windows:{seed}:{turn}").sample(range(num_windows), num_windows)[place]
 
 
 def _stage_numbers(is_target: Tensor, is_real: Tensor, documents: Tensor) -> Tensor:

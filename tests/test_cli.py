@@ -67,7 +67,7 @@ def test_help_names_every_option_and_its_default(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for part in (
         "(default: builtin)",
-        "(default: 0.75; 0 with --context inference)",
+        "(default: 0.75; 0 where context is inference)",
         "--resume DIR",
         "--adapter lora|paca|full LoRA or PaCA",
         "--steps N optimizer steps",

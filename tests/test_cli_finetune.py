@@ -95,6 +95,16 @@ def test_who_drops_otherwise_gets_no_target_plan_unasked(options):
     assert (settings.context, settings.drop_rate) == ("off", 0.75)
 
 
+def test_windows_of_targets_ask_for_a_target_plan(tmp_path, capsys):
+    settings = resolve(Settings(target_windows=4))
+    assert (settings.context, settings.drop_rate) == ("inference", 0.0)
+    assert "4 windows of targets in turn" in compare.in_words(settings)
+    assert finetune(tmp_path, "--target-windows", "4", "--context", "off") == 2
+    assert "--target-windows 4: expected --context inference with it" in capsys.readouterr().err
+    assert finetune(tmp_path, "--target-windows", "0") == 2
+    assert "--target-windows: expected at least 1, got 0" in capsys.readouterr().err
+
+
 def test_granularity_is_kept_by_ours_alone_also_with_context(tmp_path, capsys):
     assert finetune(tmp_path / "out", "--granularity", "token", "--drop-rate", "0.5", "--steps", "2", "--compare") == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())

@@ -8,7 +8,7 @@ import torch
 
 from ..coreset.budgets import num_kept
 from ..measure import PeakLiveBytes, saved_bytes
-from .compare import count_targets_of, in_words, measured_step
+from .compare import OURS, count_targets_of, in_words, measured_step
 from .settings import Settings
 from .training import Run
 
@@ -62,6 +62,7 @@ def result(run: Run, with_memory: bool = True) -> dict[str, Any]:
     rows = 1.0
     if run.by_targets:
         rows = count_targets_of(run.data, run.batch_size, len(history.step_s) or 1).backward
+        rows /= run.settings.target_windows if run.name == OURS else 1
         if kept is not None and run.settings.context_gradient == "none":
             kept *= rows
         else:  # context has a part of its backward: not counted

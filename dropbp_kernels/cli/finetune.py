@@ -75,6 +75,10 @@ def add_parser(commands: Any) -> None:
     context += "model can do it, and no branches or examples are asked to be dropped"
     add("--context", context, CONTEXTS)
     add("--context-gradient", "what to keep of what --context inference leaves out", CONTEXT_GRADIENTS)
+    windows = (
+        "cut the labelled tokens of each sample into N runs; a step trains on one, the others run as inference (best "
+    )
+    add("--target-windows", f"{windows} with --context-gradient one_hop)", type=int, metavar="N")
     add("--coreset", "train on this share of each batch, chosen by its gradients, 0 < coreset <= 1", type=float)
     rates = "equal, rising with depth, allocated after a tenth of the steps, or by another run's calibration.json"
     add("--rates", rates, (*RATES, "FILE"))

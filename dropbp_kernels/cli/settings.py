@@ -57,6 +57,7 @@ class Settings:
     grad_scale: float | str = 1.0
     context: str = "auto"
     context_gradient: str = "none"
+    target_windows: int = 1
     coreset: float | None = None
     missing_grad: str = "skip"
     steps: int = 120
@@ -90,6 +91,8 @@ def resolve(settings: Settings) -> Settings:
     drops = any(getattr(settings, name) != getattr(Settings, name) for name in (*DROP_OPTIONS, "coreset"))
     if settings.context == "auto" and drops:
         settings = replace(settings, context="off")
+    if settings.context == "auto" and settings.target_windows > 1:
+        settings = replace(settings, context="inference")
     if settings.drop_rate is None and settings.context in DROP_RATES:
         settings = replace(settings, drop_rate=DROP_RATES[settings.context])
     _check(settings)
@@ -131,7 +134,7 @@ def _check(settings: Settings) -> None:
     for name, allowed in choices.items():
         if (value := getattr(settings, name)) not in allowed:
             raise UserError(f"{_option(name)}: expected one of {', '.join(allowed)}, got {value!r}")
-    for name in ("lora_rank", "steps", "batch_size", "pretrain_steps"):
+    for name in ("lora_rank", "steps", "batch_size", "pretrain_steps", "target_windows"):
         if (value := getattr(settings, name)) < 1:
             raise UserError(f"{_option(name)}: expected at least 1, got {value}")
     if settings.seq_len < 16:
@@ -140,6 +143,8 @@ def _check(settings: Settings) -> None:
         raise UserError(f"--save-every: expected 0 (only when interrupted) or more, got {settings.save_every}")
     if settings.context_gradient != "none" and settings.context != "inference":
         raise UserError(f"--context-gradient {settings.context_gradient}: expected --context inference with it")
+    if settings.target_windows > 1 and settings.context != "inference":
+        raise UserError(f"--target-windows {settings.target_windows}: expected --context inference with it")
     if settings.drop_rate is not None and not 0.0 <= settings.drop_rate < 1.0:
         raise UserError(f"--drop-rate: expected 0 <= drop_rate < 1, got {settings.drop_rate}")
     try:

@@ -26,6 +26,7 @@ def check_context(
     context_gradient: str = "none",
     context_keep: float = 0.0,
     shared_context: bool = False,
+    target_windows: int = 1,
 ) -> None:
     """Raise ValueError, with the reason, unless `patch_targets` can do what these options of apply_dropbp ask for."""
     if context not in (None, "inference"):
@@ -37,6 +38,8 @@ def check_context(
         raise ValueError(f'context_keep: expected 0 with context_gradient="full", which keeps all, got {context_keep}')
     if not isinstance(shared_context, bool):
         raise TypeError(f"shared_context: expected True or False, got {shared_context!r}")
+    if isinstance(target_windows, bool) or not isinstance(target_windows, int) or target_windows < 1:
+        raise ValueError(f"target_windows: expected a whole number from 1 on, got {target_windows!r}")
     if context is not None:
         decoder: Any = find_decoder(model)
         _check_decoder(decoder)
@@ -46,11 +49,13 @@ def check_context(
                 f"{context_keep}; load the model with attn_implementation in {TAKES_MASKS}"
             )
         return
-    for name, value, default in (
+    options = (
         ("context_gradient", context_gradient, "none"),
         ("context_keep", context_keep, 0.0),
         ("shared_context", shared_context, False),
-    ):
+        ("target_windows", target_windows, 1),
+    )
+    for name, value, default in options:
         if value != default:
             raise ValueError(f'context: expected "inference" with {name}={value}, got None')
 

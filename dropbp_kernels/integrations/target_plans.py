@@ -94,6 +94,8 @@ def _call_with_labels(self: Any, run: Callable[..., Any], *args: Any, **kwargs: 
         return run(*args, **kwargs)
     if kwargs.get("shift_labels") is not None:
         raise ValueError("shift_labels: expected None with context, which shifts labels by itself, got a tensor")
+    if rule.target_windows > 1:
+        kwargs = _with_items_of_window(kwargs, rule.target_windows, is_given)
     # A hook sees the head's labels; who calls the model again with what a hook saw means the same batch.
     plan: TargetPlan | None = getattr(labels, _PLAN, None)
     if plan is None:
@@ -110,6 +112,8 @@ def _call_with_labels(self: Any, run: Callable[..., Any], *args: Any, **kwargs: 
     finally:
         del vars(decoder)[_PLAN]
     num_rows = plan.head_rows[0].shape[1]
+    if rule.target_windows > 1:
+        _check_is_mean(output)
     if not is_given:  # what a loss function made of each label, such as TRL's log-probabilities, beside the labels
         return _replace(output, num_rows, lambda values: plan.to_places(values, seq_len - 1))
 
@@ -141,6 +145,26 @@ def _call_decoder(self: Any, run: Callable[..., Any], *args: Any, **kwargs: Any)
     output = run_in_stages(self, run, inputs, plan)
     output.last_hidden_state = plan.to_places(output.last_hidden_state, plan.documents.shape[1])
     return output
+
+
+def _with_items_of_window(kwargs: dict[str, Any], num_windows: int, is_given: bool) -> dict[str, Any]:
+    """kwargs; where a loss is a sum over so many labels as the Trainer counted, over those of a window."""
+    if is_given:
+        raise ValueError(
+            f"target_windows: expected 1 with labels given to step, since who takes the loss sees all labels, got "
+            f"{num_windows}"
+        )
+    items = kwargs.get("num_items_in_batch")
+    return kwargs if items is None else {**kwargs, "num_items_in_batch": items / num_windows}
+
+
+def _check_is_mean(output: Any) -> None:
+    loss = output[0] if type(output) is tuple else getattr(output, "loss", None)
+    if not isinstance(loss, Tensor) or loss.dim() > 0:
+        raise ValueError(
+            "target_windows: expected 1 for a loss that is no mean over labels (DPO, GRPO), since only one window of "
+            "them has a value in a step"
+        )
 
 
 def _named(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -176,6 +200,7 @@ def _make_plan(decoder: Any, rule: TargetRule, labels: Tensor, inputs: dict[str,
         _check_mask(inputs.get("attention_mask")),
         position_ids,
         context_keep=rule.context_keep,
+        target_windows=rule.target_windows,
         seed=rule.seed,
         step=rule.step,
     )

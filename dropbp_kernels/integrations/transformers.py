@@ -47,6 +47,7 @@ def apply_dropbp(
     context_gradient: str = "none",
     context_keep: float = 0.0,
     shared_context: bool = False,
+    target_windows: int = 1,
     **options: Any,
 ) -> DropBPHandler:
     """Gate every branch of a model (with or without PEFT) and return the handler that draws its plans.
@@ -68,6 +69,9 @@ def apply_dropbp(
     context_gradient: what the keys and values of such tokens contribute to the gradient: "none", "one_hop" or "full".
     context_keep: share of such tokens, drawn at random in each step, that run with autograd all the same.
     shared_context: run a context that several samples of a batch begin with once for all of them.
+    target_windows: into how many runs the targets of each sample are cut, of which each step trains on one; the others
+        are context then. For losses that are means over the labels. 4, with context_gradient="one_hop", does a quarter
+        of the backward where every token has a label.
     options: those of `DropBPHandler`: sampler, grad_scale, seed, keep_one, strict, dropped_runs, checkpoint,
         granularity, aligned.
 
@@ -83,7 +87,7 @@ def apply_dropbp(
     if fused not in fusing.FUSED:
         raise ValueError(f'fused: expected True, False or "auto", got {fused!r}')
     check_fused_loss(fused_loss)
-    check_context(model, context, context_gradient, context_keep, shared_context)
+    check_context(model, context, context_gradient, context_keep, shared_context, target_windows)
     if shared_context and context_gradient == "full" and options.get("granularity", "branch") != "branch":
         raise ValueError(
             'granularity: expected "branch" with shared_context and context_gradient="full", since a context that '
@@ -115,7 +119,7 @@ def apply_dropbp(
         _check_flops(model)
         patch_head(model, fused_loss)
         if context is not None:
-            patch_targets(model, TargetRule(context_gradient, context_keep, shared_context))
+            patch_targets(model, TargetRule(context_gradient, context_keep, shared_context, target_windows))
         handler = DropBPHandler(model, drop_rate, **options)
     except (TypeError, ValueError):
         _unpatch(model)
