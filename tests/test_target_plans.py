@@ -1,6 +1,7 @@
 """Target plans on models of transformers: what comes back, what is saved, and what they compose with."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from target_cases import CLOSE, assert_same, backward, chat, is_target, tiny
 from torch import nn
 
 from dropbp_kernels import apply_dropbp, remove_dropbp
-from dropbp_kernels.measure import saved_bytes
+from dropbp_kernels.integrations import staged_decoder
+from dropbp_kernels.measure import PeakLiveBytes, saved_bytes
 from dropbp_kernels.targets import IGNORED
 
 
@@ -175,3 +177,22 @@ def test_labels_by_place():
     ours = model(batch["input_ids"], None, None, None, None, batch["labels"])
     assert torch.equal(ours.loss, expected.loss)
     assert ours.logits.shape == expected.logits.shape
+
+
+def test_the_last_layer_is_not_computed_again_and_needs_no_more_memory(monkeypatch):
+    batch, results = chat(), []
+    batch["labels"] = batch["input_ids"].masked_fill(torch.arange(16) < 8, IGNORED)
+    for is_whole in (True, False):
+        if not is_whole:
+            monkeypatch.setattr(staged_decoder, "_last_layer_whole", lambda decoder: nullcontext())
+        model, calls = tiny(num_hidden_layers=3), []
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        apply_dropbp(model, 0.0, context="inference")
+        for number, layer in enumerate(model.model.layers):
+            layer.mlp.register_forward_pre_hook(lambda *_, calls=calls, number=number: calls.append(number))
+        with PeakLiveBytes() as live:
+            model(**batch).loss.backward()
+        results.append(([calls.count(number) for number in range(3)], live.peak_bytes))
+    assert results[0][0] == [3, 3, 2]  # context, targets, and again
+    assert results[1][0] == [3, 3, 3]
+    assert results[0][1] <= results[1][1]

@@ -48,9 +48,11 @@ def run_in_stages(decoder: Any, run: Callable[..., Any], inputs: dict[str, Any],
         for stage in plan.stages:
             rows = {name: stage.running(stage.gather(inputs[name])) for name in BY_ROW if inputs.get(name) is not None}
             mask = masks.add(stage, parameter.dtype)
-            keys = keys.of_next(stage, is_last=stage is plan.stages[-1])
+            is_last = stage is plan.stages[-1]
+            keys = keys.of_next(stage, is_last=is_last)
             context = contextlib.nullcontext() if stage.is_target else _context(decoder, rule, parameter.device.type)
-            with running(gates, staged, stage), context:
+            whole = _last_layer_whole(decoder) if is_last else contextlib.nullcontext()
+            with running(gates, staged, stage), context, whole:
                 output = run(**{**inputs, **rows, "attention_mask": mask, "past_key_values": keys, "use_cache": True})
             if stage.is_target:
                 hidden.append(stage.of_targets(output.last_hidden_state))
@@ -144,3 +146,22 @@ def _caches_under_checkpointing(decoder: nn.Module) -> Iterator[None]:
             vars(decoder)["gradient_checkpointing"] = True
         for layer in layers:
             vars(layer).pop("_can_checkpoint_with_cache", None)
+
+
+@contextmanager
+def _last_layer_whole(decoder: nn.Module) -> Iterator[None]:
+    """Let the last layer that transformers checkpoints save what it computes.
+
+    Its backward comes first: computed again, all of that would be live at the same moment.
+    """
+    kind = "_can_checkpoint_with_cache"
+    checkpointed = [
+        module for module in decoder.modules() if hasattr(type(module), kind) and module.gradient_checkpointing
+    ]
+    for layer in checkpointed[-1:]:
+        vars(layer)["gradient_checkpointing"] = False
+    try:
+        yield
+    finally:
+        for layer in checkpointed[-1:]:
+            vars(layer)["gradient_checkpointing"] = True
