@@ -149,7 +149,10 @@ RAW: dict[str, dict[str, Callable[[Tensors], tuple[Any, ...]]]] = {
         "layer": lambda t: _permuted_backward(t, True, False, True, True),
         "frozen": lambda t: _permuted_backward(t, True, False, False, False),
     },
-    "glu": {name: lambda t, name=name: (t.branch(), t.branch(), name) for name in ("silu", "gelu", "gelu_tanh")},
+    "glu": {
+        **{name: lambda t, name=name: (t.branch(), t.branch(), name) for name in ("silu", "gelu", "gelu_tanh")},
+        "halves": lambda t: (*t.branch().chunk(2, dim=-1), "silu"),
+    },
     "glu_": {"silu": lambda t: (t.branch(), t.branch(), "silu")},
     "glu_backward": {
         name: lambda t, name=name: (t.branch(), t.branch(), t.branch(), name) for name in ("silu", "gelu", "gelu_tanh")
@@ -157,6 +160,7 @@ RAW: dict[str, dict[str, Callable[[Tensors], tuple[Any, ...]]]] = {
     "glu_backward_": {"gelu": lambda t: (t.branch(), t.branch(), t.branch(), "gelu")},
     "partial_gather": {
         "twice the same": lambda t: (t.branch(), torch.tensor([3, 0, 3], device=t.device)),
+        "rows apart": lambda t: (t.branch()[..., :-1], torch.tensor([3, 0], device=t.device)),
         "none": lambda t: (t.branch(), torch.tensor([], device=t.device, dtype=torch.int64)),
     },
     "column_update_": {
