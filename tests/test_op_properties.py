@@ -5,6 +5,7 @@ public functions   gradcheck; one compilation for all row counts, forward and ba
                    recorded without gradients; inductor's results
 """
 
+import copy
 import inspect
 
 import pytest
@@ -39,7 +40,7 @@ def test_every_op_is_here():
 
 def call(function, arguments):
     """All that a call leaves behind: its results, and its arguments, which it may have written into."""
-    copies = [tensor.clone() if isinstance(tensor, torch.Tensor) else tensor for tensor in arguments]
+    copies = copy.deepcopy(list(arguments))  # clone would make dense what is not
     results = function(*copies)
     results = [] if results is None else [results] if isinstance(results, torch.Tensor) else list(results)
     return results + [tensor for tensor in copies if isinstance(tensor, torch.Tensor)]
