@@ -87,10 +87,17 @@ def test_adapters_are_merged_into_it(options):
     assert torch.equal(merged.eval()(**batch).logits, expected)
 
 
-@pytest.mark.parametrize("order", ["before", "after"])
-def test_accelerate_prepares_it(order):
+@pytest.fixture
+def accelerator():
+    """One in bfloat16, whatever a Trainer in this process has asked for."""
     accelerate = pytest.importorskip("accelerate")
-    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_accelerate_prepares_it(accelerator, order):
     model = tiny_causal_lm()
     handler = apply_dropbp(model, 0.5) if order == "before" else None
     prepared = accelerator.prepare(model)

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import DynamicCache, StaticCache, T5Config, T5ForConditionalGeneration
 
 from dropbp_kernels import DropBPHandler, apply_dropbp
+from dropbp_kernels.integrations import checkpointing
 from dropbp_kernels.targets import IGNORED, TargetRule
 
 
@@ -175,6 +176,7 @@ def test_reentrant_checkpointing_serves_one_turn_alone():
     model.gradient_checkpointing_enable({"use_reentrant": True})
     model.enable_input_require_grads()
     apply_dropbp(model, 0.0, context="inference")
+    checkpointing._warn_of_reentrant.cache_clear()
     with pytest.warns(UserWarning, match="reentrant"):
         assert_same(backward(model, batch), backward(expected, batch), **CLOSE)
     with pytest.raises(ValueError, match=r"use_reentrant: expected False .* with 2 turns"):
