@@ -90,8 +90,7 @@ def test_two_commits(tmp_path, is_slower):
     if is_slower:
         with (tmp_path / "dropbp_kernels" / "ops" / "gated_residual_add.py").open("a") as op:
             op.write(SLOWDOWN)
-    # A call takes microseconds, and two are no measurement: a sleep exceeds a hundredfold, as does a machine that is busy
-    # for a moment.
+    # A call takes microseconds, and two are no measurement: a sleep exceeds a hundredfold, but so may a busy moment.
     threshold = "100" if is_slower else "1e5"
     flags = ["--scale", "tiny", "--only", "host_overhead", "--rounds", "1", "--threshold", threshold, "--no-build"]
     command = [sys.executable, "-m", "benchmarks.compare", "HEAD", *flags, "--device", "cpu"]
