@@ -13,7 +13,9 @@ simulates steps of its model (`four_bit`: where its base is held in 4 bits). Of 
 trace.
 """
 
+import logging
 import sys
+import warnings
 from collections.abc import Sequence
 
 from .. import __version__
@@ -31,7 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_parser(commands)
     try:
         args = parser.parse_args(argv)
-        return args.run(args)
+        with warnings.catch_warnings():
+            # What PEFT asks transformers and bitsandbytes, and no user can change.
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+            return args.run(args)
     except UserError as error:
         print(f"dropbp-kernels: error: {error}", file=sys.stderr)
         return 2

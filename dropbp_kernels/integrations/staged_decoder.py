@@ -88,7 +88,8 @@ def rows_at_once(decoder: Any, num_target_rows: int) -> int:
     that is kept for a share of its rows, that share.
     """
     gates = find_gates(decoder).values()
-    if getattr(decoder, "is_gradient_checkpointing", False) or any(gate.checkpoint is not None for gate in gates):
+    by_block = any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules())
+    if by_block or any(gate.checkpoint is not None for gate in gates):
         times = 1 + len(gates) // 32
     else:
         shares = (float(gate.kept) if isinstance(gate.kept, bool) else gate.kept.kept_share for gate in gates)
