@@ -72,10 +72,14 @@ class SeenKeys:
         self._parts.append(part)
         return part
 
-    def join(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """All that the stage's rows see: what came before, then their own key and value."""
+    def leave(self, key: Tensor, value: Tensor) -> None:
+        """Keep the rows' own key and value for later stages; a recompute changes nothing."""
         if self._own is None:
             self._own = key, value
+
+    def join(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """All that the stage's rows see: what came before, then their own key and value."""
+        self.leave(key, value)
         before = self.before
         if self.samples is not None:
             before = tuple((keys[self.samples], values[self.samples]) for keys, values in before)
@@ -111,9 +115,7 @@ class Attention(nn.Module):
         batch_size, seq_len, _ = x.shape
         heads = (batch_size, seq_len, -1, self.head_dim)
         query = rotate(self.q_proj(x).view(heads), rope).transpose(1, 2)
-        with torch.set_grad_enabled(torch.is_grad_enabled() or (seen is not None and seen.has_gradient)):
-            key = rotate(self.k_proj(x).view(heads), rope).transpose(1, 2)
-            value = self.v_proj(x).view(heads).transpose(1, 2)
+        key, value = self.keys_and_values(x, rope, seen)
         mask = None
         if seen is not None:
             key, value = seen.join(key, value)
@@ -122,6 +124,14 @@ class Attention(nn.Module):
             query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=True
         )
         return self.o_proj(output.transpose(1, 2).reshape(batch_size, seq_len, -1))
+
+    def keys_and_values(self, x: Tensor, rope: tuple[Tensor, Tensor], seen: SeenKeys | None) -> tuple[Tensor, Tensor]:
+        """Of rows x (batch, seq, width): two tensors (batch, kv heads, seq, head_dim)."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        with torch.set_grad_enabled(torch.is_grad_enabled() or (seen is not None and seen.has_gradient)):
+            key = rotate(self.k_proj(x).view(heads), rope).transpose(1, 2)
+            value = self.v_proj(x).view(heads).transpose(1, 2)
+        return key, value
 
     def flops(self, batch_size: int, seq_len: int) -> float:
         """Forward FLOPs (two per multiply-add) for a batch of this shape."""
@@ -200,6 +210,11 @@ class LlamaBlock(nn.Module):
             seen,
         )
         return extend(stream, self.post_attention_layernorm, self.gate_mlp, self.mlp)
+
+    def leave_keys(self, stream: Stream, rope: tuple[Tensor, Tensor], seen: SeenKeys) -> None:
+        """Only what later stages see of the stream's rows: all that a last block has to make of context."""
+        normed, _ = enter(stream, self.input_layernorm, self.gate_attention)
+        seen.leave(*self.self_attn.keys_and_values(normed, rope, seen))
 
 
 def extend(stream: Stream, norm: RMSNorm, gate: DropBP, branch: Callable[..., Tensor], *args: Any) -> Stream:

@@ -5,7 +5,8 @@
     loss = linear_cross_entropy(hidden, head.weight, target_labels(plan))
 
 Each stage of the plan runs through all blocks, fused adds and gates included, and leaves its keys and values to the
-stages behind it. `integrations.target_plans` does the same with transformers' models, through their cache.
+stages behind it; of context the last block makes nothing else. `integrations.target_plans` does the same with
+transformers' models, through their cache.
 """
 
 from collections.abc import Sequence
@@ -74,7 +75,10 @@ def run_by_targets(
             stream = Stream(stage.gather(x))
             for block, keys in zip(blocks, before, strict=True):
                 seen = SeenKeys(keys, mask, has_gradient=one_hop)
-                stream = block(stream, rope_of_rows, seen)
+                if keys is before[-1] and not stage.is_target and context_gradient != "full":
+                    block.leave_keys(stream, rope_of_rows, seen)
+                else:
+                    stream = block(stream, rope_of_rows, seen)
                 if seen.own is not None:
                     keys.append(seen.own)
         if stage.is_target:

@@ -139,6 +139,16 @@ def test_rows_of_targets(context_gradient, checkpoint, cut_keys):
     assert_same(ours, backward(dense, dense.dense(tokens, labels)))
 
 
+@pytest.mark.parametrize(("context_gradient", "of_context"), [("none", 0), ("one_hop", 0), ("full", 2)])
+def test_of_context_the_last_block_makes_keys_alone(context_gradient, of_context):
+    model, calls = Model(), []
+    for block in model.blocks:
+        block.mlp.register_forward_pre_hook(lambda module, args: calls.append(args[0].shape[:2]))
+    model.staged(*talks(), context_gradient=context_gradient)
+    num_stages = 4  # of context and of targets, of two turns
+    assert len(calls) == 2 * num_stages + (num_stages - 2 + of_context)
+
+
 def test_kept_and_sliced_context(cut_keys):
     model, (tokens, labels) = Model(), talks()
     full = backward(model, model.dense(tokens, labels))

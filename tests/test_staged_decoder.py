@@ -113,6 +113,62 @@ def test_slices_of_the_context_change_no_gradient(context_gradient, monkeypatch)
     assert_same(backward(model, batch), expected, **CLOSE)
 
 
+def calls_with_and_without_graph(module):
+    """How often `module` is called, from now on: [with autograd, as inference]."""
+    calls = [0, 0]
+
+    def count(module, args, kwargs):
+        calls[not torch.is_grad_enabled()] += 1
+
+    module.register_forward_pre_hook(count, with_kwargs=True)
+    return calls
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("context_gradient", ["none", "one_hop"])
+@pytest.mark.parametrize("model_type", ["cohere", "gpt2", "llama"])
+def test_context_ends_with_the_keys_of_the_last_layer(model_type, context_gradient, checkpoint, monkeypatch):
+    results = []
+    for ends in (True, False):
+        if not ends:
+            monkeypatch.setattr(staged_decoder, "_last_keys", lambda decoder: None)
+        model = tiny(model_type)
+        if checkpoint:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        mlps = [module for name, module in model.named_modules() if name.endswith(".mlp")]
+        calls = [calls_with_and_without_graph(mlp) for mlp in (mlps[0], mlps[-1])]
+        apply_dropbp(model, 0.0, context="inference", context_gradient=context_gradient)
+        results.append((backward(model, chat()), calls))
+    ((ours, calls), (whole, calls_of_whole)) = results
+    assert_same(ours, whole, rtol=0, atol=0)
+    assert calls[0] == calls_of_whole[0] == [calls[0][0], calls_of_whole[1][1]]
+    assert calls[1][1] == 0 < calls_of_whole[1][1]
+
+
+@pytest.mark.parametrize("name", ["", "layers.2", "layers.2.self_attn"])
+def test_a_module_that_hooks_hold_sees_its_own_end(name):
+    model = tiny(num_hidden_layers=3)
+    apply_dropbp(model, 0.0, context="inference")
+    module, begun, ended = model.model.get_submodule(name), [], []
+    module.register_forward_pre_hook(lambda *_: begun.append(1))
+    module.register_forward_hook(lambda *_: ended.append(1))
+    model(**chat())
+    assert len(ended) == len(begun) == 4  # stages of context and of targets, of two turns
+
+
+def test_offloaded_layers_run_whole():
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny(num_hidden_layers=2)
+    expected = copy.deepcopy(model)
+    apply_dropbp(expected, 0.0, context="inference")
+    for layer in model.model.layers:
+        accelerate.hooks.add_hook_to_module(layer, accelerate.hooks.AlignDevicesHook("cpu"))
+    apply_dropbp(model, 0.0, context="inference")
+    calls = calls_with_and_without_graph(model.model.layers[-1].mlp)
+    assert torch.equal(model(**chat()).loss, expected(**chat()).loss)
+    assert calls[1] > 0
+
+
 @pytest.mark.parametrize(("checkpoint", "num_slices"), [(None, 3), ("kept", 8)])
 def test_context_needs_less_memory_than_targets(checkpoint, num_slices, monkeypatch):
     monkeypatch.setattr(staged_decoder, "MIN_ROWS", 1)

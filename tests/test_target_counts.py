@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.tiny_models import tiny_causal_lm
 from dropbp_kernels import apply_dropbp
+from dropbp_kernels.integrations import staged_decoder
 from dropbp_kernels.measure import saved_bytes
 from dropbp_kernels.targets import IGNORED
 
@@ -51,6 +52,19 @@ def test_backward_flops_are_proportional_to_the_target_rows(adapter):
     counted = {num: flops(lm, num)[1] for num in (3, 6, 12)}
     assert counted[6] == 2 * counted[3] > 0
     assert counted[12] == 4 * counted[3]
+
+
+def test_of_context_the_last_layer_makes_keys_alone(monkeypatch):
+    num_rows = SEQ_LEN - 6 - 1
+    ours = flops(model("full"), 6)
+    monkeypatch.setattr(staged_decoder, "_last_keys", lambda decoder: None)
+    lm = model("full")
+    whole = flops(lm, 6)
+    mlp = lm.model.layers[-1].mlp
+    linears = [lm.model.layers[-1].self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    attention = 2 * 2 * BATCH_SIZE * num_rows**2 * WIDTH
+    spared = 2 * BATCH_SIZE * num_rows * sum(linear.weight.numel() for linear in linears) + attention
+    assert (ours[0], ours[1]) == (whole[0] - spared, whole[1])
 
 
 def test_head_flops_are_proportional_to_the_target_rows():

@@ -17,6 +17,10 @@ from ..targets import Stage
 _Keys = tuple[Tensor, Tensor, Tensor | None]  # keys, values, and whose of them each sample takes (None: its own)
 
 
+class LastKeysLeft(Exception):
+    """A context stage has left the keys of the last layer: what would follow in its pass goes to nobody."""
+
+
 class StageKeys(Cache):
     """What one stage sees: the keys of the stages before it, and its own once a layer has written them.
 
@@ -25,6 +29,7 @@ class StageKeys(Cache):
         num_before: how many rows these stages have.
         stage: the one that runs; None before the first.
         is_last: whether no stage follows, so that the keys of this one need not be kept.
+        ends_at: the layer in which a context stage ends, by `LastKeysLeft`; None: all of its layers run whole.
 
     Source: `Cache.update` of transformers >= 5.0.
     """
@@ -37,11 +42,13 @@ class StageKeys(Cache):
         num_before: int = 0,
         stage: Stage | None = None,
         is_last: bool = False,
+        ends_at: int | None = None,
     ):
         super().__init__(layer_class_to_replicate=DynamicLayer)
         self.before = before or {}
         self.num_before = num_before
         self.stage = stage
+        self.ends_at = ends_at
         self._own: dict[int, list[_Keys]] | None = None if is_last else {}
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
@@ -49,6 +56,8 @@ class StageKeys(Cache):
         sample_of = None if self.stage is None else self.stage.sample_of
         if self._own is not None:
             self._own[layer_idx] = [(key_states, value_states, sample_of)]
+        if layer_idx == self.ends_at and not torch.compiler.is_compiling():  # a traced pass cannot be left
+            raise LastKeysLeft
         return self._join(key_states, value_states, layer_idx, is_spread=sample_of is None)
 
     def of_samples(self, samples: Tensor) -> "SampleKeys":
@@ -84,13 +93,13 @@ class StageKeys(Cache):
         all_keys, all_values = zip(*pairs, (key_states, value_states), strict=True)
         return torch.cat(all_keys, dim=-2), torch.cat(all_values, dim=-2)
 
-    def of_next(self, stage: Stage, *, is_last: bool = False) -> "StageKeys":
+    def of_next(self, stage: Stage, *, is_last: bool = False, ends_at: int | None = None) -> "StageKeys":
         """What `stage` sees, which runs after this one; a recompute of this one keeps nothing more."""
         own, self._own = self._own or {}, None
         num_own = 0 if self.stage is None else self.stage.rows.shape[1]
         # Stage by stage and not joined: what a context stage joins has no graph, and keys of targets need theirs.
         before = {layer: [*self.before.get(layer, []), _of_all(parts)] for layer, parts in own.items()}
-        return StageKeys(before, self.num_before + num_own, stage, is_last)
+        return StageKeys(before, self.num_before + num_own, stage, is_last, ends_at)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Rows of the stages before, padding included."""

@@ -13,13 +13,13 @@ from ..gates import find_gates
 from ..layer import as_inference
 from ..plan import running
 from ..targets import TargetPlan, TargetRule
-from .stage_keys import ModelMasks, StageKeys
+from .stage_keys import LastKeysLeft, ModelMasks, StageKeys
 from .swapping import is_sharded
-from .target_checks import BY_ROW, check_checkpointing, check_inputs
+from .target_checks import BY_ROW, check_checkpointing, check_inputs, gathers_weights
 
-# Of context that run at a time: a pass costs as many calls as a dense forward, and so many rows hold little (200 MiB at
-# a width of 4096). With 1,024, a checkpointed step of the size in benchmarks/steps.py took a tenth more.
-MIN_ROWS = 2048
+# Of context that run at a time: a pass costs as many calls as a dense forward, and so many rows hold little (100 MiB at
+# a width of 4096).
+MIN_ROWS = 1024
 COUNTS_TOKENS = ("opt",)  # whose positions leave padding on the left out; all others count places
 
 
@@ -42,6 +42,7 @@ def run_in_stages(decoder: Any, run: Callable[..., Any], inputs: dict[str, Any],
     masks = ModelMasks(decoder.config, plan.documents)
     staged = plan.staged_rows(with_context=rule.context_gradient == "full")
     gates = list(find_gates(decoder).values())
+    ends_at = None if rule.context_gradient == "full" else _last_keys(decoder)
     keys, hidden = StageKeys(), []
     output: Any = None
     with _caches_under_checkpointing(decoder):
@@ -49,10 +50,10 @@ def run_in_stages(decoder: Any, run: Callable[..., Any], inputs: dict[str, Any],
             rows = {name: stage.running(stage.gather(inputs[name])) for name in BY_ROW if inputs.get(name) is not None}
             mask = masks.add(stage, parameter.dtype)
             is_last = stage is plan.stages[-1]
-            keys = keys.of_next(stage, is_last=is_last)
+            keys = keys.of_next(stage, is_last=is_last, ends_at=None if stage.is_target else ends_at)
             context = contextlib.nullcontext() if stage.is_target else _context(decoder, rule, parameter.device.type)
             whole = _last_layer_whole(decoder) if is_last else contextlib.nullcontext()
-            with running(gates, staged, stage), context, whole:
+            with contextlib.suppress(LastKeysLeft), running(gates, staged, stage), context, whole:
                 output = run(**{**inputs, **rows, "attention_mask": mask, "past_key_values": keys, "use_cache": True})
             if stage.is_target:
                 hidden.append(stage.of_targets(output.last_hidden_state))
@@ -111,6 +112,23 @@ def _context(decoder: nn.Module, rule: TargetRule, device_type: str) -> Iterator
                     stack.callback(module.register_forward_hook(_end_hop, always_call=True).remove)
         stack.enter_context(as_inference(device_type))
         yield
+
+
+def _last_keys(decoder: nn.Module) -> int | None:
+    """The last layer that leaves keys to later stages: in it a context stage ends, before its attention and its MLP.
+
+    None where a module around them has to see its own end, since hooks of it bring weights and take them away.
+    """
+    attention = {name: module for name, module in decoder.named_modules() if _is_attention(module)}
+    if not attention or gathers_weights(decoder):
+        return None
+    name = max(attention, key=lambda name: attention[name].layer_idx)
+    places = [place for place, letter in enumerate(name) if letter == "."]
+    around = [decoder.get_submodule(name[:place]) for place in (0, *places, len(name))]
+    if any(module._forward_hooks or hasattr(module, "_hf_hook") for module in around):
+        return None
+    layer_idx: int = attention[name].layer_idx
+    return layer_idx
 
 
 def _is_attention(module: nn.Module) -> bool:

@@ -105,14 +105,16 @@ def _check_decoder(decoder: nn.Module) -> None:
         raise ValueError(f"model: expected a decoder that can run in stages for context, but {name} {reason}")
 
 
+def gathers_weights(decoder: nn.Module) -> bool:
+    """Whether ranks share out the weights of `decoder` and gather them in each pass (FSDP, ZeRO-3)."""
+    return is_sharded(decoder) or any(hasattr(parameter, "ds_id") for parameter in decoder.parameters())
+
+
 def check_ranks(decoder: nn.Module, num_passes: int, num_targets: int) -> None:
-    """Raise ValueError, on all ranks, where they would gather sharded weights in other numbers of passes.
+    """Raise ValueError, on all ranks of one that `gathers_weights`, where they would take other numbers of passes.
 
     They would wait for each other for ever. A batch is asked about and not the model, since turns are the data's.
     """
-    is_zero3 = any(hasattr(parameter, "ds_id") for parameter in decoder.parameters())
-    if not has_ranks() or not (is_zero3 or is_sharded(decoder)):
-        return
     counts = [num_passes, num_targets]
     device = next(decoder.parameters()).device
     most = torch.tensor([*counts, *(-count for count in counts)], device=device)

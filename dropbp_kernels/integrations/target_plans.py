@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from ..targets import IGNORED, TargetPlan, TargetRule, plan_targets
 from .swapping import is_swapped, subclass, swap_back
-from .target_checks import ATTENTION, TAKES_MASKS, check_ranks, find_decoder, without_peft
+from .target_checks import ATTENTION, TAKES_MASKS, check_ranks, find_decoder, gathers_weights, has_ranks, without_peft
 from .without_target import run_without_target
 
 _PLAN = "_dropbp_target_plan"
@@ -45,7 +45,8 @@ def patch_targets(model: nn.Module, rule: TargetRule) -> None:
     The options must have passed `check_context`.
     Cost:   as many passes through the decoder as a batch has stages (two where each sample is one prompt and one
             completion, or more where context runs in slices); the rows of all stages together are those of one dense
-            forward, less the rows that no target sees, and context that is kept twice.
+            forward, less the rows that no target sees and what the last layer makes of context behind its keys, and
+            context that is kept twice.
     """
     decoder = find_decoder(model)
     rule.put_on(decoder)
@@ -172,12 +173,13 @@ def _named(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, An
 
 
 def _plan_of(decoder: Any, rule: TargetRule, labels: Tensor, inputs: dict[str, Any]) -> TargetPlan:
-    from .staged_decoder import sliced
-
     plan = _make_plan(decoder, rule, labels, inputs)
-    stages = () if plan.num_target == 0 or plan.is_dense else sliced(decoder, rule, plan).stages
-    num_targets = sum(stage.is_target for stage in stages)
-    check_ranks(decoder, len(stages) or int(plan.is_dense), num_targets or int(plan.is_dense))
+    if has_ranks() and gathers_weights(decoder):
+        from .staged_decoder import sliced
+
+        stages = () if plan.num_target == 0 or plan.is_dense else sliced(decoder, rule, plan).stages
+        num_targets = sum(stage.is_target for stage in stages)
+        check_ranks(decoder, len(stages) or int(plan.is_dense), num_targets or int(plan.is_dense))
     return plan
 
 
