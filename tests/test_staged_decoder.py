@@ -7,8 +7,9 @@ import torch
 from target_cases import CLOSE, assert_same, backward, chat, is_target, runs_again, tiny
 from transformers import modeling_flash_attention_utils as flash
 
-from dropbp_kernels import apply_dropbp
+from dropbp_kernels import apply_dropbp, remove_dropbp
 from dropbp_kernels.integrations import staged_decoder
+from dropbp_kernels.integrations.decoder_parts import PARTS, DecoderParts, parts_of
 from dropbp_kernels.measure import PeakLiveBytes
 from dropbp_kernels.targets import IGNORED, plan_targets
 
@@ -131,7 +132,7 @@ def test_context_ends_with_the_keys_of_the_last_layer(model_type, context_gradie
     results = []
     for ends in (True, False):
         if not ends:
-            monkeypatch.setattr(staged_decoder, "_last_keys", lambda decoder: None)
+            monkeypatch.setattr(DecoderParts, "last_keys", None)
         model = tiny(model_type)
         if checkpoint:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -154,6 +155,35 @@ def test_a_module_that_hooks_hold_sees_its_own_end(name):
     module.register_forward_hook(lambda *_: ended.append(1))
     model(**chat())
     assert len(ended) == len(begun) == 4  # stages of context and of targets, of two turns
+
+
+def test_a_pass_does_not_walk_through_the_model(monkeypatch):
+    model, batch, walked = tiny(), chat(), []
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    apply_dropbp(model, 0.0, context="inference", context_gradient="one_hop")
+    model(**batch)
+    named_modules = torch.nn.Module.named_modules
+
+    def walk(module, *args, **kwargs):
+        for item in named_modules(module, *args, **kwargs):
+            walked.extend([item[0]] if module is model.model else [])
+            yield item
+
+    monkeypatch.setattr(torch.nn.Module, "named_modules", walk)
+    model(**batch)
+    assert set(walked) <= {"", "embed_tokens"}  # one looks for the first parameter
+
+
+def test_parts_are_found_again_once_the_last_layer_is_another():
+    model = tiny()
+    apply_dropbp(model, 0.0, context="inference")
+    model(**chat())
+    first = parts_of(model.model)
+    assert parts_of(model.model) is first
+    model.model.layers[-1] = copy.deepcopy(model.model.layers[-1])
+    assert parts_of(model.model).around[-1] is model.model.layers[-1].self_attn
+    remove_dropbp(model)
+    assert PARTS not in vars(model.model)
 
 
 def test_offloaded_layers_run_whole():

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.tiny_models import tiny_causal_lm
 from dropbp_kernels import apply_dropbp
-from dropbp_kernels.integrations import staged_decoder
+from dropbp_kernels.integrations.decoder_parts import DecoderParts
 from dropbp_kernels.measure import saved_bytes
 from dropbp_kernels.targets import IGNORED
 
@@ -57,7 +57,7 @@ def test_backward_flops_are_proportional_to_the_target_rows(adapter):
 def test_of_context_the_last_layer_makes_keys_alone(monkeypatch):
     num_rows = SEQ_LEN - 6 - 1
     ours = flops(model("full"), 6)
-    monkeypatch.setattr(staged_decoder, "_last_keys", lambda decoder: None)
+    monkeypatch.setattr(DecoderParts, "last_keys", None)
     lm = model("full")
     whole = flops(lm, 6)
     mlp = lm.model.layers[-1].mlp

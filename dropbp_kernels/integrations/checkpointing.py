@@ -24,7 +24,7 @@ import functools
 import itertools
 import operator
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -80,11 +80,11 @@ def _may_be_reentrant(function: Callable[..., Any]) -> bool:
     return getattr(function, "keywords", {}).get("use_reentrant") is not False
 
 
-def is_reentrant(model: nn.Module) -> bool:
-    """Whether transformers checkpoints a part of `model` by reentrant checkpointing, or by a kind that is unknown."""
+def is_reentrant(modules: Iterable[nn.Module]) -> bool:
+    """Whether transformers checkpoints one of `modules` by reentrant checkpointing, or by a kind that is unknown."""
     return any(
         getattr(module, "gradient_checkpointing", False) and _may_be_reentrant(vars(module)[_FUNCTION])
-        for module in model.modules()
+        for module in modules
         if _FUNCTION in vars(module)
     )
 

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..gates import find_gates
 from ..layer import as_inference
 from ..plan import running
 from ..targets import TargetPlan, TargetRule
+from .decoder_parts import DecoderParts, parts_of
 from .stage_keys import LastKeysLeft, ModelMasks, StageKeys
-from .swapping import is_sharded
-from .target_checks import BY_ROW, check_checkpointing, check_inputs, gathers_weights
+from .target_checks import BY_ROW, check_checkpointing, check_inputs
 
 # Of context that run at a time: a pass costs as many calls as a dense forward, and so many rows hold little (100 MiB at
 # a width of 4096).
 MIN_ROWS = 1024
+_WITH_CACHE = "_can_checkpoint_with_cache"  # which layers that transformers checkpoints say of themselves
 COUNTS_TOKENS = ("opt",)  # whose positions leave padding on the left out; all others count places
 
 
@@ -30,30 +30,30 @@ def run_in_stages(decoder: Any, run: Callable[..., Any], inputs: dict[str, Any],
     """
     check_inputs(decoder, inputs, plan)
     rule = TargetRule.on(decoder)
-    if rule.context_gradient != "none" and is_sharded(decoder):
+    parts = parts_of(decoder)
+    if rule.context_gradient != "none" and parts.gathers_weights:
         raise ValueError(
             'context_gradient: expected "none" under FSDP, which reduces the gradient of a block when its targets are '
             f"done and so would lose the context's, got {rule.context_gradient!r}"
         )
-    check_checkpointing(decoder, rule.context_gradient, plan)
+    check_checkpointing(parts.switches, rule.context_gradient, plan)
     inputs["position_ids"] = _positions(decoder, inputs, plan).expand_as(plan.documents)
     parameter = next(p for p in decoder.parameters() if p.is_floating_point())
-    plan = sliced(decoder, rule, plan)
+    plan = sliced(parts, rule, plan)
     masks = ModelMasks(decoder.config, plan.documents)
     staged = plan.staged_rows(with_context=rule.context_gradient == "full")
-    gates = list(find_gates(decoder).values())
-    ends_at = None if rule.context_gradient == "full" else _last_keys(decoder)
+    ends_at = None if rule.context_gradient == "full" else parts.last_keys
     keys, hidden = StageKeys(), []
     output: Any = None
-    with _caches_under_checkpointing(decoder):
+    with _caches_under_checkpointing(decoder, parts):
         for stage in plan.stages:
             rows = {name: stage.running(stage.gather(inputs[name])) for name in BY_ROW if inputs.get(name) is not None}
             mask = masks.add(stage, parameter.dtype)
             is_last = stage is plan.stages[-1]
             keys = keys.of_next(stage, is_last=is_last, ends_at=None if stage.is_target else ends_at)
-            context = contextlib.nullcontext() if stage.is_target else _context(decoder, rule, parameter.device.type)
-            whole = _last_layer_whole(decoder) if is_last else contextlib.nullcontext()
-            with contextlib.suppress(LastKeysLeft), running(gates, staged, stage), context, whole:
+            context = contextlib.nullcontext() if stage.is_target else _context(parts, rule, parameter.device.type)
+            whole = _last_layer_whole(parts) if is_last else contextlib.nullcontext()
+            with contextlib.suppress(LastKeysLeft), running(parts.gates, staged, stage), context, whole:
                 output = run(**{**inputs, **rows, "attention_mask": mask, "past_key_values": keys, "use_cache": True})
             if stage.is_target:
                 hidden.append(stage.of_targets(output.last_hidden_state))
@@ -73,66 +73,43 @@ def _positions(decoder: Any, inputs: dict[str, Any], plan: TargetPlan) -> Tensor
     return torch.arange(plan.documents.shape[1], device=plan.documents.device).unsqueeze(0)
 
 
-def sliced(decoder: nn.Module, rule: TargetRule, plan: TargetPlan) -> TargetPlan:
+def sliced(parts: DecoderParts, rule: TargetRule, plan: TargetPlan) -> TargetPlan:
     """The plan as it runs: its context in slices. With its gradient kept there is nothing to gain by them."""
     if rule.context_gradient == "full":
         return plan
     num_rows = max(stage.rows.numel() for stage in plan.stages if stage.is_target)
-    return plan.with_slices(rows_at_once(decoder, num_rows))
+    return plan.with_slices(rows_at_once(parts, num_rows))
 
 
-def rows_at_once(decoder: Any, num_target_rows: int) -> int:
+def rows_at_once(parts: DecoderParts, num_target_rows: int) -> int:
     """How many context rows run at a time, so that the peak of memory is that of the targets.
 
     A context row holds what its branch makes at that moment, about 12 times the hidden size; so does a target row, and
     in addition what every kept branch saved, 3 to 12 times the hidden size, or once under checkpointing; of a branch
     that is kept for a share of its rows, that share.
     """
-    gates = find_gates(decoder).values()
-    by_block = any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules())
-    if by_block or any(gate.checkpoint is not None for gate in gates):
-        times = 1 + len(gates) // 32
+    by_block = any(module.gradient_checkpointing for module in parts.switches)
+    if by_block or any(gate.checkpoint is not None for gate in parts.gates):
+        times = 1 + len(parts.gates) // 32
     else:
-        shares = (float(gate.kept) if isinstance(gate.kept, bool) else gate.kept.kept_share for gate in gates)
+        shares = (float(gate.kept) if isinstance(gate.kept, bool) else gate.kept.kept_share for gate in parts.gates)
         times = 1 + int(sum(shares)) // 8
     return max(MIN_ROWS, times * num_target_rows)
 
 
 @contextmanager
-def _context(decoder: nn.Module, rule: TargetRule, device_type: str) -> Iterator[None]:
+def _context(parts: DecoderParts, rule: TargetRule, device_type: str) -> Iterator[None]:
     """How a context stage runs. The one place that decides it: a lower precision than the targets' belongs here."""
     if rule.context_gradient == "full":
         yield
         return
     with contextlib.ExitStack() as stack:
         if rule.context_gradient == "one_hop":
-            for module in decoder.modules():
-                if _is_attention(module):
-                    stack.callback(module.register_forward_pre_hook(_begin_hop).remove)
-                    stack.callback(module.register_forward_hook(_end_hop, always_call=True).remove)
+            for module in parts.attention:
+                stack.callback(module.register_forward_pre_hook(_begin_hop).remove)
+                stack.callback(module.register_forward_hook(_end_hop, always_call=True).remove)
         stack.enter_context(as_inference(device_type))
         yield
-
-
-def _last_keys(decoder: nn.Module) -> int | None:
-    """The last layer that leaves keys to later stages: in it a context stage ends, before its attention and its MLP.
-
-    None where a module around them has to see its own end, since hooks of it bring weights and take them away.
-    """
-    attention = {name: module for name, module in decoder.named_modules() if _is_attention(module)}
-    if not attention or gathers_weights(decoder):
-        return None
-    name = max(attention, key=lambda name: attention[name].layer_idx)
-    places = [place for place, letter in enumerate(name) if letter == "."]
-    around = [decoder.get_submodule(name[:place]) for place in (0, *places, len(name))]
-    if any(module._forward_hooks or hasattr(module, "_hf_hook") for module in around):
-        return None
-    layer_idx: int = attention[name].layer_idx
-    return layer_idx
-
-
-def _is_attention(module: nn.Module) -> bool:
-    return hasattr(module, "layer_idx") and not any(hasattr(child, "layer_idx") for child in module.children())
 
 
 def _begin_hop(module: nn.Module, args: Any) -> None:
@@ -145,16 +122,14 @@ def _end_hop(module: nn.Module, args: Any, output: Any) -> Any:
 
 
 @contextmanager
-def _caches_under_checkpointing(decoder: nn.Module) -> Iterator[None]:
+def _caches_under_checkpointing(decoder: nn.Module, parts: DecoderParts) -> Iterator[None]:
     """Let layers that transformers checkpoints keep the cache they are given: ours may be written again.
 
     Some decoders (GPT-2) do not even give it to their layers while they are told of checkpointing, which the layers do.
     """
-    layers = [
-        module for module in decoder.modules() if getattr(type(module), "_can_checkpoint_with_cache", None) is False
-    ]
+    layers = [module for module in parts.switches if getattr(type(module), _WITH_CACHE, None) is False]
     for layer in layers:
-        vars(layer)["_can_checkpoint_with_cache"] = True
+        vars(layer)[_WITH_CACHE] = True
     was_told = vars(decoder).get("gradient_checkpointing")
     if was_told:
         vars(decoder)["gradient_checkpointing"] = False
@@ -164,18 +139,17 @@ def _caches_under_checkpointing(decoder: nn.Module) -> Iterator[None]:
         if was_told:
             vars(decoder)["gradient_checkpointing"] = True
         for layer in layers:
-            vars(layer).pop("_can_checkpoint_with_cache", None)
+            vars(layer).pop(_WITH_CACHE, None)
 
 
 @contextmanager
-def _last_layer_whole(decoder: nn.Module) -> Iterator[None]:
+def _last_layer_whole(parts: DecoderParts) -> Iterator[None]:
     """Let the last layer that transformers checkpoints save what it computes.
 
     Its backward comes first: computed again, all of that would be live at the same moment.
     """
-    kind = "_can_checkpoint_with_cache"
     checkpointed = [
-        module for module in decoder.modules() if hasattr(type(module), kind) and module.gradient_checkpointing
+        module for module in parts.switches if hasattr(type(module), _WITH_CACHE) and module.gradient_checkpointing
     ]
     for layer in checkpointed[-1:]:
         vars(layer)["gradient_checkpointing"] = False

@@ -131,13 +131,13 @@ def has_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def check_checkpointing(decoder: nn.Module, context_gradient: str, plan: TargetPlan) -> None:
-    """Raise ValueError where reentrant checkpointing of `decoder` would lose a gradient.
+def check_checkpointing(switches: list[nn.Module], context_gradient: str, plan: TargetPlan) -> None:
+    """Raise ValueError where reentrant checkpointing of one of the modules that have its switch would lose a gradient.
 
     Its blocks run without a graph first, and so do the keys that they leave to later stages.
     """
     num_targets = sum(stage.is_target for stage in plan.stages)
-    if (num_targets > 1 or context_gradient != "none") and is_reentrant(decoder):
+    if (num_targets > 1 or context_gradient != "none") and is_reentrant(switches):
         raise ValueError(
             "use_reentrant: expected False in gradient_checkpointing_kwargs with context where targets attend to keys "
             f"that have a gradient (several turns, or context_gradient), got reentrant with {num_targets} "

@@ -31,8 +31,9 @@ import torch
 from torch import Tensor, nn
 
 from ..targets import IGNORED, TargetPlan, TargetRule, plan_targets
+from .decoder_parts import PARTS, parts_of
 from .swapping import is_swapped, subclass, swap_back
-from .target_checks import ATTENTION, TAKES_MASKS, check_ranks, find_decoder, gathers_weights, has_ranks, without_peft
+from .target_checks import ATTENTION, TAKES_MASKS, check_ranks, find_decoder, has_ranks, without_peft
 from .without_target import run_without_target
 
 _PLAN = "_dropbp_target_plan"
@@ -63,7 +64,7 @@ def unpatch_targets(model: nn.Module) -> bool:
     for module in patched:
         swap_back(module, _ORIGINAL)
         TargetRule.take_off(module)
-        for name in ("_dropbp_decoder", _PLAN):
+        for name in ("_dropbp_decoder", _PLAN, PARTS):
             vars(module).pop(name, None)
     return bool(patched)
 
@@ -174,10 +175,10 @@ def _named(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, An
 
 def _plan_of(decoder: Any, rule: TargetRule, labels: Tensor, inputs: dict[str, Any]) -> TargetPlan:
     plan = _make_plan(decoder, rule, labels, inputs)
-    if has_ranks() and gathers_weights(decoder):
+    if has_ranks() and parts_of(decoder).gathers_weights:
         from .staged_decoder import sliced
 
-        stages = () if plan.num_target == 0 or plan.is_dense else sliced(decoder, rule, plan).stages
+        stages = () if plan.num_target == 0 or plan.is_dense else sliced(parts_of(decoder), rule, plan).stages
         num_targets = sum(stage.is_target for stage in stages)
         check_ranks(decoder, len(stages) or int(plan.is_dense), num_targets or int(plan.is_dense))
     return plan

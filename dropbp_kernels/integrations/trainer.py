@@ -259,7 +259,7 @@ class DropBPCallback(TrainerCallback, ExportableState):
                 lambda: self._loss(model, inputs),
                 definition=self.definition,
                 allocation=self.allocation,
-                method="published" if is_reentrant(model) else "exact",
+                method="published" if is_reentrant(model.modules()) else "exact",
             )
             self._is_calibrated = True
 

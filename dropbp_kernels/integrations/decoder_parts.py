@@ -1,0 +1,70 @@
+"""The modules of a decoder that the stages of a target plan ask about.
+
+They are found once and not in each step: a model of 32 layers with adapters has thousands of modules, and a few walks
+through them take as long as some layers.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from ..layer import DropBP
+from .swapping import is_fsdp
+from .target_checks import gathers_weights
+
+PARTS = "_dropbp_parts"
+
+
+class DecoderParts:
+    """Found in `decoder` as it is now.
+
+    gates: those of its branches. switches: modules with transformers' switch for checkpointing, the decoder among them.
+    attention: modules that leave keys in a cache, in their order. around: from the decoder to the attention of its last
+    layer. gathers_weights: whether ranks share out its weights and gather them in each pass.
+    """
+
+    def __init__(self, decoder: nn.Module):
+        modules = dict(decoder.named_modules())
+        self.gates = [module for module in modules.values() if isinstance(module, DropBP)]
+        self.switches: list[Any] = [module for module in modules.values() if hasattr(module, "gradient_checkpointing")]
+        attention = {name: module for name, module in modules.items() if _is_attention(module)}
+        self.attention: list[Any] = list(attention.values())
+        self._name = max(attention, key=lambda name: attention[name].layer_idx, default="")
+        self.around = _around(decoder, self._name)
+        self._types = [type(module) for module in self.around]
+        self.gathers_weights = gathers_weights(decoder)
+
+    def still_hold(self, decoder: nn.Module) -> bool:
+        """Whether nobody has wrapped the last layer since, or swapped a class around it, as FSDP does."""
+        try:
+            around = _around(decoder, self._name)
+        except AttributeError:
+            return False
+        same = len(around) == len(self.around) and all(map(lambda a, b: a is b, around, self.around))
+        return same and [type(module) for module in around] == self._types
+
+    @property
+    def last_keys(self) -> int | None:
+        """The last layer that leaves keys to later stages: in it a context stage may end, before its attention and MLP.
+
+        None where a module around them has to see its own end, since hooks of it bring weights and take them away.
+        """
+        held = any(module._forward_hooks or hasattr(module, "_hf_hook") or is_fsdp(module) for module in self.around)
+        return None if held or not self._name else self.around[-1].layer_idx  # type: ignore[return-value]
+
+
+def parts_of(decoder: nn.Module) -> DecoderParts:
+    """The parts of a patched decoder; cost: a walk through its modules at the first call."""
+    parts: DecoderParts | None = vars(decoder).get(PARTS)
+    if parts is None or not parts.still_hold(decoder):
+        parts = vars(decoder)[PARTS] = DecoderParts(decoder)
+    return parts
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return hasattr(module, "layer_idx") and not any(hasattr(child, "layer_idx") for child in module.children())
+
+
+def _around(decoder: nn.Module, name: str) -> list[nn.Module]:
+    dots = [place for place, letter in enumerate(name) if letter == "."]
+    return [decoder.get_submodule(name[:place]) for place in dict.fromkeys((0, *dots, len(name)))]
