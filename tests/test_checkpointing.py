@@ -177,6 +177,8 @@ def test_a_cache_left_on_does_not_see_keys_twice(way):
     assert cache is None or cache.get_seq_length() == 0
     with torch.no_grad():  # and generation has its cache
         assert model.eval()(**batch).past_key_values.get_seq_length() == 10
+        if way == "kept":  # in training mode too, as TRL generates
+            assert model.train()(**batch).past_key_values.get_seq_length() == 10
 
 
 def test_gradient_checkpointing_switched_on_before_patching_and_left_after():

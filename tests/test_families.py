@@ -136,8 +136,35 @@ def test_a_name_that_the_block_lacks_is_refused_and_nothing_is_patched(mine):
     entry = Family(("MyBlock",), {"attention": ("norm", "attn"), "mlp": ("norm2", "up", "down")})
     with pytest.raises(ValueError, match=r"'mlp' of MyBlock to have norm2, up, down, but there is no norm2"):
         apply_dropbp(model, 0.5, families=[entry])
-    assert all("dropbp" not in name for module in model.modules() for name in vars(module))
-    assert type(model[0].norm) is nn.LayerNorm
+    assert not left_of_dropbp(model)
+
+
+def test_a_module_that_ends_two_branches_is_refused_and_nothing_is_patched():
+    model = tiny_causal_lm("opt")
+    blocks = model.model.decoder.layers
+    blocks[1].fc2 = blocks[0].fc2
+    with pytest.raises(ValueError, match="fc2 of OPTDecoderLayer ends two"):
+        apply_dropbp(model, 0.5)
+    assert not left_of_dropbp(model)
+
+
+def test_a_warning_made_an_error_leaves_nothing_patched(mine):
+    model = nn.Sequential(MyBlock(), MyBlock())
+    with pytest.raises(UserWarning, match="FLOPs unknown"):  # as the test-suite makes them
+        apply_dropbp(model, 0.5)
+    assert not left_of_dropbp(model)
+
+
+def test_a_handler_of_a_patch_that_was_removed_gates_nothing():
+    model = tiny_causal_lm("opt")
+    handler = apply_dropbp(model, 0.5)
+    remove_dropbp(model)
+    handler.set_plan([False] * 4)
+    assert not left_of_dropbp(model)
+
+
+def left_of_dropbp(model):
+    return [name for module in model.modules() for name in (*vars(module), *vars(type(module))) if "dropbp" in name]
 
 
 def test_bad_registrations(mine):

@@ -57,6 +57,7 @@ def test_another_process_reads_it_and_goes_on(tmp_path):
         assert (classes, loss) == (expected[name][0], pytest.approx(expected[name][1])), name
 
 
+ONE_KEPT = [False, False, True, False, False, False]
 EVERYTHING = {"fused": True, "context": "inference", "fused_loss": "chunked"}
 
 
@@ -78,7 +79,7 @@ def test_adapters_are_merged_into_it(options):
     model = with_lora(tiny_causal_lm())
     handler = apply_dropbp(model, 0.5, **options)
     merged = model.merge_and_unload().requires_grad_(True)
-    handler.set_plan([False, False, True, False, False, False])
+    handler.set_plan(ONE_KEPT)
     merged(**batch).loss.backward()
     in_blocks = {name for name, grad in gradients(merged).items() if grad is not None and "layers." in name}
     assert {name.split(".")[2] for name in in_blocks} == {"1"}
@@ -102,7 +103,7 @@ def test_accelerate_prepares_it(accelerator, order):
     handler = apply_dropbp(model, 0.5) if order == "before" else None
     prepared = accelerator.prepare(model)
     handler = handler or apply_dropbp(prepared, 0.5)
-    handler.set_plan([False, False, True, False, False, False])
+    handler.set_plan(ONE_KEPT)
     accelerator.backward(prepared(**tiny_batch()).loss)
     assert all(
         "layers.1.self_attn" in name or "layers.1.input" in name
@@ -111,3 +112,35 @@ def test_accelerate_prepares_it(accelerator, order):
     )
     remove_dropbp(accelerator.unwrap_model(prepared))
     assert all("dropbp" not in name for module in model.modules() for name in vars(module))
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("options", [{}, {"checkpoint": "kept"}, {"fused": True}])
+def test_accelerate_spreads_it_over_devices(options, order):
+    """Its hooks replace the forwards of instances, and call those that they found."""
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny_causal_lm(use_cache=True)  # which checkpointed branches must not be given
+    expected = gradients(detached_backward(tiny_causal_lm(use_cache=True)))
+    if order == "before":
+        accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    handler = apply_dropbp(model, 0.5, fused_loss="off", **options)
+    if order == "after":
+        accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    handler.set_plan(ONE_KEPT)
+    model(**tiny_batch()).loss.backward()
+    for name, grad in gradients(model).items():
+        assert (grad is None) == (expected[name] is None), name
+        if grad is not None:
+            torch.testing.assert_close(grad, expected[name])
+    remove_dropbp(model)
+    model.zero_grad()
+    model(**tiny_batch()).loss.backward()
+    assert all(grad is not None for grad in gradients(model).values())
+
+
+def detached_backward(model):
+    """`model` with the gradients of detaching all branches but one."""
+    handler = apply_dropbp(model, 0.5, dropped_runs="detach", fused_loss="off")
+    handler.set_plan(ONE_KEPT)
+    model(**tiny_batch()).loss.backward()
+    return model

@@ -139,7 +139,7 @@ def _warn_of_reentrant() -> None:
 
 
 def without_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` of a block that passes no key/value cache on while its gates checkpoint or go by rows.
+    """`forward` of a block that passes no key/value cache on while it trains with gates that checkpoint or go by rows.
 
     A branch that is computed again would append its keys twice, unless the cache `is_recomputable`. transformers takes
     the cache away from the blocks that it checkpoints; this is for apply_dropbp(..., checkpoint="kept"). A branch by
@@ -150,7 +150,7 @@ def without_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def forward_without_cache(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         caches = [kwargs[name] for name in _CACHES if kwargs.get(name) is not None]
-        is_safe = all(getattr(cache, "is_recomputable", False) for cache in caches)
+        is_safe = not torch.is_grad_enabled() or all(getattr(cache, "is_recomputable", False) for cache in caches)
         if not is_safe and ((self.training and _checkpoints(self)) or _goes_by_rows(self)):
             kwargs.update(dict.fromkeys(_CACHES & kwargs.keys()))
             if "use_cache" in kwargs:
@@ -163,7 +163,7 @@ def without_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
 def _goes_by_rows(block: nn.Module) -> bool:
     """Whether a branch is called with some rows at a time, whose keys a cache of the batch cannot take."""
     gates = (gate for gate in block.modules() if isinstance(gate, DropBP))
-    return torch.is_grad_enabled() and any(not isinstance(gate.kept, bool) for gate in gates)
+    return any(not isinstance(gate.kept, bool) for gate in gates)
 
 
 def _checkpoints(block: nn.Module) -> bool:

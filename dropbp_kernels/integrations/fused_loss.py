@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
 from ..losses import linear_cross_entropy, rows_of_slice
-from .swapping import subclass, swap_back
+from .swapping import subclass, swap, swap_back
 
 KINDS = ("auto", "off", "chunked", "torch", "liger")
 
@@ -45,10 +45,10 @@ def patch_head(model: nn.Module, kind: str) -> bool:
     if kind == "off":
         return False
     find_head = getattr(model, "get_output_embeddings", None)
-    head = find_head() if callable(find_head) else None
+    head: Any = find_head() if callable(find_head) else None
     reason = _why_not(head)
     if reason is None:
-        head.__class__ = _head_class(nn.Linear, kind)
+        swap(head, _head_class, kind)
     elif kind != "auto":
         raise ValueError(f"fused_loss: expected a model with a plain nn.Linear as its head for {kind!r}, got {reason}")
     return reason is None

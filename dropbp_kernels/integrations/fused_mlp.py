@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..ops.checks import DTYPES
 from ..ops.glu import geglu, swiglu
 from .fusing import has_kernel, is_watched
-from .swapping import is_swapped, subclass, swap_back
+from .swapping import is_swapped, subclass, swap, swap_back
 
 _ORIGINAL = "_dropbp_original_mlp"  # of its own: gating may make a class of the one that is made here
 # MLPs by class name that compute down_proj(act(gate_proj(x)) * up_proj(x)), and the name of their activation;
@@ -44,7 +44,7 @@ def install(model: nn.Module, fused: bool | str) -> None:
     for module in model.modules():
         name = type(module).__name__
         if name in _SEPARATE or name in _PACKED:
-            module.__class__ = _fused_class(type(module), fused)  # type: ignore[arg-type]
+            swap(module, _fused_class, fused)
 
 
 def uninstall(model: nn.Module) -> None:

@@ -28,7 +28,7 @@ from ..ops.gated_residual_layer_norm import gated_residual_layer_norm
 from ..ops.gated_residual_rms_norm import gated_residual_rms_norm
 from ..ops.permuted_norm import permuted_layer_norm, permuted_rms_norm
 from ..row_plan import Rows
-from .swapping import subclass
+from .swapping import subclass, swap
 
 FUSED = (True, False, "auto")
 # RMSNorms by class name: how they cast. "llama" rounds before the product with the weight, "gemma" scales by
@@ -292,8 +292,7 @@ def install(model: nn.Module, fused: bool | str) -> None:
         vars(backbone)["_dropbp_handle"] = backbone.register_forward_pre_hook(_hand_on, with_kwargs=True)
         norm = _blocks_and_norm(backbone)[1]
         if not hasattr(type(norm), "_dropbp_original"):
-            original: Any = type(norm)
-            norm.__class__ = _final_norm_class(original)
+            swap(norm, _final_norm_class)
 
 
 def uninstall(model: nn.Module) -> None:

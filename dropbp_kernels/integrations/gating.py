@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from ..by_rows import RowSplit
 from ..layer import DropBP, as_inference
 from ..row_plan import Rows
-from .swapping import is_swapped, subclass, swap_back
+from .swapping import is_swapped, subclass, swap, swap_back
 
 
 class ModuleGate(DropBP):
@@ -32,8 +32,8 @@ class ModuleGate(DropBP):
             one's output enters the residual stream (a constant factor or dropout may stand between).
         flops, per_token: as in `DropBP`.
 
-    A module may be replaced after the gate was made (PEFT puts an adapter around a linear): `refresh` finds and gates
-    the one that bears the name now. It is called with every plan.
+    Modules are gated from the first `refresh` until `release`. One may be replaced meanwhile (PEFT puts an adapter
+    around a linear): `refresh`, called with every plan, finds and gates the one that bears the name now.
     """
 
     def __init__(
@@ -46,22 +46,35 @@ class ModuleGate(DropBP):
     ):
         super().__init__(flops, per_token=per_token)
         self.paths = tuple(paths)
-        self._block = (block,)  # in a tuple, so that nn.Module does not register its own parent
-        self.refresh()
+        self._block: tuple[nn.Module, ...] = (block,)  # in a tuple, so that nn.Module does not register its own parent
 
     def refresh(self) -> None:
-        """Gate the modules that bear the branch's names now, and release those that bore them before."""
+        """Gate the modules that bear the branch's names now, and release those that bore them before.
+
+        Errors: ValueError, with all as it was, for a module that ends another branch already.
+        """
+        if not self._block:
+            return
         (block,) = self._block
         modules = tuple(block.get_submodule(path) for path in self.paths)
         if len(modules) == len(self.modules_of_branch) and all(map(_is, modules, self.modules_of_branch)):
             return
-        self.release()
+        if vars(modules[-1]).get("_dropbp_last_of", self) is not self:
+            raise ValueError(
+                f"model: expected a module of its own at the end of every branch, but {self.paths[-1]} of "
+                f"{type(block).__name__} ends two; share the whole block, or give each its own"
+            )
+        self._unbind()
         for module in modules:
             _bind(module, self, is_last=module is modules[-1])
         self.modules_of_branch = modules
 
     def release(self) -> None:
-        """Give the branch's modules their own class back, unless another gate still holds them."""
+        """Give the branch's modules their own class back, unless another gate still holds them; gate none again."""
+        self._unbind()
+        self._block = ()
+
+    def _unbind(self) -> None:
         for module in self.modules_of_branch:
             _unbind(module, self)
         self.modules_of_branch = ()
@@ -100,8 +113,7 @@ def _bind(module: nn.Module, gate: ModuleGate, *, is_last: bool) -> None:
     if is_last:
         state["_dropbp_last_of"] = gate
     if not is_swapped(module):
-        original: Any = type(module)
-        module.__class__ = _gated_class(original)
+        swap(module, _gated_class)
 
 
 def _unbind(module: nn.Module, gate: ModuleGate) -> None:

@@ -9,6 +9,8 @@ made anew where it is read: `torch.save(model)` works, and the loaded model is p
 
 import copyreg
 import functools
+import types
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -40,6 +42,19 @@ def _pickled_by_maker(metaclass: Any) -> Any:
     return made
 
 
+def swap(module: nn.Module, make: Callable[..., Any], *args: Any) -> None:
+    """Give `module` the class that `make` makes of its class and `args`.
+
+    Where accelerate spreads a model over devices, a forward of its own calls the one that it found: that of the class.
+    """
+    old: Any = type(module)
+    new = make(old, *args)
+    found = vars(module).get("_old_forward")
+    if getattr(found, "__func__", None) is old.forward:
+        vars(module)["_old_forward"] = types.MethodType(new.forward, module)
+    module.__class__ = new
+
+
 def is_swapped(module: nn.Module, original_as: str = "_dropbp_original") -> bool:
     """Whether `module` is of a class that `subclass` made, or that another (`fully_shard`) made of such a one."""
     return hasattr(type(module), original_as)
@@ -47,8 +62,7 @@ def is_swapped(module: nn.Module, original_as: str = "_dropbp_original") -> bool
 
 def swap_back(module: nn.Module, original_as: str = "_dropbp_original") -> None:
     """Give `module` the class back that it had before; what somebody else made of its class meanwhile stays."""
-    cls: Any = type(module)
-    module.__class__ = _without(cls, original_as)
+    swap(module, _without, original_as)
 
 
 @functools.cache

@@ -16,6 +16,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -30,7 +31,7 @@ from .families import FAMILIES, Family
 from .fused_loss import check_fused_loss, patch_head, unpatch_head
 from .gating import ModuleGate
 from .row_batches import recorded_outputs, stop_telling, tell_gates_of_batches
-from .swapping import is_swapped, subclass, swap_back
+from .swapping import is_swapped, subclass, swap, swap_back
 from .target_checks import check_context
 from .target_plans import patch_targets, unpatch_targets
 
@@ -108,7 +109,8 @@ def apply_dropbp(
             f"model: expected blocks of a known family ({names}), got none; module types found: {found}. "
             "Name your blocks' branches with register_family, or pass inputs=... to have them looked for."
         )
-    try:
+    with ExitStack() as undo:
+        undo.callback(_unpatch, model)
         fused_mlp.install(model, fused)
         for block, family in blocks:
             _patch(block, family)
@@ -121,13 +123,11 @@ def apply_dropbp(
         if context is not None:
             patch_targets(model, TargetRule(context_gradient, context_keep, shared_context, target_windows))
         handler = DropBPHandler(model, drop_rate, **options)
-    except (TypeError, ValueError):
-        _unpatch(model)
-        raise
-    if handler.granularity != "branch":
-        tell_gates_of_batches(model)
-    if families is None and (ungated := ungated_blocks(model)):
-        _warn_of_ungated(ungated)
+        if handler.granularity != "branch":
+            tell_gates_of_batches(model)
+        if families is None and (ungated := ungated_blocks(model)):
+            _warn_of_ungated(ungated)
+        undo.pop_all()
     return handler
 
 
@@ -190,8 +190,10 @@ def _patch(block: nn.Module, family: Family) -> None:
     for name, gate in gates.items():
         block.add_module(name, gate)
         gate.records = recorded_outputs
+    for gate in gates.values():
+        gate.refresh()
     if family.forward is not None:
-        _swap_class(block, family.forward)
+        swap(block, _class_with, family.forward)
 
 
 def _patch_checkpointed(model: nn.Module) -> None:
@@ -202,12 +204,7 @@ def _patch_checkpointed(model: nn.Module) -> None:
 
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer) and find_gates(module) and not is_swapped(module):
-            _swap_class(module, None)
-
-
-def _swap_class(module: nn.Module, forward: Callable[..., Any] | None) -> None:
-    original: Any = type(module)
-    module.__class__ = _class_with(original, forward)
+            swap(module, _class_with, None)
 
 
 @functools.cache
