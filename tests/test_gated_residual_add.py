@@ -121,6 +121,9 @@ def test_extreme_values(backend, device):
         grad = raw.gated_residual_add_backward(tensor, None, scale, 1.0, dtype)
         assert grad[0].tolist() == [0.0] * len(values)  # not 0 * inf
         torch.testing.assert_close(grad[1], tensor[1] * 2, equal_nan=True, rtol=0, atol=0)
+        for scale in (float("inf"), float("-inf")):  # as a loss scaler that overflowed hands it on
+            grad = raw.gated_residual_add_backward(tensor, None, None, scale, dtype)
+            torch.testing.assert_close(grad, tensor * scale, equal_nan=True, rtol=0, atol=0)
 
 
 def test_indices_beyond_2_31(backend, device):
