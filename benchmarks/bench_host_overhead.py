@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dropbp_kernels import DropBP
 from dropbp_kernels.ops import gated_residual_add, gated_residual_rms_norm
+from dropbp_kernels.ops.raw import raw
 
 from .baselines import add_then_aten_norm, add_then_norm
 from .rows import Row, machine, op_rows
@@ -27,7 +28,6 @@ def make_cases(device: torch.device, num_calls: int) -> Iterator[Case]:
     """Each function of ours next to the aten calls that it replaces, here named eager."""
     residual, branch, weight = (torch.randn(1, 1, device=device) for _ in range(3))
     weight, rows = weight[0], torch.zeros(1, dtype=torch.int64, device=device)
-    raw = torch.ops.dropbp_kernels
     trained = residual.clone().requires_grad_(), branch.clone().requires_grad_()
     kept, dropped = DropBP(), DropBP()
     dropped.kept = False

@@ -55,6 +55,15 @@ class Config:
         if not isinstance(self.programs_per_multiprocessor, int) or not 0 <= self.programs_per_multiprocessor <= 64:
             raise ValueError(f"programs_per_multiprocessor: expected 0 to 64, got {self.programs_per_multiprocessor!r}")
 
+    @functools.cached_property
+    def options(self) -> dict[str, Any]:
+        """What Triton is told beside a kernel's arguments.
+
+        Products and sums are rounded each, as the interpreter and the C++ kernels do it: a frozen weight then changes
+        no bit of another gradient. Said, because what Triton does unasked changes between its versions.
+        """
+        return {"num_warps": self.num_warps, "enable_fp_fusion": False}
+
     def __str__(self) -> str:
         programs = f", {self.programs_per_multiprocessor} programs" if self.programs_per_multiprocessor else ""
         return f"block {self.block}, {self.num_warps} warps{programs}"

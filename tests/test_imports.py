@@ -12,7 +12,7 @@ import dropbp_kernels
 ROOT = Path(dropbp_kernels.__file__).parent
 # Rooms of the package, lowest first; a room imports only rooms of a lower level and files of its own. Ops and their
 # Triton kernels stand in one file each: of their own room those import only what several ops share.
-SHARED = {"ops": {"schema", "derivative", "boundary", "checks"}, "_triton": {"rows"}}
+SHARED = {"ops": {"schema", "derivative", "boundary", "checks", "raw"}, "_triton": {"rows"}}
 LEVELS = {
     "reference": 0,
     "measure": 0,

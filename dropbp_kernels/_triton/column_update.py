@@ -110,7 +110,7 @@ def launch_column_update_(weight: Tensor, delta: Tensor, index: Tensor, scale: f
             WIDE=wide_of(wide)[1],
             BY_COLUMN=weight.stride(0) == 1,
             BLOCK=config.block,
-            num_warps=config.num_warps,
+            **config.options,
         )
     return original
 
@@ -129,5 +129,5 @@ def launch_column_restore_(weight: Tensor, original: Tensor, index: Tensor) -> N
             *weight.stride(),
             BY_COLUMN=weight.stride(0) == 1,
             BLOCK=config.block,
-            num_warps=config.num_warps,
+            **config.options,
         )

@@ -118,7 +118,7 @@ def _add(residual: Tensor, branch: Tensor, output: Tensor, rows: Tensor | None) 
             HAS_ROWS=rows is not None,
             WIDE=wide_of(residual.dtype)[1],
             BLOCK=config.block,
-            num_warps=config.num_warps,
+            **config.options,
         )
 
 
@@ -166,6 +166,6 @@ def launch_gated_residual_add_backward(
             HAS_ROW_SCALE=row_scale is not None,
             WIDE=wide_of(torch.promote_types(grad_output.dtype, dtype))[1],
             BLOCK=config.block,
-            num_warps=config.num_warps,
+            **config.options,
         )
     return grad_branch

@@ -258,7 +258,7 @@ def launch_gated_residual_layer_norm(
             IS_ONE_BLOCK=block >= width,
             WIDE=wide,
             BLOCK=block,
-            num_warps=config.num_warps,
+            **config.options,
         )
     return normed, new_residual, mean, rstd
 
@@ -312,7 +312,7 @@ def launch_gated_residual_layer_norm_backward(
             IS_ONE_BLOCK=is_one_block,
             WIDE=wide,
             BLOCK=block,
-            num_warps=config.num_warps,
+            **config.options,
         )
         if any(is_wanted) and not is_one_block:
             blocks_per_row = triton.cdiv(width, block)
@@ -330,7 +330,7 @@ def launch_gated_residual_layer_norm_backward(
                 BIAS_GRAD=bias_grad,
                 WIDE=wide,
                 BLOCK=block,
-                num_warps=config.num_warps,
+                **config.options,
             )
     grad_weight, grad_bias = (
         partial.sum(0).to(weight.dtype) if wanted else weight.new_empty(0)

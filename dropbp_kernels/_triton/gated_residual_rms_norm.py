@@ -198,7 +198,7 @@ def launch_gated_residual_rms_norm(
             IS_ONE_BLOCK=block >= width,
             WIDE=wide,
             BLOCK=block,
-            num_warps=config.num_warps,
+            **config.options,
         )
     return normed, new_residual, rstd
 
@@ -244,7 +244,7 @@ def launch_gated_residual_rms_norm_backward(
             IS_ONE_BLOCK=is_one_block,
             WIDE=wide,
             BLOCK=block,
-            num_warps=config.num_warps,
+            **config.options,
         )
         if weight_grad and not is_one_block:
             blocks_per_row = triton.cdiv(width, block)
@@ -259,7 +259,7 @@ def launch_gated_residual_rms_norm_backward(
                 D=width,
                 WIDE=wide,
                 BLOCK=block,
-                num_warps=config.num_warps,
+                **config.options,
             )
     if not weight_grad:
         return grad_residual, torch.empty(0, dtype=weight.dtype, device=weight.device)

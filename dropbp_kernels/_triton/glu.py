@@ -121,7 +121,7 @@ def _launch(kernel: triton.JITFunction, table: LaunchTable, activation: str, *op
             ACTIVATION=activation,
             WIDE=wide_of(gate.dtype)[1],
             BLOCK=block,
-            num_warps=config.num_warps,
+            **config.options,
         )
 
 

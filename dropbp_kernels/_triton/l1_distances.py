@@ -67,6 +67,6 @@ def launch_l1_distances(features: Tensor) -> Tensor:
             WIDE=wide,
             TILE=tile,
             COLUMNS=COLUMNS,
-            num_warps=config.num_warps,
+            **config.options,
         )
     return distances

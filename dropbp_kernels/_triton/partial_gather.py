@@ -55,6 +55,6 @@ def launch_partial_gather(input: Tensor, index: Tensor) -> Tensor:
             index.shape[0],
             count,
             BLOCK=config.block,
-            num_warps=config.num_warps,
+            **config.options,
         )
     return output

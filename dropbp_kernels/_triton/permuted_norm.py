@@ -278,7 +278,7 @@ def launch_permuted_norm(
             IS_ONE_BLOCK=block >= width,
             WIDE=wide,
             BLOCK=block,
-            num_warps=config.num_warps,
+            **config.options,
         )
     return kept, dropped, rows, mean, rstd
 
@@ -334,7 +334,7 @@ def launch_permuted_norm_backward_(
             IS_ONE_BLOCK=is_one_block,
             WIDE=wide,
             BLOCK=block,
-            num_warps=config.num_warps,
+            **config.options,
         )
         if has_partial and not is_one_block:
             blocks_per_row = triton.cdiv(width, block)
@@ -351,7 +351,7 @@ def launch_permuted_norm_backward_(
                 CENTERED=centered,
                 WIDE=wide,
                 BLOCK=block,
-                num_warps=config.num_warps,
+                **config.options,
             )
     if not grad_residual.is_contiguous():
         grad_residual.copy_(target)

@@ -74,6 +74,6 @@ def launch_permuted_residual_add(residual: Tensor, kept: Tensor, dropped: Tensor
             blocks_per_row,
             WIDE=wide_of(residual.dtype)[1],
             BLOCK=config.block,
-            num_warps=config.num_warps,
+            **config.options,
         )
     return output

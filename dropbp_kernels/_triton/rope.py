@@ -107,7 +107,7 @@ def _launch(output: Tensor, x: Tensor, cos: Tensor, sin: Tensor, transpose: bool
             HEADS=heads,
             BLOCK=block,
             REST=triton.next_power_of_2(max(width - 2 * half, 1)),
-            num_warps=config.num_warps,
+            **config.options,
         )
 
 

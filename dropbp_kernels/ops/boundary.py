@@ -12,8 +12,7 @@ from torch import Tensor
 
 from .checks import DTYPES, check_dtype, check_holds
 from .derivative import Function, first_derivative
-
-_raw = torch.ops.dropbp_kernels
+from .raw import raw as _raw
 
 
 def check(residual: Tensor, branch: Tensor, weight: Tensor, grad_scale: float) -> None:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_channels, check_dtype
-
-_raw = torch.ops.dropbp_kernels
+from .raw import raw as _raw
 
 
 def column_update(weight: Tensor, delta: Tensor, index: Tensor, *, scale: float = 1.0) -> Tensor:

@@ -22,8 +22,7 @@ from torch import Tensor
 from .boundary import NextDropped, check, share
 from .checks import check_bias
 from .derivative import Function, first_derivative
-
-_raw = torch.ops.dropbp_kernels
+from .raw import raw as _raw
 
 
 def gated_residual_layer_norm(

@@ -23,10 +23,9 @@ from torch import Tensor
 from ..ownership import owns_saved_tensors
 from .checks import check_dtype
 from .derivative import Function, first_derivative
+from .raw import raw as _raw
 
 APPROXIMATIONS = {"none": "gelu", "tanh": "gelu_tanh"}
-
-_raw = torch.ops.dropbp_kernels
 
 
 def swiglu(gate: Tensor, up: Tensor, *, inplace: bool = False, donate: bool = False) -> Tensor:

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_dtype
-
-_raw = torch.ops.dropbp_kernels
+from .raw import raw as _raw
 
 
 def l1_distances(features: Tensor) -> Tensor:

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from .checks import check_channels, check_dtype
 from .derivative import Function, first_derivative
-
-_raw = torch.ops.dropbp_kernels
+from .raw import raw as _raw
 
 
 def partial_gather(input: Tensor, index: Tensor) -> Tensor:

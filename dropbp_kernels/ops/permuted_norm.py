@@ -19,8 +19,7 @@ from ..ownership import owns_gradient
 from ..permutation import check_permutation, row_shape
 from .checks import check_bias, check_dtype, is_gemma
 from .derivative import Function
-
-_raw = torch.ops.dropbp_kernels
+from .raw import raw as _raw
 
 
 def permuted_rms_norm(

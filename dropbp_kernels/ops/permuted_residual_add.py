@@ -12,8 +12,7 @@ from torch import Tensor
 from ..permutation import check_permutation
 from .checks import check_dtype, check_holds, split_grad_scale
 from .derivative import Function, first_derivative
-
-_raw = torch.ops.dropbp_kernels
+from .raw import raw as _raw
 
 
 def permuted_residual_add(

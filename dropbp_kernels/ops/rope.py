@@ -19,8 +19,7 @@ from torch import Tensor
 
 from .checks import check_dtype
 from .derivative import Function, first_derivative
-
-_raw = torch.ops.dropbp_kernels
+from .raw import raw as _raw
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, inplace: bool = False) -> Tensor:
