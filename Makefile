@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-done
 SOURCES := setup.py $(wildcard csrc/*.h csrc/*/*)
-FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(wildcard tests/*.cpp)
+FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(wildcard tests/*.cpp tests/*.h)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build finetune test sanitize bench bench-compare page lint format wheel clean

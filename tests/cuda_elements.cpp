@@ -5,19 +5,12 @@
 
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <random>
 #include <type_traits>
 #include <vector>
 
-struct Index {
-  unsigned x;
-};
-static Index gridDim, blockDim, blockIdx, threadIdx;
-#define __global__
-#define __device__
-#define __trap() std::abort()
-
+#include "cuda_threads.h"
+// After it:
 #include "../csrc/cuda/column_update_kernel.cuh"
 #include "../csrc/cuda/gated_residual_add_kernel.cuh"
 #include "../csrc/cuda/glu_kernel.cuh"
@@ -234,12 +227,14 @@ void check_rope(bool is_shared) {
     return value_of(from[channel]) * value_of(cos[row + channel]) + sign * turned;
   };
   auto output = unwritten<T>(kCount), written = x;
-  launch([&] {
-    const Heads<T> to{output.data(), kSeq * kNumHeads * kWidth, kNumHeads * kWidth, kWidth};
-    const Heads<const T> from{x.data(), of_x[0], of_x[1], of_x[2]};
-    dropbp::rope_kernel<kTranspose, T, C, N>(to, from, cos.data(), sin.data(), table_stride,
-                                             kTokens, kSeq, kNumHeads, kHalf, kWidth);
-  });
+  const auto turn = [&](const Heads<T>& to, const T* from) {
+    const Heads<const T> heads{from, of_x[0], of_x[1], of_x[2]};
+    launch([&] {
+      dropbp::rope_kernel<kTranspose, T, C, N>(to, heads, cos.data(), sin.data(), table_stride,
+                                               kTokens, kSeq, kNumHeads, kHalf, kWidth);
+    });
+  };
+  turn({output.data(), kSeq * kNumHeads * kWidth, kNumHeads * kWidth, kWidth}, x.data());
   expect(
       "rope", output,
       [&](int64_t i) {
@@ -248,12 +243,7 @@ void check_rope(bool is_shared) {
         return exact(token / kSeq, token % kSeq, head, channel);
       },
       4 * kRounding<T>);
-  launch([&] {
-    const Heads<T> to{written.data(), of_x[0], of_x[1], of_x[2]};
-    const Heads<const T> from{written.data(), of_x[0], of_x[1], of_x[2]};
-    dropbp::rope_kernel<kTranspose, T, C, N>(to, from, cos.data(), sin.data(), table_stride,
-                                             kTokens, kSeq, kNumHeads, kHalf, kWidth);
-  });
+  turn({written.data(), of_x[0], of_x[1], of_x[2]}, written.data());
   expect(
       "rope in place", written,
       [&](int64_t i) {
