@@ -20,6 +20,8 @@ def tiny(model_type="llama", dtype=torch.float64, **overrides) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        elif "dropout" in vars(module):  # a number, which OPT's blocks have
+            vars(module)["dropout"] = 0.0
     return model
 
 

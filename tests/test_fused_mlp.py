@@ -18,7 +18,15 @@ from dropbp_kernels import apply_dropbp, remove_dropbp
 from dropbp_kernels.integrations import fused_mlp
 from dropbp_kernels.measure import PeakLiveBytes, saved_bytes
 
-WITHOUT = {"mixtral", "qwen3_moe", "starcoder2", "gpt2", "gpt_neox"}  # have experts alone, or no gate
+WITHOUT = {
+    "mixtral",
+    "qwen3_moe",
+    "starcoder2",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neox",
+    "opt",
+}  # have experts alone, or no gate
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import importlib
 import pytest
 import torch
 from fused_models import FUSED_MODELS, MIXED, PLANS, assert_close, backward, build, count_adds, patched
-from models import tiny_batch, with_lora
+from models import encoder_decoder, tiny_batch, with_lora
 
 from dropbp_kernels import apply_dropbp, remove_dropbp
 from dropbp_kernels._backend import use_backend
@@ -31,6 +31,81 @@ def test_logits_and_gradients_of_every_family_within_rounding(model_type, counts
         assert_close(backward(patched(plan, True, build(model_type)), batch), expected)
         assert counts == {"fused": 6, "added": 6}
         counts.update(fused=0, added=0)
+
+
+@pytest.mark.parametrize(("name", "num_fused"), [("vit", 4), ("whisper", 4)])
+def test_encoders_are_fused_up_to_their_last_norm(name, num_fused, counts):
+    """Of Whisper the encoder; its decoder has a cross-attention."""
+    results = []
+    for fused in (False, True):
+        model, inputs, num_branches = encoder_decoder(name)
+        apply_dropbp(model, 0.5, fused=fused, fused_loss="off").set_plan([i % 3 == 0 for i in range(num_branches)])
+        results.append(backward(model, inputs))
+        assert counts["fused"] == fused * num_fused
+    assert_close(*results[::-1])
+
+
+def test_dropouts_behind_and_inside_branches_draw_as_unpatched():
+    tokens, whisper = tiny_batch(), encoder_decoder("whisper")[1]
+    rates = {"dropout": 0.3, "activation_dropout": 0.2}
+
+    def opt():
+        return build("opt", dropout=0.3), tokens
+
+    def encoder():
+        model, _, _ = encoder_decoder("whisper")
+        for module in model.modules():
+            vars(module).update(
+                {name: rate for name, rate in rates.items() if isinstance(vars(module).get(name), float)}
+            )
+        return model, whisper
+
+    for make in (opt, encoder):
+        logits = []
+        for fused in (None, False, True):
+            model, inputs = make()
+            if fused is not None:
+                apply_dropbp(model, 0.5, fused=fused, fused_loss="off")
+            torch.manual_seed(3)
+            logits.append(model(**inputs).logits)
+        assert torch.equal(logits[1], logits[0])
+        torch.testing.assert_close(logits[2], logits[0], atol=1e-5, rtol=1e-5)
+        torch.manual_seed(4)
+        assert not torch.allclose(model(**inputs).logits, logits[0], atol=1e-3)  # it does draw
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_block_that_keeps_half_results_finite_still_does(fused):
+    model, inputs, _ = encoder_decoder("whisper")
+    encoder, features = model.half().model.encoder, inputs["input_features"].half()
+    with torch.no_grad():
+        encoder.layers[0].fc2.bias.fill_(6e4)
+        encoder.layers[0].self_attn.out_proj.bias.fill_(3e4)
+        expected = encoder(features, output_hidden_states=True).hidden_states
+    apply_dropbp(model, 0.5, fused=fused)
+    found = encoder(features, output_hidden_states=True).hidden_states
+    assert found[1].max() == expected[1].max() == torch.finfo(torch.float16).max - 1000
+    assert_close((found[1], {}), (expected[1], {}))
+    assert encoder(features).last_hidden_state.isfinite().all()
+
+
+def test_what_a_block_is_given_by_position_reaches_its_attention_by_name():
+    """OPT's block takes the mask first, its attention the cache."""
+    model = build("opt")
+    x, mask = torch.randn(2, 10, 32), torch.full((2, 1, 10, 10), -1e9).triu(1)
+    block = model.model.decoder.layers[0]
+    expected = block(x, mask)
+    apply_dropbp(model, 0.5, fused=True)
+    torch.testing.assert_close(block(x, mask), expected)
+    with pytest.raises(ValueError, match="encoder_hidden_states: OPTDecoderLayer has no cross-attention"):
+        block(x, mask, encoder_hidden_states=x)
+
+
+def test_norms_without_weights_are_called_as_they_are(counts):
+    batch, options = tiny_batch(), {"layer_norm_elementwise_affine": False}
+    expected = backward(patched(MIXED, False, build("opt", **options)), batch)
+    assert_close(backward(patched(MIXED, True, build("opt", **options)), batch), expected)
+    assert counts["fused"] == 0
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -116,16 +191,18 @@ def test_what_is_handed_on_is_not_held_by_the_one_who_passes_it():
         pending.take()
 
 
-def test_everything_is_put_back():
-    model = build()
+@pytest.mark.parametrize("name", ["llama", "opt", "vit", "whisper"])
+def test_everything_is_put_back(name):
+    model = build(name) if name in FUSED_MODELS else encoder_decoder(name)[0]
     before = [(name, type(module), sorted(vars(module))) for name, module in model.named_modules()]
     keys = list(model.state_dict())
     apply_dropbp(model, 0.5, fused=True)
     assert list(model.state_dict()) == keys
-    assert type(model.model.norm).__name__ == "LlamaRMSNorm"
+    assert {type(module).__name__ for module in model.modules()} >= {cls.__name__ for _, cls, _ in before}
+    assert any(module._forward_pre_hooks for module in model.modules())
     remove_dropbp(model)
     assert [(name, type(module), sorted(vars(module))) for name, module in model.named_modules()] == before
-    assert not model.model._forward_pre_hooks
+    assert not any(module._forward_pre_hooks for module in model.modules())
     apply_dropbp(model, 0.5, fused=True)  # and again
 
 

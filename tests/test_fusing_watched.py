@@ -27,11 +27,11 @@ def test_auto_fuses_where_a_kernel_serves(counts, monkeypatch):
     assert counts["fused"] == 0
 
 
-@pytest.mark.parametrize("use_config", [False, True])
-def test_recorded_hidden_states_are_whole(use_config, counts):
+@pytest.mark.parametrize(("model_type", "use_config"), [("llama", False), ("llama", True), ("opt", False)])
+def test_recorded_hidden_states_are_whole(model_type, use_config, counts):
     batch = tiny_batch()
-    expected = build()(**batch, output_hidden_states=True).hidden_states
-    model = patched(MIXED, True)
+    expected = build(model_type)(**batch, output_hidden_states=True).hidden_states
+    model = patched(MIXED, True, build(model_type))
     model.config.output_hidden_states = use_config
     found = model(**batch, **({} if use_config else {"output_hidden_states": True})).hidden_states
     assert len(found) == len(expected)
@@ -157,11 +157,12 @@ def test_compiles_without_a_break_and_fuses_nothing(counts):
     assert_close((logits, {name.removeprefix("_orig_mod."): grad for name, grad in grads.items()}), expected)
 
 
-def test_generation_is_the_same():
+@pytest.mark.parametrize("model_type", ["llama", "opt", "gpt_bigcode"])
+def test_generation_is_the_same(model_type):
     tokens = tiny_batch()["input_ids"]
     options = {"max_new_tokens": 6, "do_sample": False, "use_cache": True, "pad_token_id": 0}
-    expected = build().eval().generate(tokens, **options)
-    assert torch.equal(patched(MIXED, True).eval().generate(tokens, **options), expected)
+    expected = build(model_type).eval().generate(tokens, **options)
+    assert torch.equal(patched(MIXED, True, build(model_type)).eval().generate(tokens, **options), expected)
 
 
 @pytest.mark.parametrize("order", ["before", "after"])

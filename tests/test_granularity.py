@@ -360,7 +360,7 @@ def test_own_blocks(tokens, checkpoint):
 
 
 @pytest.mark.parametrize("tokens", [False, True], ids=["sample", "token"])
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "starcoder2"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "opt", "starcoder2"])
 def test_norms_that_read_permuted_rows(model_type, tokens):
     """In float32, where a compiled kernel serves them: the gradients of the norms themselves."""
     model = tiny_causal_lm(model_type).eval()

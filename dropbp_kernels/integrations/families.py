@@ -178,7 +178,13 @@ FAMILIES: dict[str, Family] = {
         forward=pre_norm_forward("ln_1 attn", "ln_2 mlp"),
     ),
     "gpt2_cross": Family(("GPT2Block",), _GPT2, when=lambda block: hasattr(block, "crossattention")),
-    "gpt_bigcode": Family(("GPTBigCodeBlock",), _GPT2),
+    "gpt_bigcode": Family(
+        ("GPTBigCodeBlock",),
+        _layout("ln_1 attn", "ln_2 mlp"),
+        when=lambda block: not hasattr(block, "crossattention"),
+        forward=pre_norm_forward("ln_1 attn", "ln_2 mlp"),
+    ),
+    "gpt_bigcode_cross": Family(("GPTBigCodeBlock",), _GPT2, when=lambda block: hasattr(block, "crossattention")),
     "gpt_neox_sequential": Family(
         ("GPTNeoXLayer",),
         _layout("input_layernorm attention", "post_attention_layernorm mlp"),
@@ -201,6 +207,9 @@ FAMILIES: dict[str, Family] = {
         ("OPTDecoderLayer",),
         _layout("self_attn_layer_norm self_attn", "final_layer_norm fc1 fc2"),
         when=lambda block: block.do_layer_norm_before,
+        forward=pre_norm_forward(
+            "self_attn_layer_norm self_attn dropout", "final_layer_norm fc1 activation_fn fc2 dropout"
+        ),
     ),
     "opt_post_norm": Family(
         ("OPTDecoderLayer",), _layout("self_attn", "fc1 fc2"), when=lambda block: not block.do_layer_norm_before
@@ -260,8 +269,21 @@ FAMILIES: dict[str, Family] = {
     "doge": Family(("DogeDecoderLayer",), _LLAMA),  # scales the stream by parameters, which stay with the stream
     "minimax": Family(("MiniMaxDecoderLayer",), _layout("self_attn", "mlp")),  # its norms are in the stream
     "rwkv": Family(("RwkvBlock",), _layout("ln1 attention", "ln2 feed_forward"), per_token=()),  # shifts tokens
-    "vit": Family(("ViTLayer",), _layout("layernorm_before attention", "layernorm_after mlp")),
-    "whisper": Family(("WhisperEncoderLayer", "WhisperDecoderLayer"), _WHISPER),
+    "vit": Family(
+        ("ViTLayer",),
+        _layout("layernorm_before attention", "layernorm_after mlp"),
+        forward=pre_norm_forward("layernorm_before attention dropout", "layernorm_after mlp dropout"),
+    ),
+    "whisper_encoder": Family(
+        ("WhisperEncoderLayer",),
+        _layout("self_attn_layer_norm self_attn", "final_layer_norm fc1 fc2"),
+        forward=pre_norm_forward(
+            "self_attn_layer_norm self_attn dropout",
+            "final_layer_norm fc1 activation_fn activation_dropout fc2 dropout",
+            clamps_half=True,
+        ),
+    ),
+    "whisper": Family(("WhisperDecoderLayer",), _WHISPER),
     "t5": Family(
         ("T5LayerSelfAttention", "T5LayerCrossAttention", "T5LayerFF"),
         {

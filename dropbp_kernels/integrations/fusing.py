@@ -47,7 +47,10 @@ _CASTINGS = {
 _LIGER_CASTINGS = {(0.0, "llama"): "llama", (1.0, "gemma"): "gemma"}
 _LAYER_NORM = "layer_norm"  # stands for nn.LayerNorm among the castings
 # Where models have their blocks and the norm behind the last one.
-_BLOCKS_AND_NORMS = (("layers", "norm"), ("layers", "final_layer_norm"), ("h", "ln_f"))
+_BLOCKS_AND_NORMS = (
+    *(("layers", name) for name in ("norm", "final_layer_norm", "layer_norm", "layernorm")),
+    ("h", "ln_f"),
+)
 _HANDS_ON = "dropbp_hands_on"  # keyword that travels from the model's forward to its blocks
 
 
@@ -84,8 +87,8 @@ class Pending:
 class _Branch:
     """One branch of a block by the names of its gate, its pre-norm and its other modules, first to last.
 
-    takes_arguments: whether its first module is given what else the block is given. scale: the block's attribute that
-    the branch is multiplied with.
+    A number among the modules is the probability of a dropout. takes_arguments: whether the first module is given what
+    else the block is given. scale: the block's attribute that the branch is multiplied with.
     """
 
     gate: str
@@ -94,23 +97,24 @@ class _Branch:
     takes_arguments: bool
     scale: str | None
 
-    def run(self, block: nn.Module, args: Any, kwargs: Any, x: Tensor) -> Tensor:
+    def run(self, block: nn.Module, kwargs: Any, x: Tensor) -> Tensor:
         """What the branch makes of the normalised residual x."""
         first, *others = (getattr(block, name) for name in self.modules)
-        output = first(x, *args, **kwargs) if self.takes_arguments else first(x)
+        output = first(x, **kwargs) if self.takes_arguments else first(x)
         output = output[0] if isinstance(output, tuple) else output
-        for module in others:
-            output = module(output)
+        for part in others:
+            is_module = callable(part)
+            output = part(output) if is_module else nn.functional.dropout(output, part, block.training)
         return output * getattr(block, self.scale) if self.scale else output
 
-    def extend(self, block: nn.Module, pending: Pending, args: Any, kwargs: Any, is_fused: bool) -> None:
+    def extend(self, block: nn.Module, pending: Pending, kwargs: Any, is_fused: bool) -> None:
         """Add what is pending and run the branch on it; then the branch's output is pending."""
         gate, norm = getattr(block, self.gate), getattr(block, self.norm)
         stream = pending.take()
         if not isinstance(gate.kept, bool) and torch.is_grad_enabled():
-            pending.put(Stream(self.add_by_rows(block, gate, _add(stream), norm, args, kwargs)))
+            pending.put(Stream(self.add_by_rows(block, gate, _add(stream), norm, kwargs)))
             return
-        run = functools.partial(self.run, block, args, kwargs)
+        run = functools.partial(self.run, block, kwargs)
         casting = _casting(norm, stream) if is_fused else None
         if casting is None:
             residual = _add(stream)
@@ -122,58 +126,73 @@ class _Branch:
             output = gate.run(normed, run)
         pending.put(Stream(residual, output, gate.grad_scale))
 
-    def add_by_rows(
-        self, block: nn.Module, gate: DropBP, residual: Tensor, norm: Any, args: Any, kwargs: Any
-    ) -> Tensor:
+    def add_by_rows(self, block: nn.Module, gate: DropBP, residual: Tensor, norm: Any, kwargs: Any) -> Tensor:
         """The residual and the branch, under a plan that differs from row to row: the add is the gate's."""
 
-        def run(rows: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return self.run(block, args, kwargs, rows)
+        def run(rows: Tensor, **kwargs: Any) -> Tensor:
+            return self.run(block, kwargs, rows)
 
         if not self.takes_arguments:
-            args, kwargs = (), {}
+            kwargs = {}
         split = gate.split(residual)
         casting = None if split is None or gate.checkpoint is not None else _permuted_casting(norm, residual)
         if split is None or casting is None:
-            return gate.residual_add(
-                residual, lambda rows, *args, **kwargs: run(norm(rows), *args, **kwargs), *args, **kwargs
-            )
+            return gate.residual_add(residual, lambda rows, **kwargs: run(norm(rows), **kwargs), **kwargs)
         rows = _normalise_rows(residual, norm, casting, split.rows)
-        return gate.add_rows(split, rows, run, *args, **kwargs)
+        return gate.add_rows(split, rows, run, **kwargs)
 
 
 # A class rather than a closure, so that a patched model can be pickled.
 @dataclass(frozen=True)
 class PreNormForward:
-    """The forward of a block that adds its branches to the residual one after the other, each through its gate."""
+    """The forward of a block that adds its branches to the residual one after the other, each through its gate.
+
+    clamps_half: whether the block keeps a float16 result finite (Whisper); then it is added here.
+    """
 
     branches: tuple[_Branch, ...]
+    clamps_half: bool = False
 
     def __call__(self, block: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
         hands_on = kwargs.pop(_HANDS_ON, False)
+        # By name, since a block and its attention may take the same in another order.
+        kwargs.update(zip(block._dropbp_arguments, args, strict=False))
+        if kwargs.get("encoder_hidden_states") is not None:
+            raise ValueError(f"encoder_hidden_states: {type(block).__name__} has no cross-attention that reads them")
         is_fused = _is_fused(block, hidden_states.device)
         pending = hidden_states if isinstance(hidden_states, Pending) else Pending(Stream(hidden_states))
         for branch in self.branches:
-            branch.extend(block, pending, args, kwargs, is_fused)
+            branch.extend(block, pending, kwargs, is_fused)
         stream = pending.take()
+        is_clamped = self.clamps_half and stream.residual.dtype is torch.float16
         # transformers records hidden states by hooks, which it installs after the decision to hand on.
-        return Pending(stream) if hands_on and not block._forward_hooks else _add(stream)
+        if hands_on and not block._forward_hooks and not is_clamped:
+            return Pending(stream)
+        hidden_states = _add(stream)
+        if not is_clamped:
+            return hidden_states
+        limit = torch.finfo(torch.float16).max - 1000
+        return hidden_states.clamp(-limit, limit)
 
 
 def pre_norm_forward(
-    attention: str = "input_layernorm self_attn", mlp: str = "post_attention_layernorm mlp", scale: str | None = None
+    attention: str = "input_layernorm self_attn",
+    mlp: str = "post_attention_layernorm mlp",
+    scale: str | None = None,
+    *,
+    clamps_half: bool = False,
 ) -> PreNormForward:
     """The forward of a block that adds attention(norm(x)), then mlp(norm(x)).
 
-    attention, mlp: the names of each branch's modules, the pre-norm first. scale: the block's attribute that multiplies
-    what is added.
+    attention, mlp: the names of each branch's modules, the pre-norm first, and of what else runs between them: an
+    activation, or a number, the probability of a dropout. scale: the block's attribute that multiplies what is added.
+    clamps_half: as in `PreNormForward`.
     """
-    return PreNormForward(
-        tuple(
-            _Branch(f"gate_{name}", norm, tuple(modules), name == "attention", scale)
-            for name, (norm, *modules) in (("attention", attention.split()), ("mlp", mlp.split()))
-        )
+    branches = tuple(
+        _Branch(f"gate_{name}", norm, tuple(modules), name == "attention", scale)
+        for name, (norm, *modules) in (("attention", attention.split()), ("mlp", mlp.split()))
     )
+    return PreNormForward(branches, clamps_half)
 
 
 def _final_norm_forward(self: Any, hidden_states: Any) -> Tensor:
@@ -233,9 +252,10 @@ def has_kernel(device_type: str, op: str = "gated_residual_rms_norm") -> bool:
 def _casting(norm: Any, stream: Stream) -> str | None:
     """How to compute `norm` of what is pending in `stream` in one kernel; None: not at all."""
     dtype = stream.residual.dtype
-    if stream.branch is None or stream.branch.dtype is not dtype or norm.weight.dtype is not dtype:
+    if stream.branch is None or stream.branch.dtype is not dtype:
         return None
-    return _known_casting(norm)
+    casting = _known_casting(norm)
+    return casting if casting is not None and norm.weight.dtype is dtype else None
 
 
 def _permuted_casting(norm: Any, residual: Tensor) -> str | None:
@@ -285,8 +305,10 @@ def install(model: nn.Module, fused: bool | str) -> None:
     A model is one that is named like its blocks, in the module where they are: its forward is known then.
     """
     for block in model.modules():
-        if isinstance(inspect.unwrap(type(block).forward), PreNormForward):
-            vars(block)["_dropbp_fused"] = fused
+        block_class: Any = type(block)
+        if isinstance(inspect.unwrap(block_class.forward), PreNormForward):
+            _, _, *arguments = inspect.signature(block_class._dropbp_original.forward).parameters
+            vars(block).update(_dropbp_fused=fused, _dropbp_arguments=tuple(arguments))
     backbones: list[Any] = [module for module in model.modules() if fused is not False and _is_backbone(module)]
     for backbone in backbones:
         vars(backbone)["_dropbp_handle"] = backbone.register_forward_pre_hook(_hand_on, with_kwargs=True)
@@ -298,7 +320,8 @@ def install(model: nn.Module, fused: bool | str) -> None:
 def uninstall(model: nn.Module) -> None:
     """Undo `install`, but for classes: whose has a `_dropbp_original` gets that back with all the others."""
     for module in model.modules():
-        vars(module).pop("_dropbp_fused", None)
+        for name in ("_dropbp_fused", "_dropbp_arguments"):
+            vars(module).pop(name, None)
         if (handle := vars(module).pop("_dropbp_handle", None)) is not None:
             handle.remove()
 
@@ -321,9 +344,10 @@ def _is_backbone(module: Any) -> bool:
     if not blocks or not all("_dropbp_fused" in vars(block) for block in blocks) or _known_casting(norm) is None:
         return False
     block = type(blocks[0])
-    name = block.__name__.removesuffix("DecoderLayer").removesuffix("Layer").removesuffix("Block")
+    layers = block.__name__.removesuffix("Layer")  # Whisper's encoder of encoder layers, OPT's decoder
+    name = layers.removesuffix("Decoder").removesuffix("Block")
     takes_keywords = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(module).forward).parameters.values())
-    is_named_alike = type(module).__name__ in (f"{name}Model", f"{name}TextModel")
+    is_named_alike = type(module).__name__ in (f"{name}Model", f"{name}TextModel", layers)
     return takes_keywords and is_named_alike and type(module).__module__ == block.__module__
 
 
