@@ -132,11 +132,17 @@ def test_halves_of_a_packed_projection_are_not_copied():
     gate, up = packed.chunk(2, dim=-1)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         raw.glu(gate, up, "silu")
+        raw.glu(gate[:, :1], up[:, :1], "silu")
         raw.glu_backward(gate, gate, up, "silu")
         raw.glu_(gate, up, "silu")
         raw.glu_backward_(up, gate, up, "silu")
     names = {event.name for event in profile.events()}
     assert not names & {"aten::contiguous", "aten::clone", "aten::copy_"}, names
+
+
+def test_rows_at_uneven_distances(backend, device):
+    gate, up = torch.randn(3, 4, 8, device=device)[:, 1:3, :5], torch.randn(3, 2, 5, device=device)
+    torch.testing.assert_close(raw.glu(gate, up, "silu"), plain(gate, up, "silu"))
 
 
 def test_in_place_writes_into_strided_memory(backend, device):
@@ -151,6 +157,11 @@ def test_in_place_writes_into_strided_memory(backend, device):
         assert outside.sum() == memory.numel() - gate.numel()
         assert torch.equal(memory[outside], before[outside])
         memory.normal_()
+    # Rows that share elements: what a shared one was is read for both, and the last row's value stays.
+    before, up = memory.clone(), torch.randn(3, 8, device=device)
+    before.as_strided((3, 8), (5, 1)).copy_(plain(memory.as_strided((3, 8), (5, 1)), up, "silu"))
+    raw.glu_(memory.as_strided((3, 8), (5, 1)), up, "silu")
+    torch.testing.assert_close(memory, before)
     gate, up = memory[:, :4], memory[:, 4:]  # both halves are written
     grads = raw.glu_backward(up.clone(), gate, up, "gelu")
     raw.glu_backward_(up.clone(), gate, up, "gelu")

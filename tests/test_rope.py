@@ -29,9 +29,9 @@ def plain_backward(grad, x, cos, sin):
         return torch.autograd.grad(plain(x, cos, sin), x, grad)[0]
 
 
-def tables(shape, dtype, device="cpu"):
+def tables(shape, dtype, device="cpu", layouts=("contiguous", "contiguous")):
     """Not of an angle: the two halves differ, and cos is no cosine of sin's angle."""
-    return (make(shape, dtype, device=device) for _ in range(2))
+    return (make(shape, dtype, layout, device) for layout in layouts)
 
 
 def check(grad, x, cos, sin, backend):
@@ -107,7 +107,8 @@ def test_any_shape_stride_and_dtype(backend, device, data):
         else:
             operands.append(make(shape, dtype, layout, device))
     samples = data.draw(st.sampled_from([(), (1,), (shape[0],)]), label="samples")
-    cos, sin = tables((*samples, shape[1], channels), dtype, device)
+    layouts = [data.draw(st.sampled_from(LAYOUTS), label="layout of a table") for _ in range(2)]
+    cos, sin = tables((*samples, shape[1], channels), dtype, device, layouts)
     check(*operands, cos, sin, backend)
 
 
