@@ -113,6 +113,9 @@ class DropBPHandler:
             raise ValueError(f"granularity: expected one of {', '.join(GRANULARITIES)}, got {granularity!r}")
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed: expected an integer, got {seed!r}")
+        for name, value in (("keep_one", keep_one), ("strict", strict)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}: expected True or False, got {value!r}")
         if not isinstance(aligned, int) or aligned < 0:
             raise ValueError(f"aligned: expected True, False or a number of blocks, got {aligned!r}")
         if aligned and granularity == "branch":
@@ -136,6 +139,7 @@ class DropBPHandler:
         self.plan = DropPlan((True,) * len(gates), seed=seed)
         self._books = Books([0] * len(gates), [0] * len(gates))
         self._awaits_call = False
+        self.flops()  # refuses gates of which only some know their FLOPs, before any is told something
         self.targets = TargetRule.of(model)
         self._tell_targets()
         for gate in gates.values():
@@ -143,7 +147,6 @@ class DropBPHandler:
             gate.checkpoint = checkpoint_branch if checkpoint else None
             gate.slice_tokens = SLICE_TOKENS if checkpoint == "sliced" and gate.per_token else 0
         self.drop_rates: list[float] = []
-        self.flops()  # refuses gates of which only some know their FLOPs
         self.set_drop_rates([self.drop_rate] * len(gates))
 
     # ---- plans
@@ -163,7 +166,6 @@ class DropBPHandler:
             raise TypeError(f"labels: expected an int64 tensor, got {type(labels).__name__}")
         if self._awaits_call:
             self._check_last_step()
-        self._books.settle()
         self.plan = self.draw(self.num_steps)
         set_plan(self.gates, self.plan.kept)
         self._scale_gradients(self.rates_at(self.num_steps))
@@ -209,7 +211,6 @@ class DropBPHandler:
                 f"plan: expected a list with one entry for each of the {len(self.gates)} branches, got "
                 f"{type(kept).__name__}"
             )
-        self._books.settle()
         entries = tuple(map(as_entry, kept))
         set_plan(self.gates, entries)
         self.plan = DropPlan(entries, seed=self.seed)
@@ -297,7 +298,7 @@ class DropBPHandler:
         measured = Calibration(
             branches=tuple(self.gates),
             sensitivities=tuple(sensitivities),
-            flops=tuple(self.flops()),
+            flops=tuple(mean_over_ranks(self.flops())),  # ranks whose batches differ in length must allocate alike
             definition=definition,
             method=method,
             drop_rate=self.drop_rate,
@@ -334,7 +335,7 @@ class DropBPHandler:
 
     def state_dict(self) -> dict[str, Any]:
         """Rates, calibration, step, seed and counts, as plain Python values; also good as a JSON file."""
-        self._books.settle()
+        num_kept, num_rows = zip(*self._books.counts(), strict=True)
         return {
             "version": STATE_VERSION,
             "branches": list(self.gates),
@@ -347,8 +348,8 @@ class DropBPHandler:
             "aligned": self.aligned,
             "plan": [entry if isinstance(entry, bool) else entry.as_list() for entry in self.plan],
             "plan_step": self.plan.step,
-            "num_kept": list(self._books.num_kept),
-            "num_rows": list(self._books.num_rows),
+            "num_kept": list(num_kept),
+            "num_rows": list(num_rows),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -369,15 +370,16 @@ class DropBPHandler:
             if (theirs := state.get(name, default)) != getattr(self, name):
                 raise ValueError(f"state: expected {name} {getattr(self, name)!r}, as this handler has, got {theirs!r}")
         calibration = state["calibration"]
+        if calibration is not None:
+            calibration = Calibration.from_dict(calibration, "state")
+        is_drawn = None in state["plan"]  # rows, which are drawn again
+        entries = () if is_drawn else tuple(map(as_entry, state["plan"]))
         self.set_drop_rates(state["drop_rates"])
         self.drop_rate = state["drop_rate"]
-        self.calibration = None if calibration is None else Calibration.from_dict(calibration, "state")
+        self.calibration = calibration
         self.num_steps = state["num_steps"]
         self.seed = state["seed"]
-        if None in state["plan"]:  # rows that are drawn
-            self.plan = self.draw(state["plan_step"])
-        else:
-            self.plan = DropPlan(tuple(map(as_entry, state["plan"])), state["plan_step"], self.seed)
+        self.plan = self.draw(state["plan_step"]) if is_drawn else DropPlan(entries, state["plan_step"], self.seed)
         set_plan(self.gates, self.plan.kept)
         self._books = Books(state["num_kept"], state.get("num_rows", [self.num_steps] * len(self.gates)))
         self._awaits_call = False

@@ -87,26 +87,23 @@ class Report(dict[str, Any]):
 class Books:
     """What was kept so far of each branch, in model order: num_kept of num_rows steps, samples or tokens.
 
-    Which rows a plan keeps is known once its batch ran. So a plan is opened when it is drawn, and counted, once, when
-    the next is or somebody asks.
+    Which rows a plan keeps is known once its batch ran. So the last plan stays open until the next one is drawn.
     """
 
     def __init__(self, num_kept: Sequence[int], num_rows: Sequence[int]):
-        self.num_kept = list(num_kept)
-        self.num_rows = list(num_rows)
+        self._closed = list(zip(num_kept, num_rows, strict=True))
         self._open: tuple[Any, ...] = ()
 
     def open(self, plan: Iterable[Any]) -> None:
-        """Count the entries of `plan` when the books are settled the next time."""
-        self._open = tuple(plan)
+        """Close the plan before, and count `plan` from now on."""
+        self._closed, self._open = self.counts(), tuple(plan)
 
-    def settle(self) -> None:
-        """Count the open plan: a bool as one step, an entry over rows as those of its last batch."""
-        for index, entry in enumerate(self._open):
-            num_kept, num_rows = (int(entry), 1) if isinstance(entry, bool) else entry.counts()
-            self.num_kept[index] += num_kept
-            self.num_rows[index] += num_rows
-        self._open = ()
+    def counts(self) -> list[tuple[int, int]]:
+        """(num_kept, num_rows) of each branch: of a bool one step, of an entry over rows those of its last batch."""
+        if not self._open:
+            return self._closed
+        of_open = [(int(entry), 1) if isinstance(entry, bool) else entry.counts() for entry in self._open]
+        return [(k + kept, n + rows) for (k, n), (kept, rows) in zip(self._closed, of_open, strict=True)]
 
     def report(
         self,
@@ -117,8 +114,8 @@ class Books:
         num_steps: int,
     ) -> Report:
         """The report of num_steps plans for branches of these names, drop rates and FLOPs."""
-        self.settle()
-        shares = [kept / rows if rows else None for kept, rows in zip(self.num_kept, self.num_rows, strict=True)]
+        counts = self.counts()
+        shares = [kept / rows if rows else None for kept, rows in counts]
         branches = [
             {
                 "name": name,
@@ -128,8 +125,8 @@ class Books:
                 "realised_drop_rate": None if share is None else 1.0 - share,
                 "flops": branch_flops,
             }
-            for name, rate, kept, rows, share, branch_flops in zip(
-                names, drop_rates, self.num_kept, self.num_rows, shares, flops, strict=True
+            for name, rate, (kept, rows), share, branch_flops in zip(
+                names, drop_rates, counts, shares, flops, strict=True
             )
         ]
         known = [(share, cost) for share, cost in zip(shares, flops, strict=True) if share is not None]

@@ -169,8 +169,15 @@ def test_padding_is_told_to_the_gates_and_never_kept(model_type):
     assert_close(ours, expected_step(model, masks, last_modules, inputs))
     handler = apply_dropbp(model, 0.5, granularity="token", fused_loss="off")
     handler.step()
+    handler.report()  # asked for too early, which changes nothing
     step(model, {name: value for name, value in inputs.items() if name != "attention_mask"})
     assert handler.report()["branches"][1]["num_dropped"] == 9  # a mask is of one batch
+    if model_type == "opt":  # whose positions are those of a mask of tokens
+        return
+    step(model, inputs)
+    inputs["attention_mask"] = torch.ones(BATCH, 1, SEQ, SEQ, dtype=torch.bool).tril()
+    step(model, inputs)
+    assert handler.report()["branches"][1]["num_dropped"] == 9  # nor is it of one whose mask does not say
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")

@@ -207,6 +207,9 @@ def test_state_of_another_model_changes_nothing():
         handler.load_state_dict(state)
     with pytest.raises(ValueError, match="state: expected version 1, got None"):
         handler.load_state_dict({})
+    for name, wrong in (("calibration", {}), ("plan", ["kept"] * 4)):
+        with pytest.raises((TypeError, ValueError), match=r"state|plan"):
+            handler.load_state_dict({**DropBPHandler(toy_model(4), 0.25).state_dict(), name: wrong})
     assert handler.drop_rate == 0.5
     assert handler.drop_rates == [0.5] * 4
 
@@ -238,6 +241,8 @@ def test_no_gates_names_the_module_types():
         ({"sampler": "fair"}, ValueError, "sampler: expected a callable or one of balanced"),
         ({"total_steps": "many"}, ValueError, "total_steps: expected a number of steps, at least 1, got 'many'"),
         ({"seed": "a"}, TypeError, "seed: expected an integer, got 'a'"),
+        ({"keep_one": 0}, TypeError, "keep_one: expected True or False, got 0"),
+        ({"strict": "no"}, TypeError, "strict: expected True or False, got 'no'"),
     ],
 )
 def test_other_arguments(options, error, message):
@@ -288,7 +293,8 @@ def test_flops_are_known_of_all_gates_or_of_none():
     model = toy_model(2)
     model[1].gate.flops = None
     with pytest.raises(ValueError, match=r"all 2 with flops or all without, but 1 lack them \(1\.gate\)"):
-        DropBPHandler(model, 0.5)
+        DropBPHandler(model, 0.5, dropped_runs="detach")
+    assert model[0].gate.dropped_runs == "inference"
     model[0].gate.flops = None
     handler = DropBPHandler(model, 0.5)
     assert len(set(handler.flops())) == 1

@@ -25,7 +25,8 @@ def tell_gates_of_batches(model: nn.Module) -> None:
         gates = tuple(below for below in module.modules() if isinstance(below, DropBP))
         if gates and not isinstance(module, nn.ModuleList):
             vars(module)[_GATES] = gates  # in a tuple, so that nn.Module does not register them
-            vars(module)[_HANDLE] = module.register_forward_pre_hook(_tell, with_kwargs=True)
+            hook = _tell_anew if module is model else _tell
+            vars(module)[_HANDLE] = module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def stop_telling(model: nn.Module) -> None:
@@ -49,6 +50,13 @@ def recorded_outputs() -> dict[str, list[Any]]:
 
 def _is_block(module: nn.Module) -> bool:
     return "_dropbp_gate_names" in vars(module)
+
+
+def _tell_anew(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """As `_tell`, for the outermost module: what the batch before left is forgotten."""
+    for gate in vars(module)[_GATES]:
+        gate.num_samples, gate.is_real = 0, None
+    _tell(module, args, kwargs)
 
 
 def _tell(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
