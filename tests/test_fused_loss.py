@@ -199,6 +199,21 @@ def test_read_without_gradients():
     assert model.lm_head.weight.grad is not None
 
 
+def test_read_after_the_optimizer():
+    """Logits of other weights than the loss was taken with would be wrong, and nothing would show it."""
+    model = model_of("llama")
+    patch_head(model, "chunked")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    early, late = model(**tiny_batch()), model(**tiny_batch())
+    expected = early.logits + 0
+    (early.loss + late.loss).backward()
+    optimizer.step()
+    assert torch.equal(early.logits + 0, expected)
+    for use in (torch.sin, torch.Tensor.tolist, lambda logits: F.cross_entropy(logits[0], torch.zeros(10).long())):
+        with pytest.raises(RuntimeError, match=r"read them before optimizer\.step\(\)"):
+            use(late.logits)
+
+
 def test_copies_and_state_dicts():
     model = model_of("llama")
     keys = list(model.state_dict())

@@ -125,6 +125,25 @@ class Head:
     bias: Tensor | None
     kind: str
 
+    def __post_init__(self) -> None:
+        self._versions = self._versions_now()
+
+    def _versions_now(self) -> list[int]:
+        return [tensor._version for tensor in (self.hidden, self.weight, self.bias) if tensor is not None]
+
+    def check(self) -> None:
+        """Errors: RuntimeError when what goes in was changed in place since the call, as by an optimizer."""
+        if self._versions_now() != self._versions:
+            raise RuntimeError(
+                "logits: expected to be read before the head's weight changes, since they are computed when they are "
+                'read; read them before optimizer.step(), or patch with fused_loss="off"'
+            )
+
+    def logits(self) -> Tensor:
+        """What the call would have returned. Errors: those of `check`."""
+        self.check()
+        return F.linear(self.hidden, self.weight, self.bias)
+
 
 @dataclass
 class Step:
@@ -158,7 +177,7 @@ class DeferredLogits(Tensor):
             # Nobody's saved-tensor hooks see this: a checkpointed function that reads first would not save it again.
             with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda saved: saved):
                 if self.parent is None or self.step is None:
-                    self.value = F.linear(self.head.hidden, self.head.weight, self.head.bias)
+                    self.value = self.head.logits()
                 else:
                     self.value = self.step.function(self.parent.computed(), *self.step.args, **self.step.kwargs)
         return self.value
@@ -207,7 +226,7 @@ def _values(value: Any) -> Any:
     if value.value is not None:
         return value.value.detach()
     if value.parent is None or value.step is None:
-        return F.linear(value.head.hidden, value.head.weight, value.head.bias)
+        return value.head.logits()
     return value.step.function(_values(value.parent), *value.step.args, **value.step.kwargs)
 
 
@@ -282,6 +301,7 @@ def _fused(
     if shape is None:
         return None
     head, (scale, softcap) = logits.head, shape
+    head.check()
     hidden = head.hidden.flatten(0, -2)
     options: dict[str, Any] = {"ignore_index": ignore_index, "reduction": reduction}
     if head.kind == "torch" and scale == 1.0 and softcap is None:
