@@ -140,6 +140,15 @@ def test_rates_from_an_earlier_calibration(tmp_path):
     assert len(set(again.handler.drop_rates)) > 1
 
 
+def test_rates_given_to_the_handler_before_training_stay(tmp_path):
+    callback = DropBPCallback(0.5)
+    trainer = Trainer(tiny_causal_lm(), arguments(tmp_path, max_steps=1), train_dataset=data(4), callbacks=[callback])
+    rates = [0.0, 0.25, 0.5, 0.5, 0.75, 0.75]
+    callback.handler.set_drop_rates(rates)
+    trainer.train()
+    assert callback.handler.drop_rates == rates
+
+
 def test_evaluation_in_the_middle_disturbs_nothing(tmp_path):
     plain = train(tmp_path / "a")
     trainer = train(tmp_path / "b", eval_data=data(4), eval_strategy="steps", eval_steps=1)

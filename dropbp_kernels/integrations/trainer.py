@@ -155,8 +155,11 @@ class DropBPCallback(TrainerCallback, ExportableState):
             self._patched = None
 
     def _attach(self, model: nn.Module) -> None:
-        """A handler for the model; the model is patched unless it has gates."""
-        if not find_gates(model):
+        """A handler for the model, unless it has one that drew no plan; the model is patched unless it has gates."""
+        gates = list(find_gates(model).values())
+        if self.handler is not None and self.handler.num_steps == 0 and list(self.handler.gates.values()) == gates:
+            return  # with the rates that somebody may have given it since the Trainer was made
+        if not gates:
             self.handler = apply_dropbp(model, self.drop_rate, **self.options)
             self._patched = model
         else:
