@@ -4,15 +4,14 @@ One multiply-add counts as 2 FLOPs, as in `torch.utils.flop_counter` (hand formu
 multiply-accumulates: half of it). Counted are the matrix products, which are all but a few percent of a transformer.
 """
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 
-def _matrices(module: Any, top_k: int = 0) -> Iterator[tuple[float, bool]]:
-    """(in_features * out_features, whether its weight is trained) of every matrix a token is multiplied with.
+def _matrices(module: Any, top_k: int = 0) -> Iterator[float]:
+    """in_features * out_features of every matrix a token is multiplied with.
 
     top_k: how many experts a token goes through, as far as the modules above said; 0 when they did not.
     """
@@ -24,24 +23,20 @@ def _matrices(module: Any, top_k: int = 0) -> Iterator[tuple[float, bool]]:
                     yield from _matrices(module.lora_A[name])
                     yield from _matrices(module.lora_B[name])
         return
-    weight = getattr(module, "weight", None)
-    is_trained = bool(weight is not None and weight.requires_grad)
-    if hasattr(module, "in_features") and hasattr(
-        module, "out_features"
-    ):  # also quantised linears: shapes, not weights
-        yield module.in_features * module.out_features, is_trained
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):  # also quantised linears: not their weights
+        yield module.in_features * module.out_features
         return
     if type(module).__name__ == "Conv1D":  # transformers' linear with a transposed weight
-        yield module.weight.numel(), is_trained
+        yield module.weight.numel()
         return
     top_k = _experts_per_token(module) or top_k
     unknown = []
     for name, parameter in module.named_parameters(recurse=False):
         num_experts = getattr(module, "num_experts", None)
         if parameter.dim() == 3 and num_experts == parameter.shape[0] and top_k:  # all experts' weights in one tensor
-            yield parameter.numel() * top_k / num_experts, parameter.requires_grad
+            yield parameter.numel() * top_k / num_experts
         elif parameter.dim() == 2 and num_experts == parameter.shape[0]:  # the router
-            yield parameter.numel(), parameter.requires_grad
+            yield parameter.numel()
         elif parameter.dim() > 1:
             unknown.append(name)
     if unknown and not isinstance(module, nn.Embedding):
@@ -52,8 +47,8 @@ def _matrices(module: Any, top_k: int = 0) -> Iterator[tuple[float, bool]]:
     experts = [child for child in module.children() if isinstance(child, nn.ModuleList) and len(child) > 1]
     for child in module.children():
         share = top_k / len(child) if top_k and child in experts else 1.0
-        for size, is_child_trained in _matrices(child, top_k):
-            yield size * share, is_child_trained
+        for size in _matrices(child, top_k):
+            yield size * share
 
 
 def _experts_per_token(module: Any) -> int:
@@ -76,22 +71,18 @@ def linear_flops(module: nn.Module, num_tokens: int) -> float:
     Cost:   a walk over the modules; reads shapes only, works on the meta device.
     Source: oracle torch.utils.flop_counter.FlopCounterMode.
     """
-    return 2.0 * num_tokens * sum(size for size, _ in _matrices(module))
+    return 2.0 * num_tokens * sum(_matrices(module))
 
 
-def attention_core_flops(
-    batch_size: int, seq_len: int, num_heads: int, head_dim: float, *, causal: bool = False
-) -> float:
+def attention_core_flops(batch_size: int, seq_len: int, num_heads: int, head_dim: float) -> float:
     """Forward FLOPs of queries x keys and of probabilities x values, without the projections.
 
-    num_heads counts query heads: grouped key and value heads save projections and memory, no work here.
-    causal=False counts the full square even under a causal mask, as `flop_counter` does; causal=True counts half of it,
-    which is what a kernel that skips masked tiles does.
+    num_heads counts query heads: grouped key and value heads save projections and memory, no work here. The full square
+    counts, also under a causal mask, as in `flop_counter`.
 
     Source: oracle torch.utils.flop_counter.FlopCounterMode.
     """
-    full = 4.0 * batch_size * num_heads * seq_len * seq_len * head_dim
-    return full / 2.0 if causal else full
+    return 4.0 * batch_size * num_heads * seq_len * seq_len * head_dim
 
 
 def attention_shape(module: nn.Module) -> tuple[int, float] | None:
@@ -113,34 +104,3 @@ def attention_shape(module: nn.Module) -> tuple[int, float] | None:
     if num_heads is None or head_dim is None:
         return None
     return num_heads, (head_dim + (read("v_head_dim") or head_dim)) / 2
-
-
-def backward_flops(
-    module: nn.Module, num_tokens: int, *, attention_core: float = 0.0, fused_attention: bool = False
-) -> float:
-    """FLOPs that the backward of a kept branch costs, given that its input needs a gradient.
-
-    A frozen weight costs its forward once more (the gradient of its input), a trained one twice (and the gradient of
-    the weight). The attention core (pass its forward FLOPs) costs twice its forward, or 2.5 times in a fused kernel,
-    which computes the scores again.
-
-    Errors: those of `linear_flops`.
-    Cost:   a walk over the modules.
-    Source: oracle torch.utils.flop_counter.FlopCounterMode.
-    """
-    linears = 2.0 * num_tokens * sum(size * (2 if is_trained else 1) for size, is_trained in _matrices(module))
-    return linears + attention_core * (2.5 if fused_attention else 2.0)
-
-
-def kept_share(flops: Sequence[float], kept: Iterable[bool]) -> float:
-    """Share of the branches' FLOPs that a plan keeps, between 0 and 1.
-
-    Errors: ValueError when the lengths differ or all FLOPs are zero.
-    """
-    plan = list(kept)
-    if len(plan) != len(flops):
-        raise ValueError(f"kept: expected one entry for each of the {len(flops)} branches, got {len(plan)}")
-    total = math.fsum(flops)
-    if total <= 0.0:
-        raise ValueError(f"flops: expected a positive sum, got {total}")
-    return math.fsum(cost for cost, is_kept in zip(flops, plan, strict=True) if is_kept) / total
