@@ -39,7 +39,6 @@ EXAMPLES = """examples:
   dropbp-kernels finetune --resume runs/finetune-20250101-120000
 """
 INTERRUPTED = 130
-METAVARS: dict[Any, str] = {int: "N", float: "X"}
 
 
 def add_parser(commands: Any) -> None:
@@ -54,10 +53,8 @@ def add_parser(commands: Any) -> None:
     )
 
     def add(name: str, text: str, values: Sequence[str] = (), **options: Any) -> None:
-        options.setdefault("metavar", "|".join(values) or METAVARS.get(options.get("type"), "NAME"))
         default = getattr(Settings, name.lstrip("-").replace("-", "_"))
-        shown = "" if default is None or text == argparse.SUPPRESS else f" (default: {default})"
-        parser.add_argument(name, help=text + shown, **options)
+        parser.add_option(name, text, default, values, **options)
 
     add("--model", "'builtin', a Hugging Face hub id, or a local checkpoint folder")
     add(
@@ -69,16 +66,19 @@ def add_parser(commands: Any) -> None:
     add("--lora-rank", "rank of LoRA; how many columns PaCA trains of each weight", type=int)
     rate = "share of the branches' backward to drop, 0 <= drop rate < 1 (default: 0.75; 0 where context is inference)"
     add("--drop-rate", rate, type=float)
-    context = (
+    add(
+        "--context",
         "how tokens without a loss run; inference: without a backward; auto: that, where data have such tokens, the "
+        "model can do it, and no branches or examples are asked to be dropped",
+        CONTEXTS,
     )
-    context += "model can do it, and no branches or examples are asked to be dropped"
-    add("--context", context, CONTEXTS)
     add("--context-gradient", "what to keep of what --context inference leaves out", CONTEXT_GRADIENTS)
-    windows = (
+    add(
+        "--target-windows",
         "cut the labelled tokens of each sample into N runs; a step trains on one, the others run as inference (best "
+        "with --context-gradient one_hop)",
+        type=int,
     )
-    add("--target-windows", f"{windows} with --context-gradient one_hop)", type=int, metavar="N")
     add("--coreset", "train on this share of each batch, chosen by its gradients, 0 < coreset <= 1", type=float)
     rates = "equal, rising with depth, allocated after a tenth of the steps, or by another run's calibration.json"
     add("--rates", rates, (*RATES, "FILE"))
@@ -104,7 +104,7 @@ def add_parser(commands: Any) -> None:
     add("--save-every", "steps between checkpoints; 0: only when interrupted", type=int)
     parser.add_argument("--output", metavar="DIR", help="output folder (default: a new one under runs/)")
     parser.add_argument("--resume", metavar="DIR", help="go on from the checkpoint in this output folder")
-    add("--pretrain-steps", argparse.SUPPRESS, type=int)
+    parser.add_argument("--pretrain-steps", type=int, help=argparse.SUPPRESS)
     parser.set_defaults(run=run)
 
 

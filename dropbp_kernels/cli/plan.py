@@ -8,7 +8,6 @@ relative to the step that drops nothing and checkpoints nothing.
 import argparse
 import json
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,45 +36,35 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "plan",
         help="predict memory and step time of a fine-tuning, without a GPU and without weights",
-        description="Predict peak memory and relative step time of a fine-tuning with DropBP, without a GPU and "
+        description="Predict peak memory and relative step time of a fine-tuning with DropBP, without a GPU and\n"
         "without weights; with --gpu-memory also what fits, and which setting to take.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
 
-    def add(name: str, default: Any, text: str, values: Sequence[str] = (), **options: Any) -> None:
-        options["metavar"] = "|".join(values) or {int: "N", float: "X"}[options["type"]]
-        parser.add_argument(name, default=default, help=f"{text} (default: {default})", **options)
-
     names = ", ".join([NAME, *shipped()])
-    parser.add_argument("--model", required=True, help=f"{names}, a config.json, its folder, or a Hugging Face hub id")
-    add("--seq-len", 2048, "tokens of a row", type=int)
-    add("--batch-size", 1, "rows of a micro-batch", type=int)
-    add("--adapter", "lora", "LoRA or PaCA on all linear layers, q: over a 4-bit base; or train everything", ADAPTERS)
-    add("--lora-rank", 8, "rank of LoRA; how many columns PaCA trains of each weight", type=int)
-    add("--drop-rate", 0.75, "share of the branches' backward to drop, 0 <= drop rate < 1", type=float)
-    add("--checkpoint", "none", "gradient checkpointing", CHECKPOINTS)
-    add("--dtype", "bfloat16", "of weights and activations", DTYPES)
-    add("--adapter-dtype", "float32", "of what the adapter trains; PEFT's own choice is float32", DTYPES)
-    add("--optimizer", "adamw", "whose state is counted", OPTIMIZERS)
+    add = parser.add_option
+    add("--model", f"{names}, a config.json, its folder, or a Hugging Face hub id", required=True)
+    add("--seq-len", "tokens of a row", 2048, type=int)
+    add("--batch-size", "rows of a micro-batch", 1, type=int)
+    add("--adapter", "LoRA or PaCA on all linear layers, q: over a 4-bit base; or train everything", "lora", ADAPTERS)
+    add("--lora-rank", "rank of LoRA; how many columns PaCA trains of each weight", 8, type=int)
+    add("--drop-rate", "share of the branches' backward to drop, 0 <= drop rate < 1", 0.75, type=float)
+    add("--checkpoint", "gradient checkpointing", "none", CHECKPOINTS)
+    add("--dtype", "of weights and activations", "bfloat16", DTYPES)
+    add("--adapter-dtype", "of what the adapter trains; PEFT's own choice is float32", "float32", DTYPES)
+    add("--optimizer", "whose state is counted", "adamw", OPTIMIZERS)
     parser.add_argument(
         "--gradient-accumulation", action="store_true", help="gradients stay from one micro-batch to the next"
     )
-    parser.add_argument("--gpu-memory", metavar="GIB", help="memory of the GPU in GiB: also find what fits")
-    add("--reserve", RESERVE_GIB, "GiB of it that tensors cannot have", type=float)
-    add("--fused-loss", "auto", "as in apply_dropbp; chunked: logits never exist as a whole", FUSED_LOSSES)
+    add("--gpu-memory", "memory of the GPU in GiB: also find what fits", metavar="GIB")
+    add("--reserve", "GiB of it that tensors cannot have", RESERVE_GIB, type=float)
+    add("--fused-loss", "as in apply_dropbp; chunked: logits never exist as a whole", "auto", FUSED_LOSSES)
     parser.add_argument("--fused", action="store_true", help="as in apply_dropbp: fused norms and MLPs save less")
-    parser.add_argument(
-        "--target-share",
-        type=float,
-        metavar="X",
-        help="share of a row's tokens with a loss: compare target plans too",
-    )
-    parser.add_argument(
-        "--data", help="as for finetune: take --target-share and --seq-len from this, as its batches are padded"
-    )
-    parser.add_argument("--tokenizer", help="for --data: a hub id or folder, or 'builtin' for bytes (default: --model)")
+    add("--target-share", "share of a row's tokens with a loss: compare target plans too", type=float)
+    add("--data", "as for finetune: take --target-share and --seq-len from this, as its batches are padded")
+    add("--tokenizer", "for --data: a hub id or folder, or 'builtin' for bytes (default: --model)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..layer import DROPPED_RUNS
 from ..measure import saved_bytes
 from ..targets import IGNORED
 from .errors import UserError, require_packages
@@ -33,26 +34,16 @@ def add_parser(commands: Any) -> None:
         "check with a profiler trace that dropped branches have no backward and save nothing (exit code 1 if they do).",
         allow_abbrev=False,
     )
-    parser.add_argument("--model", required=True, help="as for plan: a name, a config.json, its folder, or a hub id")
-    metavars = {int: "N", float: "X", str: "inference|detach"}
-    for name, default, text, kind in (
-        ("--drop-rate", 0.75, "share of the branches' backward to drop, 0 <= drop rate < 1", float),
-        ("--lora-rank", 8, "rank of LoRA on all linear layers; 0: train everything", int),
-        ("--batch-size", 2, "rows of the batch", int),
-        ("--seq-len", 128, "tokens of a row", int),
-        ("--dropped-runs", "inference", "how dropped branches run", str),
-        ("--seed", 0, "seed of weights, tokens and plan", int),
-    ):
-        parser.add_argument(
-            name, default=default, type=kind, metavar=metavars[kind], help=f"{text} (default: {default})"
-        )
-    parser.add_argument(
-        "--target-share",
-        type=float,
-        metavar="X",
-        help="share of each row's tokens, its last ones, that carry a loss: run a target plan",
-    )
-    parser.add_argument("--output", metavar="DIR", help="output folder (default: a new one under runs/)")
+    add = parser.add_option
+    add("--model", "as for plan: a name, a config.json, its folder, or a hub id", required=True)
+    add("--drop-rate", "share of the branches' backward to drop, 0 <= drop rate < 1", 0.75, type=float)
+    add("--lora-rank", "rank of LoRA on all linear layers; 0: train everything", 8, type=int)
+    add("--batch-size", "rows of the batch", 2, type=int)
+    add("--seq-len", "tokens of a row", 128, type=int)
+    add("--dropped-runs", "how dropped branches run", "inference", DROPPED_RUNS)
+    add("--seed", "seed of weights, tokens and plan", 0, type=int)
+    add("--target-share", "share of each row's tokens, its last ones, that carry a loss: run a target plan", type=float)
+    add("--output", "output folder (default: a new one under runs/)", metavar="DIR")
     parser.set_defaults(run=run)
 
 
@@ -93,8 +84,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--drop-rate: expected 0 <= drop_rate < 1, got {args.drop_rate}")
     if args.target_share is not None and not 0.0 < args.target_share <= 1.0:
         raise UserError(f"--target-share: expected 0 < target share <= 1, got {args.target_share}")
-    if args.dropped_runs not in ("inference", "detach"):
-        raise UserError(f"--dropped-runs: expected inference or detach, got {args.dropped_runs!r}")
+    if args.dropped_runs not in DROPPED_RUNS:
+        raise UserError(f"--dropped-runs: expected {' or '.join(DROPPED_RUNS)}, got {args.dropped_runs!r}")
 
 
 def _trace(args: argparse.Namespace) -> tuple[list[BranchTrace], float | None]:

@@ -38,9 +38,10 @@ def add_parser(commands: Any) -> None:
         ),
         epilog="examples: dropbp-kernels tune --dry-run | dropbp-kernels tune --op gated_residual_add --width 4096",
     )
-    parser.add_argument("--op", nargs="+", metavar="NAME", help="launchers (default: all; --dry-run lists them)")
-    parser.add_argument("--width", nargs="+", type=int, default=list(WIDTHS), help="row widths (default: %(default)s)")
-    parser.add_argument("--rows", type=int, help=f"rows of the inputs (default: {ELEMENTS >> 20} Mi elements / width)")
+    add = parser.add_option
+    add("--op", "launchers (default: all; --dry-run lists them)", nargs="+")
+    add("--width", "row widths", list(WIDTHS), nargs="+", type=int)
+    add("--rows", f"rows of the inputs (default: {ELEMENTS >> 20} Mi elements / width)", type=int)
     parser.add_argument("--dry-run", action="store_true", help="show what would be measured, and what is used now")
     parser.set_defaults(run=run)
 
