@@ -18,12 +18,14 @@ NUM_MEASURED_PLANS = 4
 def measure_memory(run: Run) -> dict[str, float]:
     """Bytes saved for backward (mean over some plans) and the peak allocated in forward and backward (largest).
 
-    On steps of their own, that are not timed and change nothing: counting is slow.
+    On steps of their own, that are not timed and change nothing: counting is slow. Where nothing is dropped all plans
+    are the same, and one is measured.
     """
     batch = [tensor.to(run.device) for tensor in run.data.batch(0, run.batch_size)]
     saved, peaks = [], []
     plan = None if run.handler is None else run.handler.plan.kept
-    for index in range(NUM_MEASURED_PLANS if run.handler is not None else 1):
+    drops = run.handler is not None and run.handler.drop_rate > 0.0
+    for index in range(NUM_MEASURED_PLANS if drops else 1):
         if run.handler is not None:
             run.handler.set_plan(run.handler.draw(measured_step(run.settings, index, NUM_MEASURED_PLANS)).kept)
         chosen = run.chosen(batch, is_trial=True)

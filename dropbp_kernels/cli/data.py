@@ -49,7 +49,8 @@ class Data:
         num_validation = min(MAX_VALIDATION_ROWS, max(1, len(rows) // VALIDATE_EVERY))
         every = len(rows) // num_validation
         is_validation = {i * every for i in range(num_validation)}
-        self.validation = [row for i, row in enumerate(rows) if i in is_validation]
+        validation = [row for i, row in enumerate(rows) if i in is_validation]
+        self.validation = sorted(validation, key=lambda row: len(row.ids))  # a batch of alike rows is hardly padded
         self.train = [row for i, row in enumerate(rows) if i not in is_validation]
         self.pad_id = pad_id
         self.seed = seed
@@ -62,7 +63,7 @@ class Data:
         return self._collate([self.train[_order(num, self.seed, place // num)[place % num]] for place in places])
 
     def validation_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All validation rows, in order."""
+        """All validation rows, shortest first."""
         for start in range(0, len(self.validation), batch_size):
             yield self._collate(self.validation[start : start + batch_size])
 

@@ -223,7 +223,12 @@ def train(
 
 
 def _validate(runs: Sequence[Run], step: int, note: Callable[[str], None]) -> None:
-    losses = [f"{run.name} {run.validate(step):.4f}" for run in runs]
+    asked = runs if step else runs[:1]  # before the first step they are all the same model
+    for run in asked:
+        run.validate(step)
+    for run in runs[len(asked) :]:
+        run.history.validation.append(runs[0].history.validation[0])
+    losses = [f"{run.name} {run.history.validation[-1][1]:.4f}" for run in runs]
     note(f"validation loss after {step} steps: {', '.join(losses)}")
 
 
