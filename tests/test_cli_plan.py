@@ -12,12 +12,12 @@ from dropbp_kernels.cli import main, model_config, plan_tables
 from dropbp_kernels.cli.plan_report import _largest, recommend
 from dropbp_kernels.cli.planning import Setting, StepModel
 
-SMALL = {
+SMALL = {  # of one block: most of what a simulated step takes is Python's cost of an operator
     "model_type": "llama",
     "vocab_size": 300,
     "hidden_size": 64,
     "intermediate_size": 160,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
@@ -170,6 +170,7 @@ def test_recommendation_when_nothing_fits():
 
 
 def test_target_share_of_a_data_set_and_what_it_gains(capsys, tmp_path, small):
+    small.write_text(json.dumps({**SMALL, "num_hidden_layers": 2}))
     lines = [json.dumps({"prompt": f"The square of {n:02}: ", "completion": f"{n * n:05}"}) for n in range(60)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
     data = ["--data", tmp_path / "pairs.jsonl", "--tokenizer", "builtin", "--batch-size", 4]

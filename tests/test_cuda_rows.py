@@ -20,7 +20,7 @@ def sanitizers():
         sanitize.gcc()
     except sanitize.CannotRun:
         return []
-    return [f"-fsanitize={sanitize.CPU_SANITIZERS}", "-fno-sanitize-recover=all"]
+    return sanitize.PROGRAM_FLAGS
 
 
 @pytest.mark.parametrize(("source", "flags"), [("cuda_rows.cpp", []), ("cuda_elements.cpp", sanitizers())])

@@ -23,7 +23,7 @@ def builds():
         compiler, _ = sanitize.gcc()
     except sanitize.CannotRun:
         return plain + [("instruction_sets_norms", name, ["-O2"]) for name in compilers[:1]]
-    watched = ["-O1", f"-fsanitize={sanitize.CPU_SANITIZERS}", "-fno-sanitize-recover=all"]
+    watched = ["-O1", *sanitize.PROGRAM_FLAGS]
     return plain + [(program, compiler, watched) for program in ("instruction_sets", "instruction_sets_norms")]
 
 

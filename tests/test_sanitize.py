@@ -33,7 +33,7 @@ print("done")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faulty")
     (folder / "faulty.cpp").write_text(FAULTY)
-    flags = [f"-fsanitize={sanitize.CPU_SANITIZERS}", "-fno-sanitize-recover=undefined", "-O1", "-g1"]
+    flags = [*sanitize.PROGRAM_FLAGS, "-O1", "-g1"]
     subprocess.run([COMPILER, *flags, "-shared", "-fPIC", "-o", "faulty.so", "faulty.cpp"], cwd=folder, check=True)
     return folder
 
