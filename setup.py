@@ -166,6 +166,7 @@ def ninja_file(extensions: list[Extension], build: Path) -> str:
     prefix_map = f"-ffile-prefix-map={quoted(torch)}=torch"  # no path of the building machine in the libraries
     compiler, nvcc = find_compiler(), find_nvcc()
     lines = [
+        f"builddir = {build}",  # of ninja's own records: without them a copy of the folder would be built anew
         f"cxx = {compiler}",
         f"common = {COMMON_FLAGS}",
         "rule cxx",
