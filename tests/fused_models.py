@@ -29,7 +29,6 @@ FUSED_MODELS = {
     "starcoder2": {},
     "stablelm": {},
     "gpt2": {"pad_token_id": 0, **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)},
-    "gpt_bigcode": {"pad_token_id": 0, **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)},
     "gpt_neox": {"use_parallel_residual": False},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
     "deepseek_v2": {**MOE, **MLA, "topk_method": "greedy"},

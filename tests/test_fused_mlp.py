@@ -23,7 +23,6 @@ WITHOUT = {
     "qwen3_moe",
     "starcoder2",
     "gpt2",
-    "gpt_bigcode",
     "gpt_neox",
     "opt",
 }  # have experts alone, or no gate

@@ -101,6 +101,24 @@ def test_what_a_block_is_given_by_position_reaches_its_attention_by_name():
         block(x, mask, encoder_hidden_states=x)
 
 
+def test_a_block_that_returns_more_than_the_stream_is_gated_by_its_modules():
+    model = build()
+    block = model.model.layers[0]
+    own = type(block)
+
+    def forward(self, hidden_states, output_attentions=False, **kwargs):
+        return own.forward(self, hidden_states, **kwargs), "weights"
+
+    block.__class__ = type(own.__name__, (own,), {"forward": forward})
+    x = torch.randn(2, 10, 32)
+    rope = model.model.rotary_emb(x, torch.arange(10)[None])
+    expected = block(x, position_embeddings=rope)
+    apply_dropbp(model, 0.5, fused=True).set_plan((False,) * 5 + (True,))
+    found, weights = block(x, position_embeddings=rope)
+    assert (weights, found.requires_grad) == ("weights", False)
+    torch.testing.assert_close(found, expected[0])
+
+
 def test_norms_without_weights_are_called_as_they_are(counts):
     batch, options = tiny_batch(), {"layer_norm_elementwise_affine": False}
     expected = backward(patched(MIXED, False, build("opt", **options)), batch)

@@ -14,6 +14,7 @@ and a branch, "cross_attention?", one that not every block has: it exists where 
 What is applied after the add (the norms of a post-norm block: BERT) belongs to the stream and stays out.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,14 @@ class Family:
         paths = {branch.rstrip("?"): _find(block, branch, names) for branch, names in self.branches.items()}
         return {branch: found for branch, found in paths.items() if found}
 
+    def forward_of(self, block: nn.Module) -> Callable[..., Tensor] | None:
+        """`forward`; None where `block`, as some versions of transformers have it, returns more than the stream.
+
+        That is told by output_attentions: who takes it returns attention weights too, in a tuple.
+        """
+        is_stream_alone = "output_attentions" not in inspect.signature(class_as_built(block).forward).parameters
+        return self.forward if is_stream_alone else None
+
     def gates(self, block: nn.Module) -> dict[str, DropBP]:
         """New gates for one block, by branch name, knowing their modules and FLOPs.
 
@@ -65,7 +74,7 @@ class Family:
         for branch, paths in self.paths(block).items():
             flops = BranchFlops(block, paths, is_attention="attention" in branch)
             per_token = branch in self.per_token
-            if self.forward is None:
+            if self.forward_of(block) is None:
                 gates[branch] = ModuleGate(block, paths, flops, per_token=per_token)
             else:
                 modules = [block.get_submodule(path) for path in paths]
@@ -178,13 +187,7 @@ FAMILIES: dict[str, Family] = {
         forward=pre_norm_forward("ln_1 attn", "ln_2 mlp"),
     ),
     "gpt2_cross": Family(("GPT2Block",), _GPT2, when=lambda block: hasattr(block, "crossattention")),
-    "gpt_bigcode": Family(
-        ("GPTBigCodeBlock",),
-        _layout("ln_1 attn", "ln_2 mlp"),
-        when=lambda block: not hasattr(block, "crossattention"),
-        forward=pre_norm_forward("ln_1 attn", "ln_2 mlp"),
-    ),
-    "gpt_bigcode_cross": Family(("GPTBigCodeBlock",), _GPT2, when=lambda block: hasattr(block, "crossattention")),
+    "gpt_bigcode": Family(("GPTBigCodeBlock",), _GPT2),
     "gpt_neox_sequential": Family(
         ("GPTNeoXLayer",),
         _layout("input_layernorm attention", "post_attention_layernorm mlp"),

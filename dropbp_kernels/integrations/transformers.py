@@ -185,6 +185,7 @@ def _find_blocks(model: nn.Module, families: list[Family]) -> list[tuple[nn.Modu
 
 
 def _patch(block: nn.Module, family: Family) -> None:
+    forward = family.forward_of(block)
     gates = {f"gate_{branch}": gate for branch, gate in family.gates(block).items()}
     vars(block)["_dropbp_gate_names"] = tuple(gates)
     for name, gate in gates.items():
@@ -192,8 +193,8 @@ def _patch(block: nn.Module, family: Family) -> None:
         gate.records = recorded_outputs
     for gate in gates.values():
         gate.refresh()
-    if family.forward is not None:
-        swap(block, _class_with, family.forward)
+    if forward is not None:
+        swap(block, _class_with, forward)
 
 
 def _patch_checkpointed(model: nn.Module) -> None:
