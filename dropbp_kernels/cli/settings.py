@@ -60,7 +60,7 @@ class Settings:
     target_windows: int = 1
     coreset: float | None = None
     missing_grad: str = "skip"
-    steps: int = 90
+    steps: int = 80
     batch_size: int = 8
     seq_len: int = 256
     learning_rate: float | None = None
