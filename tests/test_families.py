@@ -140,10 +140,10 @@ def test_a_name_that_the_block_lacks_is_refused_and_nothing_is_patched(mine):
 
 
 def test_a_module_that_ends_two_branches_is_refused_and_nothing_is_patched():
-    model = tiny_causal_lm("opt")
-    blocks = model.model.decoder.layers
-    blocks[1].fc2 = blocks[0].fc2
-    with pytest.raises(ValueError, match="fc2 of OPTDecoderLayer ends two"):
+    model = tiny_causal_lm("bloom")
+    blocks = model.transformer.h
+    blocks[1].mlp.dense_4h_to_h = blocks[0].mlp.dense_4h_to_h
+    with pytest.raises(ValueError, match=r"mlp\.dense_4h_to_h of BloomBlock ends two"):
         apply_dropbp(model, 0.5)
     assert not left_of_dropbp(model)
 
