@@ -77,9 +77,22 @@ class Family:
             if self.forward_of(block) is None:
                 gates[branch] = ModuleGate(block, paths, flops, per_token=per_token)
             else:
-                modules = [block.get_submodule(path) for path in paths]
-                gates[branch] = DropBP(flops, modules=modules, per_token=per_token)
+                gates[branch] = _BlockGate(block, paths, flops, per_token)
         return gates
+
+
+class _BlockGate(DropBP):
+    """The gate of a branch that its block calls; finds the branch's modules again where PEFT replaced them."""
+
+    def __init__(self, block: nn.Module, paths: tuple[str, ...], flops: Callable[[int, int], float], per_token: bool):
+        super().__init__(flops, per_token=per_token)
+        self.paths = paths
+        self._block = (block,)  # in a tuple, so that nn.Module does not register its own parent
+        self.refresh()
+
+    def refresh(self) -> None:
+        (block,) = self._block
+        self.modules_of_branch = tuple(block.get_submodule(path) for path in self.paths)
 
 
 # A class rather than a closure, so that a patched model can be deep-copied and its copy counts its own modules.
