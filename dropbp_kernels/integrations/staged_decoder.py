@@ -16,9 +16,9 @@ from .decoder_parts import DecoderParts, parts_of
 from .stage_keys import LastKeysLeft, ModelMasks, StageKeys
 from .target_checks import BY_ROW, check_checkpointing, check_inputs
 
-# Of context that run at a time: a pass costs as many calls as a dense forward, and so many rows hold little (100 MiB at
-# a width of 4096).
-MIN_ROWS = 1024
+# Of context that run at a time: a pass costs as many calls as a dense forward, and so many rows hold little (200 MiB at
+# a width of 4096). With 1,024, a checkpointed step of the size in benchmarks/steps.py took a tenth more.
+MIN_ROWS = 2048
 _WITH_CACHE = "_can_checkpoint_with_cache"  # which layers that transformers checkpoints say of themselves
 COUNTS_TOKENS = ("opt",)  # whose positions leave padding on the left out; all others count places
 
