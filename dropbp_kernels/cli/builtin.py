@@ -115,7 +115,7 @@ def _pretrain(recipe: Recipe, device: torch.device) -> tuple[Any, float]:
     model: Any = LlamaForCausalLM(config(recipe))
     model.to(device).train()
     # Nothing is dropped; the fused kernels of the CPU shorten what a user waits for. On a GPU it is over in no time.
-    handler = apply_dropbp(model, drop_rate=0.0, fused=device.type == "cpu")
+    handler = apply_dropbp(model, drop_rate=0.0, fused="auto" if device.type == "cpu" else False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), fused=True)
     starts = torch.Generator().manual_seed(recipe.seed)
     losses: list[float] = []

@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from ..layer import DropBP
-from .swapping import is_fsdp
 from .target_checks import gathers_weights
 
 PARTS = "_dropbp_parts"
@@ -40,8 +39,7 @@ class DecoderParts:
             around = _around(decoder, self._name)
         except AttributeError:
             return False
-        same = len(around) == len(self.around) and all(map(lambda a, b: a is b, around, self.around))
-        return same and [type(module) for module in around] == self._types
+        return around == self.around and [type(module) for module in around] == self._types
 
     @property
     def last_keys(self) -> int | None:
@@ -49,8 +47,10 @@ class DecoderParts:
 
         None where a module around them has to see its own end, since hooks of it bring weights and take them away.
         """
-        held = any(module._forward_hooks or hasattr(module, "_hf_hook") or is_fsdp(module) for module in self.around)
-        return None if held or not self._name else self.around[-1].layer_idx  # type: ignore[return-value]
+        held = any(module._forward_hooks or hasattr(module, "_hf_hook") for module in self.around)
+        if held or self.gathers_weights or not self.attention:
+            return None
+        return self.around[-1].layer_idx  # type: ignore[return-value]
 
 
 def parts_of(decoder: nn.Module) -> DecoderParts:
@@ -66,5 +66,7 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _around(decoder: nn.Module, name: str) -> list[nn.Module]:
-    dots = [place for place, letter in enumerate(name) if letter == "."]
-    return [decoder.get_submodule(name[:place]) for place in dict.fromkeys((0, *dots, len(name)))]
+    around = [decoder]
+    for child in name.split(".") if name else ():
+        around.append(around[-1].get_submodule(child))
+    return around

@@ -71,13 +71,12 @@ class Family:
         Errors: those of `paths`.
         """
         gates: dict[str, DropBP] = {}
+        calls_its_branches = self.forward_of(block) is not None
         for branch, paths in self.paths(block).items():
             flops = BranchFlops(block, paths, is_attention="attention" in branch)
             per_token = branch in self.per_token
-            if self.forward_of(block) is None:
-                gates[branch] = ModuleGate(block, paths, flops, per_token=per_token)
-            else:
-                gates[branch] = _BlockGate(block, paths, flops, per_token)
+            kind = _BlockGate if calls_its_branches else ModuleGate
+            gates[branch] = kind(block, paths, flops, per_token=per_token)
         return gates
 
 
@@ -88,7 +87,6 @@ class _BlockGate(DropBP):
         super().__init__(flops, per_token=per_token)
         self.paths = paths
         self._block = (block,)  # in a tuple, so that nn.Module does not register its own parent
-        self.refresh()
 
     def refresh(self) -> None:
         (block,) = self._block

@@ -85,11 +85,7 @@ def class_as_built(module: nn.Module) -> Any:
     return cls
 
 
-def is_fsdp(module: nn.Module) -> bool:
-    """Whether FSDP gathers the weights of `module` for each use."""
-    return any(cls.__name__ in ("FSDPModule", "FullyShardedDataParallel") for cls in type(module).__mro__)
-
-
 def is_sharded(module: nn.Module) -> bool:
     """Whether FSDP gathers weights of `module`, or of something in it, for each use."""
-    return any(map(is_fsdp, module.modules()))
+    names = ("FSDPModule", "FullyShardedDataParallel")
+    return any(cls.__name__ in names for child in module.modules() for cls in type(child).__mro__)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from ..targets import IGNORED, TargetPlan, TargetRule, plan_targets
 from .decoder_parts import PARTS, parts_of
-from .swapping import is_swapped, subclass, swap_back
+from .swapping import is_swapped, subclass, swap, swap_back
 from .target_checks import ATTENTION, TAKES_MASKS, check_ranks, find_decoder, has_ranks, without_peft
 from .without_target import run_without_target
 
@@ -54,23 +54,17 @@ def patch_targets(model: nn.Module, rule: TargetRule) -> None:
     lm = without_peft(model)  # called by what PEFT wraps it in, or by itself
     for owner in (model,) if lm is model else (model, lm):
         vars(owner)["_dropbp_decoder"] = (decoder,)  # in a tuple, so that nn.Module does not register it again
-        _swap(owner, _call_with_labels)
-    _swap(decoder, _call_decoder)
+        swap(owner, _class_with, _call_with_labels)
+    swap(decoder, _class_with, _call_decoder)
 
 
-def unpatch_targets(model: nn.Module) -> bool:
-    """Undo `patch_targets`; whether there was anything to undo."""
-    patched = [module for module in model.modules() if is_swapped(module, _ORIGINAL)]
-    for module in patched:
+def unpatch_targets(model: nn.Module) -> None:
+    """Undo `patch_targets`, if it was done."""
+    for module in [module for module in model.modules() if is_swapped(module, _ORIGINAL)]:
         swap_back(module, _ORIGINAL)
         TargetRule.take_off(module)
         for name in ("_dropbp_decoder", _PLAN, PARTS):
             vars(module).pop(name, None)
-    return bool(patched)
-
-
-def _swap(module: nn.Module, call: Callable[..., Any]) -> None:
-    module.__class__ = _class_with(type(module), call)  # type: ignore[arg-type]
 
 
 @functools.cache
