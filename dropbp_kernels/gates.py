@@ -1,5 +1,7 @@
 """The gates of a model, seen together: which there are, what their branches cost, whether they were called."""
 
+import warnings
+
 from torch import nn
 
 from .layer import DropBP
@@ -53,3 +55,42 @@ def check_called(gates: dict[str, DropBP]) -> None:
             f"step: {len(missed)} of {len(gates)} gates were not called with gradients enabled since the last "
             f"step ({shown}). Run the patched model's forward between two steps, or pass strict=False."
         )
+
+
+class UnsteppedCalls:
+    """Warns, once, of a training loop that forgot `handler.step`, or left it outside of the loop.
+
+    Known by weights that an optimizer changed between two training calls under one plan: micro-batches, recomputes and
+    evaluations change none. An optimizer that writes past PyTorch's version counters is not seen.
+
+    block: the module around the gate; its trainable parameters stand for all.
+    """
+
+    def __init__(self, block: nn.Module):
+        self.block = block
+        self.version: int | None = None
+        self.has_warned = False
+
+    def note_call(self) -> None:
+        if self.has_warned:
+            return
+        version = sum(parameter._version for parameter in self.block.parameters() if parameter.requires_grad)
+        if self.version not in (None, version):
+            self.has_warned = True
+            warnings.warn(
+                "step: expected handler.step() before the forward of each optimizer step, but weights changed between "
+                "two forwards without it; the plan stays what it was (before the first step: nothing is dropped). In "
+                "a Trainer use DropBPCallback",
+                UserWarning,
+                stacklevel=2,
+            )
+        self.version = version
+
+
+def look_out_for_steps(model: nn.Module, gates: dict[str, DropBP]) -> None:
+    """Let `UnsteppedCalls` look at the first gate whose block has something to train."""
+    for name, gate in gates.items():
+        block = model.get_submodule(name.rpartition(".")[0])
+        if any(parameter.requires_grad for parameter in block.parameters()):
+            gate.unstepped = UnsteppedCalls(block)
+            return

@@ -10,6 +10,7 @@ A plan is a pure function of (seed, step), so it is the same on every rank, afte
 """
 
 import math
+import numbers
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from .calibration import Calibration, check_branches
 from .exact_sensitivity import measure_sensitivity
-from .gates import check_called, check_model, find_gates, flops_of
+from .gates import check_called, check_model, find_gates, flops_of, look_out_for_steps
 from .layer import DROPPED_RUNS, checkpoint_branch
 from .plan import DropPlan, as_entry, draw_plan, set_plan
 from .report import Books, Report
@@ -36,7 +37,7 @@ CHECKPOINTS = (None, "kept", "sliced")
 
 def check_drop_rate(drop_rate: float, name: str = "drop_rate") -> float:
     """Return drop_rate as a float, or raise TypeError/ValueError unless it is a number with 0 <= drop_rate < 1."""
-    if isinstance(drop_rate, bool) or not isinstance(drop_rate, int | float):
+    if isinstance(drop_rate, bool) or not isinstance(drop_rate, int | float | numbers.Real):  # NumPy's too
         raise TypeError(f"{name}: expected a number with 0 <= {name} < 1, got {drop_rate!r}")
     if not 0.0 <= drop_rate < 1.0:
         raise ValueError(f"{name}: expected 0 <= {name} < 1, got {drop_rate}")
@@ -111,7 +112,7 @@ class DropBPHandler:
             raise ValueError(f"total_steps: expected a number of steps, at least 1, got {total_steps!r}")
         if granularity not in GRANULARITIES:
             raise ValueError(f"granularity: expected one of {', '.join(GRANULARITIES)}, got {granularity!r}")
-        if isinstance(seed, bool) or not isinstance(seed, int):
+        if isinstance(seed, bool) or not isinstance(seed, int | numbers.Integral):
             raise TypeError(f"seed: expected an integer, got {seed!r}")
         for name, value in (("keep_one", keep_one), ("strict", strict)):
             if not isinstance(value, bool):
@@ -131,7 +132,7 @@ class DropBPHandler:
         self.schedule = get_schedule(schedule)
         self.total_steps = total_steps
         self.grad_scale = grad_scale
-        self.seed = seed
+        self.seed = int(seed)
         self.keep_one = keep_one
         self.strict = strict
         self.num_steps = 0
@@ -148,6 +149,10 @@ class DropBPHandler:
             gate.slice_tokens = SLICE_TOKENS if checkpoint == "sliced" and gate.per_token else 0
         self.drop_rates: list[float] = []
         self.set_drop_rates([self.drop_rate] * len(gates))
+        self._look_out_for_steps()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self.gates)} branches, drop_rate={self.drop_rate:g}, step {self.num_steps})"
 
     # ---- plans
 
@@ -172,10 +177,24 @@ class DropBPHandler:
         self._books.open(self.plan)
         for gate in self.gates.values():
             gate.was_called = False
+        self._look_out_for_steps()
         self.num_steps += 1
         self._awaits_call = True
         self._tell_targets(labels)
         return self.plan
+
+    def _look_out_for_steps(self) -> None:
+        """Let the second plan that was due be missed aloud, where plans differ from step to step.
+
+        No longer than that: who has called `step` twice calls it in the loop.
+        """
+        for gate in self.gates.values():
+            gate.unstepped = None
+        draws = self.drop_rate > 0.0
+        if self.targets is not None:
+            draws = draws or self.targets.context_keep > 0.0 or self.targets.target_windows > 1
+        if draws and self.num_steps == 0:
+            look_out_for_steps(self.model, self.gates)
 
     def _tell_targets(self, labels: Tensor | None = None) -> None:
         if self.targets is not None:
@@ -213,6 +232,8 @@ class DropBPHandler:
             )
         entries = tuple(map(as_entry, kept))
         set_plan(self.gates, entries)
+        for gate in self.gates.values():
+            gate.unstepped = None
         self.plan = DropPlan(entries, seed=self.seed)
         return self.plan
 

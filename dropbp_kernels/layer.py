@@ -67,6 +67,13 @@ def add_branch(residual: Tensor, output: Tensor, grad_scale: float = 1.0) -> Ten
     return gated_residual_add(residual, output, grad_scale=grad_scale)
 
 
+class Unstepped(Protocol):
+    """Who is told of training calls until a handler has drawn plans (`gates.UnsteppedCalls`)."""
+
+    def note_call(self) -> None:
+        """The gate was called with gradients enabled, and not for a probe."""
+
+
 class Watch(Protocol):
     """Who looks at a branch from its gate, while a calibration runs."""
 
@@ -105,6 +112,7 @@ class DropBP(nn.Module):
             its input alone: `checkpoint_branch`, or what transformers was told to use.
         slice_tokens: how many tokens at most a checkpointed or a dropped branch takes at a time; 0: all.
         watch: None, or who is shown what a branch is given and what a kept one returns (`Watch`, of a calibration).
+        unstepped: None, or who looks out for a training loop that draws no plans; of a model's first gate.
         was_called: whether the gate was called with gradients enabled since the handler last drew a plan.
         batch_size, seq_len: the first two dimensions of the residual in the last such call, 0 before it.
 
@@ -123,6 +131,10 @@ class DropBP(nn.Module):
         super().__init__()
         if dropped_runs not in DROPPED_RUNS:
             raise ValueError(f"dropped_runs: expected one of {', '.join(DROPPED_RUNS)}, got {dropped_runs!r}")
+        if flops is not None and not callable(flops):
+            raise TypeError(f"flops: expected a function (batch_size, seq_len) -> FLOPs, or None, got {flops!r}")
+        if isinstance(modules, nn.Module) and not isinstance(modules, nn.Sequential | nn.ModuleList):
+            raise TypeError(f"modules: expected a list of modules, got one {type(modules).__name__}")
         self.flops = flops
         self.modules_of_branch = tuple(modules)  # a tuple, so that nn.Module does not register them
         self.grad_scale = grad_scale
@@ -137,6 +149,7 @@ class DropBP(nn.Module):
         self.checkpoint: Callable[..., Any] | None = None
         self.slice_tokens = 0
         self.watch: Watch | None = None
+        self.unstepped: Unstepped | None = None
         self.was_called = False
         self.batch_size = 0
         self.seq_len = 0
@@ -162,6 +175,8 @@ class DropBP(nn.Module):
                 rows: the branch in two calls, one copy of the residual's rows, one add; saves what kept rows save.
         Source: DropBP (arXiv 2402.17812), x + D(f(norm(x))).
         """
+        if isinstance(branch, Tensor):
+            raise TypeError("branch: expected a function of the residual, which the gate calls, got what it returns")
         split = self.split(residual)
         if split is None:
             return add_branch(residual, self.run(residual, branch, *args, **kwargs), self.grad_scale)
@@ -302,6 +317,8 @@ class DropBP(nn.Module):
 
         Written and never read here: a counter would make torch.compile guard on it and recompile every step.
         """
+        if not torch.compiler.is_compiling() and self.unstepped is not None:
+            self.unstepped.note_call()
         self.was_called = True
         self.batch_size = residual.shape[0]
         self.seq_len = residual.shape[1] if residual.dim() > 2 else 1

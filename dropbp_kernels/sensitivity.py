@@ -65,6 +65,9 @@ def left_as_found(handler: HasGates) -> Iterator[None]:
     ]
     rng_state = get_rng_state()
     try:
+        for gate, attributes in gates:
+            if attributes.get("unstepped") is not None:
+                gate.unstepped = None  # a probe is no training
         yield
     finally:
         for parameter, grad in grads:

@@ -323,3 +323,10 @@ def test_what_a_callable_sampler_may_not_return(returned, error, message):
         handler.step()
     assert handler.num_steps == 0
     assert all(gate.kept for gate in handler.gates.values())
+
+
+def test_numbers_of_numpy():
+    np = pytest.importorskip("numpy")
+    handler = DropBPHandler(toy_model(), np.float32(0.5), seed=np.int64(3))
+    assert json.loads(json.dumps(handler.state_dict()))["seed"] == 3
+    assert repr(handler) == "DropBPHandler(4 branches, drop_rate=0.5, step 0)"

@@ -166,3 +166,13 @@ def test_a_branch_that_returns_no_tensor(kept, returned):
     gate.kept = kept
     with pytest.raises(TypeError, match=r"branch: expected it to return a tensor, got (tuple|NoneType)"):
         gate.residual_add(torch.ones(2, 3, 8), lambda x: returned)
+
+
+def test_what_a_gate_is_given_by_mistake():
+    with pytest.raises(TypeError, match=r"flops: expected a function .* got 0\.5"):
+        DropBP(0.5)
+    with pytest.raises(TypeError, match="modules: expected a list of modules, got one Linear"):
+        DropBP(modules=torch.nn.Linear(2, 2))
+    x = torch.ones(2, 3)
+    with pytest.raises(TypeError, match="branch: expected a function of the residual"):
+        DropBP().residual_add(x, x + 1)

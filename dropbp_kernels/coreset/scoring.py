@@ -19,7 +19,7 @@ from .projection import Projection
 
 IGNORED = -100
 # What a gate notes about calls that are none of the training's.
-_NOTES = ("kept", "was_called", "batch_size", "seq_len")
+_NOTES = ("kept", "was_called", "batch_size", "seq_len", "unstepped")
 
 Loss = Callable[[Any, dict[str, Any]], Tensor]
 
@@ -250,7 +250,7 @@ def as_scoring(model: nn.Module) -> Iterator[None]:
     gates = [(gate, {name: getattr(gate, name) for name in _NOTES}) for gate in find_gates(model).values()]
     model.eval()
     for gate, _ in gates:
-        gate.kept = True
+        gate.kept, gate.unstepped = True, None
     try:
         yield
     finally:
