@@ -54,6 +54,9 @@ def needed(path: Path) -> list[str]:
 
 
 LIBRARIES = [("_C", ()), ("_C_cuda", ("nvcc",))]
+SOURCES = PACKAGE.parent / "csrc"
+# TORCH_TARGET_VERSION hides no macro that came later; those of torch 2.11 are here, with which the build was tried.
+MACROS_OF_2_11 = {"STABLE_TORCH_LIBRARY_IMPL", "TORCH_BOX", "TORCH_ERROR_CODE_CHECK"}
 
 
 @pytest.mark.parametrize(("stem", "tools"), LIBRARIES)
@@ -62,6 +65,12 @@ def test_imports_only_the_stable_interface(stem, tools):
     unstable = [name for name in symbols if not re.fullmatch(r"(aoti_torch|torch)_[a-z0-9_]+", name)]
     assert unstable == []
     assert "torch_library_impl" in symbols, "the audit does not see what the library surely imports"
+
+
+@pytest.mark.skipif(not SOURCES.is_dir(), reason="the sources are not part of an installed package")
+def test_uses_no_macro_that_the_oldest_torch_lacks():
+    text = "".join(path.read_text() for path in SOURCES.rglob("*.*") if path.suffix in (".h", ".cpp", ".cu", ".cuh"))
+    assert set(re.findall(r"\b(?:STABLE|STD|TORCH|AOTI|C10)_[A-Z0-9_]+", text)) == MACROS_OF_2_11
 
 
 @pytest.mark.parametrize(("stem", "tools"), LIBRARIES)

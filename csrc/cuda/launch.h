@@ -29,8 +29,7 @@ inline int num_multiprocessors(const Tensor& tensor, const char* what) {
 // PyTorch's current stream of the tensor's device, which must be the current one (DeviceGuard).
 inline cudaStream_t current_stream(const Tensor& tensor) {
   void* stream;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
