@@ -119,7 +119,8 @@ def _register(library: torch.library.Library, backend: str, key: str, stems: Any
     for stem in stems:
         for name in _schemas[stem]:
             kernel = getattr(reference, f"{name}_reference") if backend == "reference" else _launcher(stem, name)
-            library.impl(name, kernel, key)
+            # Triton's own registration may stand there: torch 2.11 refuses another one unless it is asked for.
+            library.impl(name, kernel, key, allow_override=True)
 
 
 def _serves(backend: str, stem: str) -> bool:
