@@ -1,6 +1,7 @@
 """Is a patched model right? Its gradients against detach-after, done by hooks that share nothing with the gates.
 
-problems = check_gradients(model, inputs)      # patches, checks and unpatches; empty when all is right
+problems, _ = check_gradients(model, inputs)   # patches, checks and unpatches; empty when all is right
+problems, num_fused = check_fused(model, inputs)   # the same with fused=True, and how many adds that fused
 """
 
 import random
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from dropbp_kernels import apply_dropbp, remove_dropbp
@@ -86,6 +88,54 @@ def check_gradients(model: nn.Module, batch: dict[str, Any], **options: Any) -> 
         if not any(kept) and (left := [name for name in names if grads[name] is not None]):
             problems.append(f"gradients left with all dropped: {', '.join(left[:3])}")
     return problems, (missed, handler.gates)
+
+
+class _FusedAdds(TorchDispatchMode):
+    """Counts the adds that ran in one kernel with the norm behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.name() in (
+            "dropbp_kernels::gated_residual_rms_norm",
+            "dropbp_kernels::gated_residual_layer_norm",
+        )
+        return func(*args, **(kwargs or {}))
+
+
+def check_fused(model: nn.Module, batch: dict[str, Any]) -> tuple[list[str], int]:
+    """(what is wrong with `apply_dropbp(model, fused=True)`, adds fused in a forward); the model is as before.
+
+    Checked, within rounding, with all kept and with every other branch: logits and the gradient of every parameter are
+    those of fused=False.
+    """
+    results: dict[bool, list[Any]] = {False: [], True: []}
+    counter = _FusedAdds()
+    for fused, found in results.items():
+        handler = apply_dropbp(model, 0.5, fused_loss="off", fused=fused)
+        for kept in plans(len(handler.gates))[:3:2]:
+            handler.set_plan(kept)
+            found.append(run_backward(model, batch))
+        if fused:
+            with counter:
+                model(**batch)
+        remove_dropbp(model)
+    problems = []
+    for (logits, grads), (expected_logits, expected) in zip(results[True], results[False], strict=True):
+        pairs = {"logits": (logits, expected_logits)} | {name: (grads[name], expected[name]) for name in grads}
+        differing = [what for what, pair in pairs.items() if not _alike(*pair)]
+        if differing:
+            problems.append(f"fused: {len(differing)} tensors differ, first {differing[0]}")
+    return problems, counter.count
+
+
+def _alike(ours: Tensor | None, expected: Tensor | None) -> bool:
+    """Whether two tensors are the same but for rounding, measured by the largest entry."""
+    if ours is None or expected is None:
+        return ours is expected
+    return bool((ours - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-6)
 
 
 def _same(ours: Tensor | None, expected: Tensor | None) -> bool:

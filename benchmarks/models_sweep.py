@@ -1,6 +1,6 @@
 """Sweep every causal LM of the installed transformers, and write docs/models.md from what was seen.
 
-python -m benchmarks.models_sweep            # about a minute: benchmarks/results/models.csv and docs/models.md
+python -m benchmarks.models_sweep            # about two minutes: benchmarks/results/models.csv and docs/models.md
 python -m benchmarks.models_sweep llama phi  # prints these rows, writes nothing
 """
 
@@ -18,7 +18,7 @@ from torch import nn
 
 from dropbp_kernels.integrations.families import FAMILIES
 
-from .models_check import check_gradients
+from .models_check import check_fused, check_gradients
 from .tiny_models import tiny_causal_lm, tiny_inputs
 
 ROOT = Path(__file__).parent.parent
@@ -32,13 +32,15 @@ class Row:
 
     status: checked (gradients equal detach-after, bit for bit), refused (by apply_dropbp), wrong, or not built (no tiny
     model could be made or run here). family: the entry of the table, or "discovered". way: fused or generic.
-    branches: their names and how many of each, in a model of two layers (not called ones in brackets). note: reason.
+    fused_adds: with fused=True, of how many adds so many ran in one kernel with the norm behind them. branches: their
+    names and how many of each, in a model of two layers (not called ones in brackets). note: reason.
     """
 
     model_type: str
     status: str
     family: str = ""
     way: str = ""
+    fused_adds: str = ""
     branches: str = ""
     flops: str = ""
     note: str = ""
@@ -68,13 +70,16 @@ def sweep(model_type: str) -> Row:
         warnings.simplefilter("always")
         try:
             problems, (missed, gates) = check_gradients(model, inputs)
+            fused_problems, num_fused = check_fused(model, inputs)
         except ValueError as error:
             return Row(model_type, "refused", family or "", note=_first_line(error), **seen)
+    problems += fused_problems
     return Row(
         model_type,
         "checked" if all(problem.startswith("rounding") for problem in problems) else "wrong",
         family or "discovered",
         "fused" if family and FAMILIES[family].forward is not None else "generic",
+        f"{num_fused} of {len(gates) - len(missed)}" if num_fused else "",
         _branches(gates, missed),
         "unknown" if any("FLOPs unknown" in str(warning.message) for warning in caught) else "known",
         "; ".join(problems),
@@ -112,14 +117,17 @@ def page(rows: list[Row]) -> str:
         "gradient of every parameter are, bit for bit, those of the unpatched model with dropped branches detached by",
         "hooks; with all dropped no branch parameter has a gradient; removing restores every class and key. Where",
         "the last column says *rounding*, equal to rounding only: a kernel is chosen by whether a gradient is needed.",
-        "*Generic* gates the modules of a branch, *fused* rewrites the block's forward (docs/architecture.md).",
+        "*Generic* gates the modules of a branch, *fused* rewrites the block's forward (docs/architecture.md); *adds*:",
+        "with `fused=True`, of how many residual adds so many run in one kernel with the norm behind them, which was",
+        "checked too: logits and gradients are then those of `fused=False` to rounding.",
         "*Discovered* means that no table entry was needed: the branches were found by tracing, and proved.",
         "FLOPs *unknown*: all branches count as equally expensive, with a warning.",
         "",
-        "| model type | family | way | branches | FLOPs | equal |",
-        "|---|---|---|---|---|---|",
+        "| model type | family | way | adds | branches | FLOPs | equal |",
+        "|---|---|---|---|---|---|---|",
         *(
-            f"| {r.model_type} | {r.family} | {r.way} | {r.branches} | {r.flops} | {'rounding' if r.note else 'bits'} |"
+            f"| {r.model_type} | {r.family} | {r.way} | {r.fused_adds} | {r.branches} | {r.flops} | "
+            f"{'rounding' if r.note else 'bits'} |"
             for r in rows
             if r.status == "checked"
         ),
@@ -167,7 +175,7 @@ def main() -> int:
     rows: list[Any] = []
     for name in names or model_types():
         rows.append(sweep(name))
-        print(*astuple(rows[-1])[:7], flush=True)
+        print(*astuple(rows[-1])[:8], flush=True)
     if not names:
         with RESULTS.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")

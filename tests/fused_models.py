@@ -1,6 +1,11 @@
 """Tiny models of every family whose adds are fused, patched in several ways, and how their results are compared."""
 
+import importlib
+import re
+from pathlib import Path
+
 import torch
+import transformers
 from models import SIZES, gradients
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -31,6 +36,15 @@ FUSED_MODELS = {
     "gpt2": {"pad_token_id": 0, **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)},
     "gpt_neox": {"use_parallel_residual": False},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
+    "apertus": {},
+    "biogpt": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "activation_dropout": 0.0},
+    "glm4": {"pad_token_id": 0, "head_dim": 8},
+    "granitemoe": {**MOE, "residual_multiplier": 0.5},
+    "hyperclovax": {"residual_multiplier": 0.5, "use_post_norm": True},
+    "jetmoe": {**MOE, "kv_channels": 8, "num_key_value_heads": 2, "aux_loss_coef": 0.0},
+    "minicpm3": MLA,
+    "persimmon": {"pad_token_id": 0, "hidden_dropout": 0.0, "attention_dropout": 0.0},
+    "vaultgemma": {"head_dim": 8},
     "deepseek_v2": {**MOE, **MLA, "topk_method": "greedy"},
     "deepseek_v3": {**MOE, **MLA},
 }
@@ -87,4 +101,15 @@ def count_adds(monkeypatch):
 
     monkeypatch.setattr(fusing, "_add_and_normalise", counted("fused", fusing._add_and_normalise))
     monkeypatch.setattr(fusing, "_add", counted("added", fusing._add))
+    return found
+
+
+def named_classes(names):
+    """Classes of transformers by name, each from a model that has one."""
+    found = {}
+    for path in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
+        for name in re.findall(r"^class (\w+)\(nn\.Module\)", path.read_text(), flags=re.M):
+            if name in names and name not in found:
+                module = importlib.import_module(f"transformers.models.{path.parent.name}.{path.stem}")
+                found[name] = getattr(module, name)
     return found

@@ -10,7 +10,8 @@ from torch import nn
 from dropbp_kernels import DropBP, DropBPHandler, apply_dropbp
 from dropbp_kernels.blocks import LlamaBlock, RMSNorm, Stream, finish, rotary_embedding
 from dropbp_kernels.exact_sensitivity import estimate_sensitivity, exact_sensitivity, measure_sensitivity
-from dropbp_kernels.integrations.families import FAMILIES, Family
+from dropbp_kernels.integrations.families import FAMILIES
+from dropbp_kernels.integrations.family import Family
 from dropbp_kernels.sensitivity import compute_sensitivity
 
 DEFINITIONS = ("norm", "element")

@@ -11,7 +11,8 @@ from benchmarks.models_check import check_gradients, run_backward
 from benchmarks.tiny_models import tiny_causal_lm, tiny_inputs
 from dropbp_kernels import apply_dropbp, register_family, remove_dropbp
 from dropbp_kernels.integrations import families
-from dropbp_kernels.integrations.families import FAMILIES, Family
+from dropbp_kernels.integrations.families import FAMILIES
+from dropbp_kernels.integrations.family import Family
 from dropbp_kernels.measure import saved_bytes
 
 CAUSAL_LMS = [

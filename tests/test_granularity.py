@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.tiny_models import tiny_causal_lm, tiny_inputs
 from dropbp_kernels import DropBPHandler, apply_dropbp, blocks, ownership, remove_dropbp
 from dropbp_kernels.integrations import fusing
-from dropbp_kernels.integrations.families import Family
+from dropbp_kernels.integrations.family import Family
 from dropbp_kernels.measure import saved_bytes
 
 FAMILIES = ["bert", "bloom", "deepseek_v3", "falcon", "gemma2", "gpt2", "gpt_neox", "llama", "mixtral", "olmo2", "opt"]

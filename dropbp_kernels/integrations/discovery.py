@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..layer import DropBP
-from .families import Family
+from .family import Family
 from .gating import first_tensor
 
 # Autograd nodes that leave the stream a stream, when they have one input that needs a gradient.

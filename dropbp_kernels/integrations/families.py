@@ -14,133 +14,10 @@ and a branch, "cross_attention?", one that not every block has: it exists where 
 What is applied after the add (the norms of a post-norm block: BERT) belongs to the stream and stays out.
 """
 
-import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
-from torch import Tensor, nn
-
-from ..flops import attention_core_flops, attention_shape, linear_flops
-from ..layer import DropBP
+from .family import Family
 from .fusing import pre_norm_forward
-from .gating import ModuleGate
-from .swapping import class_as_built
-
-
-@dataclass(frozen=True)
-class Family:
-    """How to gate the blocks of one model family.
-
-    block: class names of its blocks. branches: by branch name, the names of its modules, first to last.
-    when: tells blocks of one class apart that their configuration lays out differently; None: all are alike.
-    forward: a forward of the block that does the adds itself, through `gate_<branch>.run`, so that they can wait for
-        the next norm (`fusing`, "fused"). None: the branches are gated by their modules (`gating`, "generic").
-    per_token: the branches that treat each token for itself, of which granularity "token" keeps a share of the tokens.
-    """
-
-    block: tuple[str, ...]
-    branches: Mapping[str, tuple[str, ...]]
-    when: Callable[[Any], bool] | None = None
-    forward: Callable[..., Tensor] | None = None
-    per_token: tuple[str, ...] = ("mlp",)
-
-    def fits(self, block: nn.Module) -> bool:
-        """Whether `block` is one of this family's."""
-        return class_as_built(block).__name__ in self.block and (self.when is None or self.when(block))
-
-    def paths(self, block: nn.Module) -> dict[str, tuple[str, ...]]:
-        """The names of the modules of each branch that `block` has.
-
-        Errors: ValueError, naming the block's modules, when the block lacks one that it has to have.
-        """
-        paths = {branch.rstrip("?"): _find(block, branch, names) for branch, names in self.branches.items()}
-        return {branch: found for branch, found in paths.items() if found}
-
-    def forward_of(self, block: nn.Module) -> Callable[..., Tensor] | None:
-        """`forward`; None where `block`, as some versions of transformers have it, returns more than the stream.
-
-        That is told by output_attentions: who takes it returns attention weights too, in a tuple.
-        """
-        is_stream_alone = "output_attentions" not in inspect.signature(class_as_built(block).forward).parameters
-        return self.forward if is_stream_alone else None
-
-    def gates(self, block: nn.Module) -> dict[str, DropBP]:
-        """New gates for one block, by branch name, knowing their modules and FLOPs.
-
-        Errors: those of `paths`.
-        """
-        gates: dict[str, DropBP] = {}
-        calls_its_branches = self.forward_of(block) is not None
-        for branch, paths in self.paths(block).items():
-            flops = BranchFlops(block, paths, is_attention="attention" in branch)
-            per_token = branch in self.per_token
-            kind = _BlockGate if calls_its_branches else ModuleGate
-            gates[branch] = kind(block, paths, flops, per_token=per_token)
-        return gates
-
-
-class _BlockGate(DropBP):
-    """The gate of a branch that its block calls; finds the branch's modules again where PEFT replaced them."""
-
-    def __init__(self, block: nn.Module, paths: tuple[str, ...], flops: Callable[[int, int], float], per_token: bool):
-        super().__init__(flops, per_token=per_token)
-        self.paths = paths
-        self._block = (block,)  # in a tuple, so that nn.Module does not register its own parent
-
-    def refresh(self) -> None:
-        (block,) = self._block
-        self.modules_of_branch = tuple(block.get_submodule(path) for path in self.paths)
-
-
-# A class rather than a closure, so that a patched model can be deep-copied and its copy counts its own modules.
-@dataclass
-class BranchFlops:
-    """Forward FLOPs of a branch from the shapes of the modules that bear its names now, and from its attention's heads.
-
-    Keys of a cross-attention are taken to be as many as its queries.
-    """
-
-    block: nn.Module
-    paths: tuple[str, ...]
-    is_attention: bool
-
-    def __call__(self, batch_size: int, seq_len: int) -> float:
-        modules = [self.block.get_submodule(path) for path in self.paths]
-        flops = sum(linear_flops(module, batch_size * seq_len) for module in modules)
-        if self.is_attention:
-            parents = [self.block.get_submodule(path.rpartition(".")[0]) for path in self.paths if "." in path]
-            shape = next((shape for module in (*modules, *parents) if (shape := attention_shape(module))), None)
-            if shape is None:
-                raise TypeError(f"module: no head count found in the attention of {type(self.block).__name__}")
-            flops += attention_core_flops(batch_size, seq_len, *shape)
-        return flops
-
-
-def _find(block: nn.Module, branch: str, names: Sequence[str]) -> tuple[str, ...]:
-    found, missing = [], []
-    for name in names:
-        path = next((path for path in name.rstrip("?").split("|") if _has(block, path)), None)
-        if path is not None:
-            found.append(path)
-        elif not name.endswith("?"):
-            missing.append(name)
-    if missing and branch.endswith("?"):
-        return ()
-    if missing:
-        children = ", ".join(name for name, _ in block.named_children())
-        raise ValueError(
-            f"family: expected branch {branch!r} of {type(block).__name__} to have {', '.join(names)}, but there is no "
-            f"{', '.join(missing)}; the block's modules are {children}"
-        )
-    return tuple(found)
-
-
-def _has(block: nn.Module, path: str) -> bool:
-    try:
-        return isinstance(block.get_submodule(path), nn.Module)
-    except AttributeError:
-        return False
 
 
 def _layout(attention: str, mlp: str) -> dict[str, tuple[str, ...]]:
@@ -153,6 +30,7 @@ _SANDWICH = _layout(
     "pre_feedforward_layernorm mlp post_feedforward_layernorm",
 )
 _PARALLEL = _layout("input_layernorm self_attn", "input_layernorm mlp")
+_GLM4 = _layout("input_layernorm self_attn post_self_attn_layernorm", "post_attention_layernorm mlp post_mlp_layernorm")
 _BERT = {
     "attention": ("attention.self", "attention.output.dense"),
     "cross_attention?": ("crossattention.self", "crossattention.output.dense"),
@@ -169,23 +47,37 @@ _WHISPER = {
     "mlp": ("final_layer_norm", "fc1", "fc2"),
 }
 
-_PRE_NORM = pre_norm_forward()
-_PRE_NORM_SANDWICH = pre_norm_forward(" ".join(_SANDWICH["attention"]), " ".join(_SANDWICH["mlp"]))
+# Blocks whose forward is Llama's to the letter.
+_LIKE_LLAMA = """
+    Llama AXK1 Arcee AriaText BitNet Cwm DeepseekV32 DiffLlama Dots1 Dots3NoteText Ernie4_5 Ernie4_5_Moe ExaoneMoe Glm
+    Glm4Moe Glm4MoeLite HYV3 HunYuanDenseV1 HunYuanMoEV1 Jais2 Laguna Mellum MiMoV2Flash MiniMaxM2 MiniMaxM3VL Ministral
+    Ministral3 Olmoe Phimoe SeedOss SmolLM3 SolarOpen Youtu
+"""
+
+
+def _sequential(*blocks: str, layout: dict[str, tuple[str, ...]] = _LLAMA, scale: str | None = None) -> Family:
+    """Blocks that add their branches one after the other, with nothing between modules and add but `scale`."""
+    forward = pre_norm_forward(" ".join(layout["attention"]), " ".join(layout["mlp"]), scale)
+    return Family(blocks, layout, forward=forward)
+
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(("LlamaDecoderLayer",), _LLAMA, forward=_PRE_NORM),
-    "mistral": Family(("MistralDecoderLayer",), _LLAMA, forward=_PRE_NORM),
-    "qwen2": Family(("Qwen2DecoderLayer",), _LLAMA, forward=_PRE_NORM),
-    "qwen3": Family(("Qwen3DecoderLayer",), _LLAMA, forward=_PRE_NORM),
-    "mixtral": Family(("MixtralDecoderLayer",), _LLAMA, forward=_PRE_NORM),
-    "qwen2_moe": Family(("Qwen2MoeDecoderLayer",), _LLAMA, forward=_PRE_NORM),
-    "qwen3_moe": Family(("Qwen3MoeDecoderLayer",), _LLAMA, forward=_PRE_NORM),
-    "gemma": Family(("GemmaDecoderLayer",), _LLAMA, forward=_PRE_NORM),
-    "gemma2": Family(("Gemma2DecoderLayer",), _SANDWICH, forward=_PRE_NORM_SANDWICH),
-    "gemma3": Family(("Gemma3DecoderLayer",), _SANDWICH, forward=_PRE_NORM_SANDWICH),
+    "llama": _sequential(*(f"{name}DecoderLayer" for name in _LIKE_LLAMA.split())),
+    "mistral": _sequential("MistralDecoderLayer"),
+    "qwen2": _sequential("Qwen2DecoderLayer"),
+    "qwen3": _sequential("Qwen3DecoderLayer"),
+    "mixtral": _sequential("MixtralDecoderLayer"),
+    "qwen2_moe": _sequential("Qwen2MoeDecoderLayer"),
+    "qwen3_moe": _sequential("Qwen3MoeDecoderLayer"),
+    "gemma": _sequential("GemmaDecoderLayer"),
+    "gemma2": _sequential("Gemma2DecoderLayer", layout=_SANDWICH),
+    "gemma3": _sequential("Gemma3DecoderLayer", layout=_SANDWICH),
+    "vaultgemma": _sequential(
+        "VaultGemmaDecoderLayer", layout=_layout("input_layernorm self_attn", "pre_feedforward_layernorm mlp")
+    ),
     "phi": Family(("PhiDecoderLayer",), _PARALLEL),
     "phi3": Family(
-        ("Phi3DecoderLayer",),
+        ("Phi3DecoderLayer", "Phi4MultimodalDecoderLayer"),
         _LLAMA,
         forward=pre_norm_forward(
             "input_layernorm self_attn resid_attn_dropout", "post_attention_layernorm mlp resid_mlp_dropout"
@@ -242,7 +134,7 @@ FAMILIES: dict[str, Family] = {
         _layout("self_attention.query_key_value self_attention.dense", "mlp.dense_h_to_4h mlp.dense_4h_to_h"),
         when=lambda block: block.apply_residual_connection_post_layernorm,
     ),
-    "starcoder2": Family(("Starcoder2DecoderLayer",), _LLAMA, forward=_PRE_NORM),
+    "starcoder2": _sequential("Starcoder2DecoderLayer"),
     "olmo2": Family(
         ("Olmo2DecoderLayer",), _layout("self_attn post_attention_layernorm", "mlp post_feedforward_layernorm")
     ),
@@ -254,9 +146,45 @@ FAMILIES: dict[str, Family] = {
         forward=pre_norm_forward(mlp="post_attention_layernorm mlp dropout"),
     ),
     "stablelm_parallel": Family(("StableLmDecoderLayer",), _PARALLEL, when=lambda block: block.use_parallel_residual),
-    "granite": Family(("GraniteDecoderLayer",), _LLAMA, forward=pre_norm_forward(scale="residual_multiplier")),
-    "deepseek_v2": Family(("DeepseekV2DecoderLayer",), _LLAMA, forward=_PRE_NORM),
-    "deepseek_v3": Family(("DeepseekV3DecoderLayer",), _LLAMA, forward=_PRE_NORM),
+    "granite": _sequential("GraniteDecoderLayer", "GraniteSWADecoderLayer", scale="residual_multiplier"),
+    "granitemoe": _sequential(
+        "GraniteMoeDecoderLayer",
+        layout=_layout("input_layernorm self_attn", "post_attention_layernorm block_sparse_moe"),
+        scale="residual_multiplier",
+    ),
+    "hyperclovax": _sequential(
+        "HyperCLOVAXDecoderLayer",
+        layout=_layout("input_layernorm self_attn post_norm1", "post_attention_layernorm mlp post_norm2"),
+        scale="residual_multiplier",
+    ),
+    "minicpm3": _sequential("MiniCPM3DecoderLayer", scale="residual_scale"),
+    "apertus": _sequential(
+        "ApertusDecoderLayer", layout=_layout("attention_layernorm self_attn", "feedforward_layernorm mlp")
+    ),
+    "glm4": _sequential("Glm4DecoderLayer", "Kolibri1DecoderLayer", layout=_GLM4),
+    "jetmoe": _sequential(
+        "JetMoeDecoderLayer", layout=_layout("input_layernorm self_attention", "post_attention_layernorm mlp")
+    ),
+    "emu3": Family(
+        ("Emu3DecoderLayer",),
+        _LLAMA,
+        forward=pre_norm_forward("input_layernorm self_attn dropout", "post_attention_layernorm mlp dropout"),
+    ),
+    "biogpt": Family(
+        ("BioGptDecoderLayer",),
+        _layout("self_attn_layer_norm self_attn", "final_layer_norm fc1 fc2"),
+        forward=pre_norm_forward(
+            "self_attn_layer_norm self_attn dropout",
+            "final_layer_norm fc1 activation_fn activation_dropout fc2 dropout",
+        ),
+    ),
+    "persimmon": Family(
+        ("PersimmonDecoderLayer",),
+        _LLAMA,
+        forward=pre_norm_forward(mlp="post_attention_layernorm mlp dropout"),
+    ),
+    "deepseek_v2": _sequential("DeepseekV2DecoderLayer"),
+    "deepseek_v3": _sequential("DeepseekV3DecoderLayer"),
     "bert": Family(
         (
             *(

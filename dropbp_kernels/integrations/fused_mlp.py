@@ -24,10 +24,15 @@ _SEPARATE = {
     **dict.fromkeys(("LlamaMLP", "MistralMLP", "MinistralMLP", "GraniteMLP", "SmolLM3MLP", "StableLmMLP"), "act_fn"),
     **dict.fromkeys(("Qwen2MLP", "Qwen2MoeMLP", "Qwen3MLP", "Qwen3MoeMLP", "CohereMLP", "Cohere2MLP"), "act_fn"),
     **dict.fromkeys(("GemmaMLP", "Gemma2MLP", "Gemma3MLP", "DeepseekV2MLP", "DeepseekV3MLP"), "act_fn"),
-    **dict.fromkeys(("OlmoMLP", "Olmo2MLP", "Olmo3MLP"), "act_fn"),
+    **dict.fromkeys(("OlmoMLP", "Olmo2MLP", "Olmo3MLP", "AXK1MLP", "AriaSharedExpertsMLP", "CwmMLP"), "act_fn"),
+    **dict.fromkeys(("DeepseekV32MLP", "DiffLlamaMLP", "Dots1MLP", "Dots3NoteTextMLP", "Emu3MLP"), "act_fn"),
+    **dict.fromkeys(("Ernie4_5MLP", "Ernie4_5_MoeMLP", "ExaoneMoeMLP", "Glm4MoeMLP", "Glm4MoeLiteMLP"), "act_fn"),
+    **dict.fromkeys(("GraniteSWAMLP", "HYV3MLP", "HunYuanDenseV1MLP", "HunYuanMoEV1MLP", "HyperCLOVAXMLP"), "act_fn"),
+    **dict.fromkeys(("Kolibri1MLP", "LagunaMLP", "MiMoV2FlashMLP", "MiniCPM3MLP", "Ministral3MLP"), "act_fn"),
+    **dict.fromkeys(("SolarOpenMLP", "VaultGemmaMLP", "YoutuMLP"), "act_fn"),
 }
 # and those whose gate_up_proj holds both, gate first.
-_PACKED = dict.fromkeys(("Phi3MLP", "GlmMLP", "Glm4MLP"), "activation_fn")
+_PACKED = dict.fromkeys(("Phi3MLP", "Phi4MultimodalMLP", "GlmMLP", "Glm4MLP"), "activation_fn")
 # Activations by class name; nn.GELU tells the rest by its attributes.
 _ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "SiLU": swiglu,

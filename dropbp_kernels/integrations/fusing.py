@@ -38,17 +38,27 @@ _CASTINGS = {
         (
             *("LlamaRMSNorm", "MistralRMSNorm", "MixtralRMSNorm", "Qwen2RMSNorm", "Qwen2MoeRMSNorm", "Qwen3RMSNorm"),
             *("Qwen3MoeRMSNorm", "Phi3RMSNorm", "GraniteRMSNorm", "DeepseekV2RMSNorm", "DeepseekV3RMSNorm"),
+            *("AXK1RMSNorm", "ApertusRMSNorm", "ArceeRMSNorm", "AriaTextRMSNorm", "BitNetRMSNorm", "CwmRMSNorm"),
+            *("DeepseekV32RMSNorm", "DiffLlamaRMSNorm", "Dots1RMSNorm", "Dots3NoteRMSNorm", "Emu3RMSNorm"),
+            *("Ernie4_5RMSNorm", "Ernie4_5_MoeRMSNorm", "ExaoneMoeRMSNorm", "GlmRMSNorm", "Glm4RMSNorm"),
+            *("Glm4MoeRMSNorm", "Glm4MoeLiteRMSNorm", "GraniteMoeRMSNorm", "GraniteSWARMSNorm", "HYV3RMSNorm"),
+            *("HunYuanDenseV1RMSNorm", "HunYuanMoEV1RMSNorm", "HyperCLOVAXRMSNorm", "JetMoeRMSNorm", "Kolibri1RMSNorm"),
+            *("LagunaRMSNorm", "MellumRMSNorm", "MiMoV2FlashRMSNorm", "MiniCPM3RMSNorm", "MiniMaxM2RMSNorm"),
+            *("MinistralRMSNorm", "Ministral3RMSNorm", "OlmoeRMSNorm", "Phi4MultimodalRMSNorm", "SeedOssRMSNorm"),
+            *("SmolLM3RMSNorm", "SolarOpenRMSNorm", "YoutuRMSNorm"),
         ),
         "llama",
     ),
-    **dict.fromkeys(("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm"), "gemma"),
+    **dict.fromkeys(
+        ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "MiniMaxM3VLRMSNorm", "VaultGemmaRMSNorm"), "gemma"
+    ),
 }
 # liger-kernel's norms tell by their settings: (offset, casting_mode).
 _LIGER_CASTINGS = {(0.0, "llama"): "llama", (1.0, "gemma"): "gemma"}
 _LAYER_NORM = "layer_norm"  # stands for nn.LayerNorm among the castings
 # Where models have their blocks and the norm behind the last one.
 _BLOCKS_AND_NORMS = (
-    *(("layers", name) for name in ("norm", "final_layer_norm", "layer_norm", "layernorm")),
+    *(("layers", name) for name in ("norm", "final_layer_norm", "final_layernorm", "layer_norm", "layernorm")),
     ("h", "ln_f"),
 )
 _HANDS_ON = "dropbp_hands_on"  # keyword that travels from the model's forward to its blocks

@@ -27,7 +27,8 @@ from ..targets import TargetRule
 from . import fused_mlp, fusing
 from .checkpointing import CheckpointByPlan, without_cache
 from .discovery import discover, example_inputs, prove, ungated_blocks
-from .families import FAMILIES, Family
+from .families import FAMILIES
+from .family import Family
 from .fused_loss import check_fused_loss, patch_head, unpatch_head
 from .gating import ModuleGate
 from .row_batches import recorded_outputs, stop_telling, tell_gates_of_batches
