@@ -200,6 +200,7 @@ class DropBPHandler:
         if self.targets is not None:
             self.targets.seed, self.targets.step, self.targets.labels = self.seed, self.plan.step, labels
             self.targets.num_target = None
+            self.targets.zero_gradient = False
 
     def draw(self, step: int) -> DropPlan:
         """The plan of `step`: a pure function of (seed, step), the rates and the FLOPs; changes nothing.

@@ -37,8 +37,8 @@ class TargetRule:
 
     labels: of the batches until the next step, where the model is called without any.
     num_target: targets of the last batch since the step; None: no batch yet.
-    zero_gradient: whether the loss of a batch without a target has a graph all the same, for a training loop that runs
-        its backward come what may.
+    zero_gradient: whether until the next step the loss of a batch without a target has a graph all the same, for a
+        training loop that runs its backward come what may.
     """
 
     context_gradient: str = "none"

@@ -115,6 +115,7 @@ def test_version(capsys):
         (["--save-every", "-1"], "--save-every: expected 0"),
         (["--data", "none.txt"], "--data none.txt: no such file or folder"),
         (["--model", "./none"], "--model ./none: expected 'builtin', a folder or a hub id"),
+        (["--model", "bultin"], "--model bultin: no such model; did you mean builtin?"),
         (["--model", "."], "--model .: expected a Hugging Face checkpoint, but the folder has no config.json"),
         (["--resume", "none"], "--resume none: expected an output folder with a checkpoint.pt"),
         (["--unknown"], "unrecognized arguments: --unknown"),

@@ -115,6 +115,7 @@ def test_builtin_model_and_a_folder_are_found(capsys, small):
         (["--gpu-memory", "1.0002"], "weights and optimizer state alone take 0.0 GiB"),
         (["--model", "none.json"], "--model none.json: no such file or folder"),
         (["--model", "./none"], "--model ./none: no such file or folder"),
+        (["--model", "Lama-2-7b"], "--model Lama-2-7b: no such model; did you mean llama-2-7b?"),
         (["--model", "."], "expected a config.json in the folder"),
     ],
 )
@@ -140,6 +141,20 @@ def test_bad_option_is_one_line(capsys, small, argv, message, monkeypatch, tmp_p
 def test_bad_config_is_one_line(capsys, small, content, message):
     small.write_text(content)
     assert message in fails(capsys, "--model", small)
+
+
+@pytest.mark.parametrize("command", [["plan"], ["finetune", "--output", "out"]])
+def test_without_a_network_a_hub_id_is_given_up_at_once(capsys, monkeypatch, tmp_path, command):
+    def no_network(*args, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.model_info", no_network)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", None)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", None)
+    assert main([*command, "--model", "owner/none"]) == 2
+    assert "not to be had from the Hugging Face hub: no network" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_model_is_required(capsys):

@@ -287,6 +287,8 @@ def test_a_resumed_selector_goes_on_exactly(features, tmp_path):
         CoresetSelector(model).load_state_dict(whole.state_dict())
     with pytest.raises(ValueError, match="betas: expected given, with which the state was saved, got None"):
         CoresetSelector(model, seed=3, betas=None).load_state_dict(whole.state_dict())
+    with pytest.raises(ValueError, match="state: expected what state_dict of version 1 returned, got None"):
+        CoresetSelector(model).load_state_dict({})
 
 
 # ---- what is refused

@@ -107,6 +107,8 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path):
 
 def test_what_is_refused(tmp_path):
     trainer = trainer_of(tmp_path)
+    with pytest.raises(TypeError, match="trainer: expected a Trainer of transformers, got PeftModel"):
+        apply_coreset(trainer.model)
     with pytest.raises(ValueError, match="trainer: expected one without a coreset"):
         apply_coreset(trainer)
     with pytest.raises(ValueError, match="weights: expected 'uniform'"):

@@ -128,8 +128,12 @@ def test_families_argument_restricts(mine):
     remove_dropbp(model)
     with pytest.raises(ValueError, match="expected names among llama"):
         apply_dropbp(model, 0.5, families=["wisper"])
-    with pytest.raises(ValueError, match="expected blocks of a known family"):
+    with pytest.raises(ValueError, match=r"expected blocks of a known family \(MyBlock\)"):
         apply_dropbp(model, 0.5, families=["mine"])
+    with pytest.raises(ValueError, match=r"expected blocks of a known family \(docs/models\.md\), got none"):
+        apply_dropbp(nn.Linear(2, 2), 0.5)
+    with pytest.raises(TypeError, match="inputs: expected a dict of the model's arguments by name, got Tensor"):
+        apply_dropbp(nn.Linear(2, 2), 0.5, inputs=torch.ones(2))
 
 
 def test_a_name_that_the_block_lacks_is_refused_and_nothing_is_patched(mine):

@@ -1,6 +1,8 @@
 """The config of a model by name: one that ships with this package, a file, a folder, or a Hugging Face hub id."""
 
+import difflib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,28 @@ def load_config(name: str) -> Any:
     return _from_hub(name)
 
 
+def check_on_hub(name: str, known: Iterable[str]) -> None:
+    """Errors: UserError unless the hub, or the cache of what it once gave, has a model called `name`.
+
+    Asked before transformers is, which without a network tries for half a minute. A name much like one of `known` is
+    taken for a slip: names of the hub have an owner, save a few old ones.
+    """
+    from huggingface_hub import model_info, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    client_error: Any = HfHubHTTPError.__bases__[0]  # of the HTTP client that this version of huggingface_hub uses
+    if "/" not in name and (likely := difflib.get_close_matches(name.lower(), known, n=1)):
+        raise UserError(f"--model {name}: no such model; did you mean {likely[0]}?")
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            model_info(name, timeout=10.0)
+    except (OSError, client_error, HFValidationError) as error:
+        raise UserError(
+            f"--model {name}: not one of {', '.join(known)}, no folder, and not to be had from the Hugging Face hub: "
+            f"{_one_line(error)}"
+        ) from error
+
+
 def _from_file(path: Path, name: str) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -55,14 +79,11 @@ def _from_file(path: Path, name: str) -> Any:
 def _from_hub(name: str) -> Any:
     from transformers import AutoConfig
 
+    check_on_hub(name, [builtin.NAME, *shipped()])
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        known = ", ".join([builtin.NAME, *shipped()])
-        raise UserError(
-            f"--model {name}: not one of {known}, no file or folder, and not to be had from the Hugging Face hub: "
-            f"{_one_line(error)}"
-        ) from error
+        raise UserError(f"--model {name}: no config of the Hugging Face hub: {_one_line(error)}") from error
 
 
 def _one_line(error: Exception) -> str:

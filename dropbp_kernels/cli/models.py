@@ -12,6 +12,7 @@ from torch import nn
 from . import builtin
 from .data import Data
 from .errors import UserError
+from .model_config import check_on_hub
 from .settings import Settings
 
 LORA_ALPHA_PER_RANK, PACA_ALPHA_PER_RANK = 2, 4  # PaCA's as published
@@ -23,6 +24,8 @@ def load_tokenizer(settings: Settings) -> Any:
         return builtin.ByteTokenizer()
     from transformers import AutoTokenizer
 
+    if not Path(settings.model).expanduser().is_dir():
+        check_on_hub(settings.model, [builtin.NAME])
     try:
         tokenizer = AutoTokenizer.from_pretrained(settings.model)
     except (OSError, ValueError) as error:

@@ -298,8 +298,9 @@ class CoresetSelector:
 
         Errors: ValueError for the state of another version, of another seed, or with moments where this has none.
         """
-        if state["version"] != STATE_VERSION:
-            raise ValueError(f"state: expected version {STATE_VERSION}, got {state['version']}")
+        if not isinstance(state, Mapping) or state.get("version") != STATE_VERSION:
+            got = state.get("version") if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"state: expected what state_dict of version {STATE_VERSION} returned, got {got}")
         if state["seed"] != self.seed:
             raise ValueError(f"seed: expected {state['seed']}, with which the state was saved, got {self.seed}")
         if (state["moments"] is None) != (self.moments is None):

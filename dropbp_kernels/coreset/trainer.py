@@ -30,9 +30,11 @@ def apply_coreset(trainer: Any, keep: float = 0.5, *, source_column: str = "sour
     with it. Evaluation is untouched.
 
     Errors: ValueError when the trainer has a selector already, or for weights="cluster", which a Trainer's loss cannot
-            take; those of `CoresetSelector`.
+            take; TypeError for what is no Trainer; those of `CoresetSelector`.
     Cost:   that of `CoresetSelector.select` for each micro-batch.
     """
+    if not hasattr(trainer, "get_train_dataloader"):
+        raise TypeError(f"trainer: expected a Trainer of transformers, got {type(trainer).__name__}")
     if hasattr(trainer, "coreset_selector"):
         raise ValueError("trainer: expected one without a coreset, got one that has it")
     if options.get("weights", "uniform") != "uniform":

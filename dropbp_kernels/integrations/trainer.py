@@ -13,6 +13,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ from ..missing_grad import MISSING_GRAD, fill_missing_gradients
 from ..sensitivity import DEFINITIONS
 from .checkpointing import is_reentrant
 from .meters import PlanMeter, TimeMeter, saved_bytes_by_branch
-from .transformers import apply_dropbp, check_options, remove_dropbp
+from .row_batches import stop_telling, tell_gates_of_batches
+from .transformers import apply_dropbp, check_options, patched_with, remove_dropbp
 
 try:
     from transformers.trainer_callback import CallbackHandler, ExportableState, TrainerCallback
@@ -56,15 +58,16 @@ class DropBPCallback(TrainerCallback, ExportableState):
             none, as with `compute_loss_func` or label smoothing.
         measure: also log forward, backward and step time and the peak of memory, and print their means at the end.
         remove_at_end: take the patch off the model when training ends.
-        options: those of `apply_dropbp`. A model that has gates already, its own or from `apply_dropbp`, keeps them.
-            A schedule spans the whole training.
+        options: those of `apply_dropbp`. A model that has gates already, its own or from `apply_dropbp`, keeps them;
+            options of the patch must then be those it was patched with. A schedule spans the whole training.
 
     Attributes: handler, the `DropBPHandler` of the model, None until the Trainer is made.
     Logs:       dropbp_drop_rate and dropbp_flops_kept (realised since the last log), dropbp_bytes_not_saved (for a
                 micro-batch), dropbp_tokens_per_second (padding counts, all processes), and with measure
                 dropbp_forward_ms, dropbp_backward_ms, dropbp_step_ms, dropbp_peak_memory_mib.
     Errors:     ValueError for an argument out of range, a model that cannot be patched (when the Trainer is made; the
-                model is unchanged then), DDP without find_unused_parameters, or a checkpoint of other settings.
+                model is unchanged then) or is patched with other options, a second DropBPCallback, DDP without
+                find_unused_parameters, or a checkpoint of other settings.
     Cost:       one more forward in the first step, to count bytes; calibration takes one forward, and half a backward
                 per branch, on a micro-batch, with the memory of an undropped one (with reentrant checkpointing 1 +
                 num_branches forwards and backwards).
@@ -141,7 +144,6 @@ class DropBPCallback(TrainerCallback, ExportableState):
         if state.global_step > 0:
             self._resume(state.stateful_callbacks.get(name), state.global_step)
         state.stateful_callbacks.setdefault(name, self.state())  # the Trainer writes into the entry it expects to find
-        self._let_run_without_target(True)
         self._plans = PlanMeter(self._handler())
         self._times = TimeMeter(model) if self.measure else None
 
@@ -149,7 +151,6 @@ class DropBPCallback(TrainerCallback, ExportableState):
         if self._times is not None and state.is_world_process_zero:
             print(f"DropBP: {self._times.summary()}")
         self._stop()
-        self._let_run_without_target(False)
         if self.remove_at_end and self._patched is not None:
             remove_dropbp(self._patched)
             self._patched = None
@@ -163,18 +164,33 @@ class DropBPCallback(TrainerCallback, ExportableState):
             self.handler = apply_dropbp(model, self.drop_rate, **self.options)
             self._patched = model
         else:
-            known = inspect.signature(DropBPHandler).parameters
-            options = {name: value for name, value in self.options.items() if name in known}
-            self.handler = DropBPHandler(model, self.drop_rate, **options)
+            self.handler = self._handler_of_gates(model)
         if self.rates == "depth_linear":
             self.handler.set_drop_rates(depth_linear_rates(self.handler.flops(), self.drop_rate))
         elif self.rates.endswith(".json"):
             self.handler.use_calibration(self.rates, allocation=self.allocation)
 
-    def _let_run_without_target(self, is_training: bool) -> None:
-        """Let the loss of a batch without a target have a graph: the Trainer runs the backward of every batch."""
-        if (targets := self._handler().targets) is not None:
-            targets.zero_gradient = is_training
+    def _handler_of_gates(self, model: nn.Module) -> DropBPHandler:
+        """A handler for gates that the model has already. What only patching can do must be what was done then."""
+        of_handler = inspect.signature(DropBPHandler).parameters
+        patched = patched_with(model)
+        for name, value in self.options.items():
+            if name in of_handler:
+                continue
+            if patched is None:
+                raise ValueError(f"{name}: expected no option of apply_dropbp for a model with gates of its own")
+            if patched.get(name, value) != value:
+                raise ValueError(
+                    f"{name}: expected {patched[name]!r}, with which the model is patched, got {value!r}; call "
+                    "remove_dropbp(model) before, to have it patched anew"
+                )
+        handler = DropBPHandler(
+            model, self.drop_rate, **{name: value for name, value in self.options.items() if name in of_handler}
+        )
+        if patched is not None and handler.granularity != "branch":
+            stop_telling(model)
+            tell_gates_of_batches(model)
+        return handler
 
     def _handler(self) -> DropBPHandler:
         if self.handler is None:
@@ -190,7 +206,7 @@ class DropBPCallback(TrainerCallback, ExportableState):
     # ---- plans
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self._handler().step()
+        self._draw_plan()
         if self._plans is None:
             return
         if self._plans.bytes_per_token is None or self._calibrates_after(state.global_step + 1, state.max_steps):
@@ -199,10 +215,17 @@ class DropBPCallback(TrainerCallback, ExportableState):
         if self._times is not None:
             self._times.begin("step")
 
+    def _draw_plan(self) -> None:
+        """The handler's next step. In it a batch without a target has a backward, as the Trainer runs that of each."""
+        handler = self._handler()
+        handler.step()
+        if handler.targets is not None:
+            handler.targets.zero_gradient = True
+
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._end_micro_batch()
         if self.plan == "micro_batch":
-            self._handler().step()
+            self._draw_plan()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._end_micro_batch()
@@ -222,13 +245,11 @@ class DropBPCallback(TrainerCallback, ExportableState):
             self._plans.end_step()
         inputs = self._inputs
         self._stop_capture()
-        if inputs is None:
-            return
-        if self._times is None:
-            self._probe(model, inputs, state)
-        else:
-            with self._times.paused():
+        if inputs is not None:
+            with nullcontext() if self._times is None else self._times.paused():
                 self._probe(model, inputs, state)
+        if (targets := self._handler().targets) is not None:
+            targets.zero_gradient = False
 
     # ---- probes: between two optimizer steps, on the last micro-batch, with everything left as found
 
@@ -289,6 +310,8 @@ class DropBPCallback(TrainerCallback, ExportableState):
         frame = sys._getframe(2)
         caller = frame.f_locals.get("self")
         if isinstance(caller, CallbackHandler) and self in caller.callbacks:
+            if (number := sum(isinstance(callback, DropBPCallback) for callback in caller.callbacks)) > 1:
+                raise ValueError(f"callbacks: expected one DropBPCallback, got {number}, which would all draw plans")
             caller.callbacks.remove(self)
             caller.callbacks.insert(0, self)
 

@@ -15,7 +15,7 @@ import functools
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -35,6 +35,8 @@ from .row_batches import recorded_outputs, stop_telling, tell_gates_of_batches
 from .swapping import is_swapped, subclass, swap, swap_back
 from .target_checks import check_context
 from .target_plans import patch_targets, unpatch_targets
+
+_PATCHED_WITH = "_dropbp_options"
 
 
 def apply_dropbp(
@@ -95,6 +97,8 @@ def apply_dropbp(
             'granularity: expected "branch" with shared_context and context_gradient="full", since a context that '
             f"samples share is kept for all of them or for none, got {options['granularity']!r}"
         )
+    if inputs is not None and not isinstance(inputs, Mapping):
+        raise TypeError(f"inputs: expected a dict of the model's arguments by name, got {type(inputs).__name__}")
     if find_gates(model):
         raise ValueError("model: expected one without DropBP gates, got one that has them; call remove_dropbp first")
     known = _known(families)
@@ -105,7 +109,11 @@ def apply_dropbp(
         blocks = discover(model, traced)
     if not blocks:
         found = ", ".join(sorted({type(module).__name__ for module in model.modules()}))
-        names = ", ".join(name for family in known for name in family.block)
+        names = (
+            ", ".join(dict.fromkeys(name for family in known for name in family.block))
+            if families
+            else "docs/models.md"
+        )
         raise ValueError(
             f"model: expected blocks of a known family ({names}), got none; module types found: {found}. "
             "Name your blocks' branches with register_family, or pass inputs=... to have them looked for."
@@ -124,12 +132,26 @@ def apply_dropbp(
         if context is not None:
             patch_targets(model, TargetRule(context_gradient, context_keep, shared_context, target_windows))
         handler = DropBPHandler(model, drop_rate, **options)
+        vars(model)[_PATCHED_WITH] = {
+            "fused": fused,
+            "fused_loss": fused_loss,
+            "context": context,
+            "context_gradient": context_gradient,
+            "context_keep": context_keep,
+            "shared_context": shared_context,
+            "target_windows": target_windows,
+        }
         if handler.granularity != "branch":
             tell_gates_of_batches(model)
         if families is None and (ungated := ungated_blocks(model)):
             _warn_of_ungated(ungated)
         undo.pop_all()
     return handler
+
+
+def patched_with(model: nn.Module) -> dict[str, Any] | None:
+    """The options with which `apply_dropbp` patched `model` or what it wraps; None where it did not."""
+    return next((vars(module)[_PATCHED_WITH] for module in model.modules() if _PATCHED_WITH in vars(module)), None)
 
 
 def check_options(options: Iterable[str], *functions: Callable[..., Any]) -> None:
@@ -233,6 +255,8 @@ def _unpatch(model: nn.Module) -> bool:
             delattr(block, name)
     fusing.uninstall(model)
     stop_telling(model)
+    for module in model.modules():
+        vars(module).pop(_PATCHED_WITH, None)
     for module in filter(is_swapped, model.modules()):
         swap_back(module)
     fused_mlp.uninstall(model)  # last: it was put on first
