@@ -1,4 +1,4 @@
-"""What a patched model costs at drop rate 0: a step with LoRA, unpatched, patched, and patched with fused norms.
+"""What a patched model costs at drop rate 0: a step with LoRA, unpatched, patched, and patched with fused=True.
 
 Copies of one model. Every round runs each once on the same batch; what counts is the median of the rounds' quotients.
 """

@@ -44,7 +44,7 @@ class AdapterMemoryRow(Machine):
     activation_bytes: int
 
 
-# (dtype of what is trained, drop rate, checkpoint, fused loss, fused norms and MLPs)
+# (dtype of what is trained, drop rate, checkpoint, fused loss, fused of apply_dropbp)
 Way = tuple[str, float, str, str, bool]
 WAYS: list[Way] = [
     ("float32", 0.0, "none", "off", False),

@@ -101,7 +101,7 @@ def main() -> None:
         row = MemoryRow(**where, **simulated(options.model, *way))
         append_rows(options.out / "simulated_memory.csv", [row])
         print(
-            f"{row.method:<10} {row.drop_rate:<6g} checkpoint {row.checkpoint:<6} fused loss {row.fused_loss:<8} "
+            f"{row.method:<15} {row.drop_rate:<6g} checkpoint {row.checkpoint:<6} fused loss {row.fused_loss:<8} "
             f"cache {row.use_cache!s:<6} adapters {row.adapter_dtype:<9} {row.kib_per_token:8.0f} KiB/token "
             f"({row.at_the_peak})",
             flush=True,
@@ -113,9 +113,10 @@ def simulated(
 ) -> dict[str, object]:
     """The columns of one row."""
     model = StepModel(load_config(name), adapter_dtype=getattr(torch, adapter_dtype), use_cache=use_cache)
-    runs = "detach" if method == "detach" else "inference"
+    runs, fused = "detach" if method == "detach" else "inference", method.endswith("fused")
     short, long = (
-        model.predict(Setting(1, tokens, drop_rate, checkpoint, runs, fused_loss)).by_tag for tokens in (SHORT, LONG)
+        model.predict(Setting(1, tokens, drop_rate, checkpoint, runs, fused_loss, fused)).by_tag
+        for tokens in (SHORT, LONG)
     )
     peaks = [sum(n for tag, n in by_tag.items() if tag not in ("weights", "optimizer")) for by_tag in (short, long)]
     return {

@@ -36,6 +36,7 @@ LEVELS = {
     "_triton": 3,
     "allocation": 2,
     "ops": 2,
+    "lora": 3,
     "layer": 4,
     "by_rows": 3,
     "gates": 5,

@@ -61,7 +61,7 @@ def add_parser(commands: Any) -> None:
     add("--gpu-memory", "memory of the GPU in GiB: also find what fits", metavar="GIB")
     add("--reserve", "GiB of it that tensors cannot have", RESERVE_GIB, type=float)
     add("--fused-loss", "as in apply_dropbp; chunked: logits never exist as a whole", "auto", FUSED_LOSSES)
-    parser.add_argument("--fused", action="store_true", help="as in apply_dropbp: fused norms and MLPs save less")
+    parser.add_argument("--fused", action="store_true", help="as in apply_dropbp: norms, MLPs and LoRA save less")
     add("--target-share", "share of a row's tokens with a loss: compare target plans too", type=float)
     add("--data", "as for finetune: take --target-share and --seq-len from this, as its batches are padded")
     add("--tokenizer", "for --data: a hub id or folder, or 'builtin' for bytes (default: --model)")

@@ -15,12 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
 from ..losses import linear_cross_entropy, rows_of_slice
-from .swapping import subclass, swap, swap_back
+from .swapping import is_whole, subclass, swap, swap_back
 
 KINDS = ("auto", "off", "chunked", "torch", "liger")
 
@@ -75,12 +74,7 @@ def _why_not(head: nn.Module | None) -> str | None:
         return type(head).__name__
     if hasattr(head, "_hf_hook"):
         return "one that accelerate moves between devices"
-    return None if _is_whole(head.weight) else f"a sharded weight ({type(head.weight).__name__})"
-
-
-def _is_whole(tensor: Tensor) -> bool:
-    """Not a DTensor, nor what DeepSpeed leaves of a parameter."""
-    return type(tensor) in (Tensor, nn.Parameter, FakeTensor) and not hasattr(tensor, "ds_id")
+    return None if is_whole(head.weight) else f"a sharded weight ({type(head.weight).__name__})"
 
 
 def pays(num_rows: int, weight: Tensor) -> bool:
@@ -101,7 +95,7 @@ def _forward(self: Any, hidden: Tensor) -> Tensor:
         not (self.training and torch.is_grad_enabled())
         or torch.compiler.is_compiling()
         or hidden.dim() < 2
-        or not (_is_whole(hidden) and _is_whole(weight))
+        or not (is_whole(hidden) and is_whole(weight))
         or (kind == "auto" and not pays(hidden.shape[:-1].numel(), weight))
     ):
         return F.linear(hidden, weight, self.bias)

@@ -24,7 +24,7 @@ from torch import nn
 from ..gates import check_model, find_gates
 from ..handler import DropBPHandler, check_drop_rate
 from ..targets import TargetRule
-from . import fused_mlp, fusing
+from . import fused_lora, fused_mlp, fusing
 from .checkpointing import CheckpointByPlan, without_cache
 from .discovery import discover, example_inputs, prove, ungated_blocks
 from .families import FAMILIES
@@ -63,7 +63,8 @@ def apply_dropbp(
     families: the names or entries to look for, in place of all known. A model without known blocks is traced by a
         forward on `inputs` (default: four tokens), and what is found is proved (see `discovery`).
     fused: whether adds wait for the norms behind them and both are one kernel, where the family's norms allow it (see
-        `fusing`), and a gated MLP's activation and product are (see `fused_mlp`); "auto": where something faster than
+        `fusing`), a gated MLP's activation and product are (see `fused_mlp`), and adapters that PEFT's LoRA has put on
+        the model by now add into their base layers' results (see `fused_lora`); "auto": where something faster than
         plain PyTorch serves the op.
     fused_loss: how cross entropy is taken of the output head's logits in training: "chunked", a slice of the rows at a
         time, so that they never exist as a whole; "torch" or "liger", by their operators; "off"; "auto", chunked where
@@ -120,6 +121,7 @@ def apply_dropbp(
         )
     with ExitStack() as undo:
         undo.callback(_unpatch, model)
+        fused_lora.install(model, fused)
         fused_mlp.install(model, fused)
         for block, family in blocks:
             _patch(block, family)
@@ -259,7 +261,8 @@ def _unpatch(model: nn.Module) -> bool:
         vars(module).pop(_PATCHED_WITH, None)
     for module in filter(is_swapped, model.modules()):
         swap_back(module)
-    fused_mlp.uninstall(model)  # last: it was put on first
+    fused_mlp.uninstall(model)  # last: these were put on first
+    fused_lora.uninstall(model)
     return bool(blocks)
 
 
