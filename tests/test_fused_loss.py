@@ -11,7 +11,8 @@ from torch import nn
 
 from dropbp_kernels import apply_dropbp, losses, remove_dropbp
 from dropbp_kernels.integrations import fused_loss
-from dropbp_kernels.integrations.fused_loss import DeferredLogits, patch_head, unpatch_head
+from dropbp_kernels.integrations.fused_loss import DeferredLogits
+from dropbp_kernels.integrations.output_head import patch_head, unpatch_head
 
 
 @pytest.fixture(autouse=True)

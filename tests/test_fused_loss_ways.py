@@ -11,7 +11,8 @@ from torch import nn
 
 from dropbp_kernels import DropBP, losses
 from dropbp_kernels.integrations import fused_loss
-from dropbp_kernels.integrations.fused_loss import DeferredLogits, patch_head, unpatch_head
+from dropbp_kernels.integrations.fused_loss import DeferredLogits
+from dropbp_kernels.integrations.output_head import patch_head, unpatch_head
 from dropbp_kernels.measure import PeakLiveBytes
 
 

@@ -6,8 +6,6 @@ shift, ignore_index, reduction and num_items_in_batch are the model's own. There
 input, a slice of the rows at a time. Any other use computes the logits, with their graph, as an unpatched head would.
 """
 
-import functools
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,62 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
 from ..losses import linear_cross_entropy, rows_of_slice
-from .swapping import is_whole, subclass, swap, swap_back
-
-KINDS = ("auto", "off", "chunked", "torch", "liger")
-
-
-def check_fused_loss(kind: str) -> None:
-    """Raise ValueError for an unknown kind, RuntimeError for one that is not installed."""
-    if kind not in KINDS:
-        raise ValueError(f"fused_loss: expected one of {', '.join(KINDS)}, got {kind!r}")
-    if kind == "torch" and not hasattr(F, "linear_cross_entropy"):
-        raise RuntimeError(f"fused_loss: 'torch' needs torch >= 2.13, this is {torch.__version__}; use 'chunked'")
-    if kind == "liger" and importlib.util.find_spec("liger_kernel") is None:
-        raise RuntimeError("fused_loss: 'liger' needs liger-kernel, which is not installed; use 'chunked'")
-
-
-def patch_head(model: nn.Module, kind: str) -> bool:
-    """Let the output head of `model` defer its logits in training; return whether it does.
-
-    "auto" leaves models alone whose head is not a plain nn.Linear with whole weights: quantised, adapted by PEFT,
-    sharded, offloaded. Errors: those of `check_fused_loss`; ValueError for such a head with any other kind but "off".
-    """
-    check_fused_loss(kind)
-    if kind == "off":
-        return False
-    find_head = getattr(model, "get_output_embeddings", None)
-    head: Any = find_head() if callable(find_head) else None
-    reason = _why_not(head)
-    if reason is None:
-        swap(head, _head_class, kind)
-    elif kind != "auto":
-        raise ValueError(f"fused_loss: expected a model with a plain nn.Linear as its head for {kind!r}, got {reason}")
-    return reason is None
-
-
-def unpatch_head(model: nn.Module) -> None:
-    """Undo `patch_head`; nothing happens where there is nothing to undo."""
-    for module in model.modules():
-        if "_dropbp_head" in vars(type(module)):
-            swap_back(module)
-
-
-@functools.cache
-def _head_class(original: Any, kind: str) -> Any:
-    return subclass(original, (_head_class, kind), forward=_forward, _dropbp_head=kind)
-
-
-def _why_not(head: nn.Module | None) -> str | None:
-    if head is None:
-        return "none"
-    if "_dropbp_head" in vars(type(head)):
-        return "one that is patched already"
-    if type(head) is not nn.Linear:
-        return type(head).__name__
-    if hasattr(head, "_hf_hook"):
-        return "one that accelerate moves between devices"
-    return None if is_whole(head.weight) else f"a sharded weight ({type(head.weight).__name__})"
+from .swapping import is_whole
 
 
 def pays(num_rows: int, weight: Tensor) -> bool:
@@ -88,7 +31,7 @@ def pays(num_rows: int, weight: Tensor) -> bool:
     return 12 * num_rows * num_classes > held
 
 
-def _forward(self: Any, hidden: Tensor) -> Tensor:
+def deferring_forward(self: Any, hidden: Tensor) -> Tensor:
     """nn.Linear's forward, deferred where a loss may follow that pays."""
     kind, weight = type(self)._dropbp_head, self.weight
     if (

@@ -29,8 +29,8 @@ from .checkpointing import CheckpointByPlan, without_cache
 from .discovery import discover, example_inputs, prove, ungated_blocks
 from .families import FAMILIES
 from .family import Family
-from .fused_loss import check_fused_loss, patch_head, unpatch_head
 from .gating import ModuleGate
+from .output_head import check_fused_loss, patch_head, unpatch_head
 from .row_batches import recorded_outputs, stop_telling, tell_gates_of_batches
 from .swapping import is_swapped, subclass, swap, swap_back
 from .target_checks import check_context
