@@ -53,6 +53,10 @@ WAYS = [
     ("ours", DROP_RATE, "kept", "chunked", False, "bfloat16"),
     ("ours", DROP_RATE, "sliced", "chunked", False, "float32"),
     ("ours", DROP_RATE, "sliced", "chunked", False, "bfloat16"),
+    ("undropped fused", 0.0, "none", "off", False, "float32"),
+    ("ours fused", DROP_RATE, "none", "chunked", False, "float32"),
+    ("ours fused", DROP_RATE, "kept", "chunked", False, "float32"),
+    ("ours fused", DROP_RATE, "sliced", "chunked", False, "float32"),
 ]
 
 
