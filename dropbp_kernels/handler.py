@@ -199,7 +199,7 @@ class DropBPHandler:
     def _tell_targets(self, labels: Tensor | None = None) -> None:
         if self.targets is not None:
             self.targets.seed, self.targets.step, self.targets.labels = self.seed, self.plan.step, labels
-            self.targets.num_target = None
+            self.targets.num_target, self.targets.was_dense = None, False
             self.targets.zero_gradient = False
 
     def draw(self, step: int) -> DropPlan:
@@ -239,20 +239,25 @@ class DropBPHandler:
         return self.plan
 
     def _check_last_step(self) -> None:
-        """Whether every gate was called, in strict mode; warn, once, where no labels told context from targets."""
+        """Whether every gate was called, in strict mode; warn, once, where labels told no context from targets."""
         rule = self.targets
         if self.strict and (rule is None or rule.num_target != 0):  # a batch without a target runs without autograd
             check_called(self.gates)
-        if rule is None or rule.num_target is not None or rule.has_warned_of_labels:
+        if rule is None or rule.has_warned_of_labels:
             return
-        if any(gate.was_called for gate in self.gates.values()):
-            rule.has_warned_of_labels = True
-            warnings.warn(
-                "context: no labels were seen in a training step, so all of its tokens ran with a backward; call the "
-                "model with labels, or give them to step(labels=...)",
-                UserWarning,
-                stacklevel=3,
+        if rule.num_target is None and any(gate.was_called for gate in self.gates.values()):
+            found = (
+                "no labels were seen in a training step; call the model with labels, or give them to step(labels=...)"
             )
+        elif self.num_steps == 1 and rule.num_target and rule.was_dense and rule.context_gradient != "full":
+            found = (
+                "every token of the first step has a label; expected -100 where there is no loss (TRL's SFTTrainer: "
+                "assistant_only_loss=True, or data of prompt and completion), or target_windows above 1"
+            )
+        else:
+            return
+        rule.has_warned_of_labels = True
+        warnings.warn(f"context: all tokens ran with a backward, since {found}", UserWarning, stacklevel=3)
 
     # ---- rates
 

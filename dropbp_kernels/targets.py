@@ -36,7 +36,7 @@ class TargetRule:
     """By what the plans of a model are made: options of apply_dropbp, and what its handler was told in `step`.
 
     labels: of the batches until the next step, where the model is called without any.
-    num_target: targets of the last batch since the step; None: no batch yet.
+    num_target: targets of the last batch since the step; None: no batch yet. was_dense: whether it had nothing to save.
     zero_gradient: whether until the next step the loss of a batch without a target has a graph all the same, for a
         training loop that runs its backward come what may.
     """
@@ -49,6 +49,7 @@ class TargetRule:
     step: int = 0
     labels: Tensor | None = None
     num_target: int | None = None
+    was_dense: bool = False
     zero_gradient: bool = False
     has_warned: bool = False
     has_warned_of_labels: bool = False

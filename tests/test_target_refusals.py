@@ -133,12 +133,25 @@ def test_a_step_that_saw_no_labels_is_warned_of_once():
     batch = {name: value for name, value in chat().items() if name != "labels"}
     handler.step()
     model(**batch).logits.sum().backward()
-    with pytest.warns(UserWarning, match="context: no labels were seen in a training step"):
+    with pytest.warns(UserWarning, match="with a backward, since no labels were seen in a training step"):
         handler.step()
     model(**batch).logits.sum().backward()
     handler.step()  # said once
     model(**chat()).loss.backward()
     handler.step()
+
+
+def test_labels_on_every_token_are_warned_of_once():
+    model = tiny()
+    handler = apply_dropbp(model, 0.0, context="inference")
+    batch = chat()
+    batch["labels"] = batch["input_ids"]
+    handler.step()
+    model(**batch).loss.backward()
+    with pytest.warns(UserWarning, match="with a backward, since every token of the first step has a label"):
+        handler.step()
+    model(**batch).loss.backward()
+    handler.step()  # said once
 
 
 def test_outputs_that_the_configuration_asks_for_are_refused():

@@ -135,3 +135,27 @@ def test_a_shared_context_is_exact_in_their_losses(make, tmp_path, monkeypatch):
     assert len(num_context) >= 2
     if make is not supervised:
         assert all(2 * shared == unshared for unshared, shared in num_context)
+
+
+@pytest.mark.skipif(
+    Version(trl.__version__) < Version("1.16"), reason="SFTTrainer of this TRL leaves the loss to the model"
+)
+def test_windows_are_refused_where_the_trainer_divides_by_all_labels(tmp_path):
+    callback = DropBPCallback(0.0, context="inference", target_windows=2)
+    with pytest.raises(
+        ValueError, match="target_windows: expected 1 where the caller makes the loss of log-probabilit"
+    ):
+        supervised(str(tmp_path), tiny_causal_lm(), callback).train()
+
+
+def test_packed_samples_are_documents_of_a_target_plan(tmp_path, monkeypatch):
+    """TRL tells documents by position_ids, and again by seq_idx."""
+    plans = []
+    whole = TargetPlan.head_rows.fget
+    monkeypatch.setattr(TargetPlan, "head_rows", property(lambda plan: (plans.append(plan), whole(plan))[1]))
+    monkeypatch.setitem(ON_CPU, "packing", True)
+    monkeypatch.setitem(ON_CPU, "max_length", 16)
+    trainer = supervised(str(tmp_path), tiny_causal_lm(), DropBPCallback(0.0, context="inference"))
+    trainer.train()
+    assert plans
+    assert all(plan.is_packed and plan.num_context > 0 for plan in plans)

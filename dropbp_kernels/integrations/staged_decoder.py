@@ -28,6 +28,8 @@ def run_in_stages(decoder: Any, run: Callable[..., Any], inputs: dict[str, Any],
 
     Errors: ValueError for inputs that stages cannot share out among them.
     """
+    if inputs.get("position_ids") is not None:
+        inputs.pop("seq_idx", None)  # which document a token belongs to, for layers with a state, which are refused
     check_inputs(decoder, inputs, plan)
     rule = TargetRule.on(decoder)
     parts = parts_of(decoder)

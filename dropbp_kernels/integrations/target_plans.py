@@ -161,6 +161,11 @@ def _check_is_mean(output: Any) -> None:
             "target_windows: expected 1 for a loss that is no mean over labels (DPO, GRPO), since only one window of "
             "them has a value in a step"
         )
+    if isinstance(getattr(output, "log_probs", None), Tensor):
+        raise ValueError(
+            "target_windows: expected 1 where the caller makes the loss of log-probabilities (TRL's SFTTrainer), since "
+            "it divides those of one window by the labels of all; transformers' Trainer leaves the loss to the model"
+        )
 
 
 def _named(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -201,7 +206,7 @@ def _make_plan(decoder: Any, rule: TargetRule, labels: Tensor, inputs: dict[str,
         seed=rule.seed,
         step=rule.step,
     )
-    rule.num_target = plan.num_target
+    rule.num_target, rule.was_dense = plan.num_target, plan.is_dense
     if plan.is_packed and attention not in TAKES_MASKS:
         raise ValueError(
             f"position_ids: expected one document a sample with context and attention {attention!r}, got packed ones; "
