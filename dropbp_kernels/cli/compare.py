@@ -41,7 +41,7 @@ FIRST_MEASURED_PLAN = 1 << 40
 
 def gate(model: nn.Module, settings: Settings, drop_rate: float, **options: Any) -> DropBPHandler:
     """`apply_dropbp` with the run's settings; a model that it cannot gate is a user's error."""
-    names = ("sampler", "schedule", "grad_scale", "granularity")
+    names = ("sampler", "schedule", "grad_scale", "granularity", "fused")
     ours = {name: getattr(settings, name) for name in names}
     try:
         handler = apply_dropbp(model, drop_rate, seed=settings.seed, total_steps=settings.steps, **{**ours, **options})
@@ -78,6 +78,9 @@ def make_runs(model: nn.Module, data: Data, settings: Settings, control_batch: i
     others += [TARGETS] * (not is_target_plan and _has_targets(model, settings, share, "compared"))
     models = {name: twin(model) for name in others} | {OURS: model}
     handlers = {}
+    if settings.fused:  # in every run, so that what is compared is the backward
+        for name in (FULL, SMALLER):
+            handlers[name] = gate(models[name], settings, 0.0, granularity="branch")
     if TARGETS in others:
         handlers[TARGETS] = gate(models[TARGETS], settings, 0.0, granularity="branch", **by_targets)
     published = {

@@ -88,6 +88,11 @@ def add_parser(commands: Any) -> None:
     add("--schedule", "the drop rate over the run, with a share of it as in recovery:0.2", tuple(SCHEDULES))
     add("--grad-scale", "factor on the gradient entering a kept branch", type=parse_grad_scale, metavar="X|unbiased")
     add("--missing-grad", "what the optimizer does with a parameter whose branch was dropped", MISSING_GRAD)
+    parser.add_argument(
+        "--fused",
+        action="store_true",
+        help="fuse norms, MLPs and LoRA layers as apply_dropbp(..., fused=True) does, with --compare in every run",
+    )
     add("--steps", "optimizer steps", type=int)
     add("--batch-size", "rows of a batch", type=int)
     add("--seq-len", "most tokens of a row", type=int)

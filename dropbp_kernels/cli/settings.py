@@ -60,6 +60,7 @@ class Settings:
     target_windows: int = 1
     coreset: float | None = None
     missing_grad: str = "skip"
+    fused: bool = False
     steps: int = 80
     batch_size: int = 8
     seq_len: int = 256
