@@ -91,12 +91,20 @@ class Inputs:
     permutation: Tensor  # (rows,) int64
 
 
-def row_table(widest_block: int, chunk: int, programs_per_multiprocessor: int = 0) -> list[Row]:
-    """For kernels of one row at a time: whole rows up to widest_block, wider ones in chunks; 16 elements a thread."""
-    widths = [1 << bits for bits in range(NARROWEST.bit_length() - 1, widest_block.bit_length())]
-    rows = [Row(width, Config(width, warps_for(width), programs_per_multiprocessor)) for width in widths]
+def row_table(widest_block: int, chunk: int, warps_per_multiprocessor: int = 0) -> list[Row]:
+    """For kernels of one row at a time: whole rows up to widest_block, wider ones in chunks; 16 elements a thread.
+
+    warps_per_multiprocessor: of a persistent kernel, in programs of as many as a row takes, so that narrow rows keep as
+    many bytes in flight as wide ones.
+    """
+    blocks = {1 << bits: 1 << bits for bits in range(NARROWEST.bit_length() - 1, widest_block.bit_length())}
     if widest_block < WIDEST:
-        rows.append(Row(WIDEST, Config(chunk, warps_for(chunk), programs_per_multiprocessor)))
+        blocks[WIDEST] = chunk
+    rows = []
+    for max_width, block in blocks.items():
+        num_warps = warps_for(block)
+        programs = max(warps_per_multiprocessor // num_warps, 1) if warps_per_multiprocessor else 0
+        rows.append(Row(max_width, Config(block, num_warps, programs)))
     return rows
 
 

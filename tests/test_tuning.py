@@ -69,11 +69,20 @@ def test_a_table_serves_every_width_and_architecture():
 
 
 def test_row_table_holds_whole_rows_then_chunks():
-    rows = row_table(256, 128, programs_per_multiprocessor=2)
+    rows = row_table(256, 128)
     assert [(row.max_width, row.config.block) for row in rows] == [(64, 64), (128, 128), (256, 256), (WIDEST, 128)]
-    assert {row.config.programs_per_multiprocessor for row in rows} == {2}
+    assert {row.config.programs_per_multiprocessor for row in rows} == {0}
     assert [tuning.warps_for(block) for block in (64, 512, 1024, 65536)] == [1, 1, 2, 32]
     assert row_table(WIDEST, 64)[-1].config.block == WIDEST
+
+
+def test_row_table_fills_a_multiprocessor_at_every_width():
+    configs = {row.max_width: row.config for row in row_table(16384, 4096, 16)}
+    programs = {width: config.programs_per_multiprocessor for width, config in configs.items()}
+    assert programs == {
+        **{64: 16, 128: 16, 256: 16, 512: 16, 1024: 8, 2048: 4, 4096: 2, 8192: 1},
+        **{16384: 1, WIDEST: 2},  # one program has twice the warps; rows of 65536 go in chunks of 4096
+    }
 
 
 @pytest.mark.parametrize(
@@ -170,7 +179,7 @@ def test_search_takes_the_fastest_block_then_the_fastest_grid(monkeypatch):
         config = tried[-1]
         return 3.0 - (config.block == 1024) - (config.num_warps == 8) - (config.programs_per_multiprocessor == 4)
 
-    table = LaunchTable("a", row_table(WIDEST, 64, programs_per_multiprocessor=2), run)
+    table = LaunchTable("a", row_table(WIDEST, 64, 16), run)
     steps = []
     entry = tune.search(table, inputs(2, 4096), timer, steps.append)
     assert {name: entry[name] for name in asdict(SMALL)} == asdict(Config(1024, 8, 4))
@@ -188,6 +197,7 @@ def test_candidates_by_hand():
         1,
         4,
         8,
+        16,
     ]
 
 

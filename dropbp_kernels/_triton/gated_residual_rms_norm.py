@@ -23,7 +23,7 @@ _FORWARD = LaunchTable(
 )
 _BACKWARD = LaunchTable(
     "gated_residual_rms_norm_backward",
-    row_table(16384, 4096, programs_per_multiprocessor=2),
+    row_table(16384, 4096, rows.WARPS_OF_A_BACKWARD),
     lambda to: launch_gated_residual_rms_norm_backward(to.x, to.y, to.z, to.weight, to.per_row, False, True),
 )
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuning import LaunchTable, row_table
-from .rows import device_guard, load_factor, max_programs, split_float, wide_of
+from .rows import WARPS_OF_A_BACKWARD, device_guard, load_factor, max_programs, split_float, wide_of
 
 _FORWARD = LaunchTable(
     "permuted_norm",
@@ -23,7 +23,7 @@ _FORWARD = LaunchTable(
 )
 _BACKWARD = LaunchTable(
     "permuted_norm_backward",
-    row_table(16384, 4096, programs_per_multiprocessor=2),
+    row_table(16384, 4096, WARPS_OF_A_BACKWARD),
     lambda to: _tuned_backward(to),
 )
 

@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 PROGRAMS_ON_CPU = 4  # of the interpreter: more than one, so that tests see partial sums
+# On a multiprocessor at a time: the compiler gives a backward 96 to 128 registers a thread (sm_90), and there are 65536.
+WARPS_OF_A_BACKWARD = 16
 
 
 @triton.jit

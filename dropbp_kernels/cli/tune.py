@@ -22,7 +22,7 @@ WIDTHS = (1024, 2048, 4096, 8192, 16384)
 ELEMENTS = 1 << 26  # of x: far more than a cache holds, half a millisecond or less for each pass
 NUM_WARPS = (1, 2, 4, 8, 16, 32)
 ELEMENTS_OF_A_THREAD = range(4, 65)
-PROGRAMS = (1, 2, 4, 8)
+PROGRAMS = (1, 2, 4, 8, 16)
 
 Timer = Callable[[Callable[[], Any]], float]  # milliseconds of a call
 
