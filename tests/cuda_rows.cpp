@@ -99,8 +99,6 @@ static void launch(unsigned num_blocks, dim3 block, std::function<void()> kernel
   }
 }
 
-static void __trap() { std::abort(); }
-
 #include "../csrc/cuda/gated_residual_layer_norm_kernel.cuh"
 #include "../csrc/cuda/gated_residual_rms_norm_kernel.cuh"
 #include "../csrc/cuda/permuted_norm_kernel.cuh"

@@ -339,9 +339,11 @@ def test_wrong_device_and_leaf():
 
 
 def test_rows_out_of_range(backend, device):
+    if backend == "cuda":
+        pytest.skip("a wrong index stops the program: test_on_gpu.py")
     residual, branch = torch.zeros(3, 4, device=device), torch.ones(2, 4, device=device)
     for rows in (torch.tensor([0, 3], device=device), torch.tensor([0, -1], device=device)):
-        if backend in ("triton", "cuda"):  # a GPU cannot raise: such a row is skipped and nothing is written outside
+        if backend == "triton":  # a GPU cannot raise: such a row is skipped and nothing is written outside
             output = raw.gated_residual_add(residual, branch, rows)
             assert output.sum().item() == 4.0
         else:

@@ -30,7 +30,14 @@ def test_gpu_check_dry_run(tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["ok"]
     assert all(stage["ok"] for stage in summary["stages"])
-    assert {"boundary", "microbenchmarks", "GPU tests", "training step"} <= {s["name"] for s in summary["stages"]}
+    wanted = {
+        "boundary",
+        "microbenchmarks of the boundary",
+        "microbenchmarks of other ops",
+        "GPU tests",
+        "training step",
+    }
+    assert wanted <= {stage["name"] for stage in summary["stages"]}
     assert summary["targets"][0]["value"] == 0  # the dropped boundary
     assert summary["machine"]["serving"]["gated_residual_add"].keys() == {"cpu"}
 
@@ -38,8 +45,11 @@ def test_gpu_check_dry_run(tmp_path):
 def test_gpu_check_measures_and_tests_every_op():
     from dropbp_kernels.ops.schema import SCHEMAS
 
-    assert set(gpu_check.OP_SUITES) == {name for name in run.SUITES if not name.endswith("step")}
-    assert {f"tests/test_{stem}.py" for stem in SCHEMAS} <= set(gpu_check.OP_TESTS)
+    measured = {*gpu_check.OP_SUITES, *gpu_check.BOUNDARY_SUITES, *gpu_check.MODEL_SUITES}
+    assert measured == {name for name in run.SUITES if not name.endswith("step")}
+    tests = {f"tests/test_{stem}.py" for stem in SCHEMAS}
+    assert tests <= set(gpu_check.OP_TESTS)
+    assert {*tests, "tests/test_on_gpu.py", "tests/test_op_properties.py"} <= set(gpu_check.GPU_TESTS)
 
 
 @pytest.fixture
@@ -59,7 +69,9 @@ def test_a_failing_stage_is_noted_and_the_next_one_runs(check, capsys):
     assert "why" in log
     assert "waiting" in log
     assert "FAILED" in capsys.readouterr().out
-    check.deadline = time.monotonic()
+    check.deadline = time.monotonic() + gpu_check.PICTURES_S  # kept for the pictures
+    check.stage("pictures", ["true"], 30)
+    assert check.stages[-1].ok
     check.stage("late", ["true"], 30)
     assert check.stages[-1].note == "no time left"
 
@@ -84,3 +96,5 @@ def test_targets_are_judged_by_the_worst_row(check):
     assert boundary_target.ok is True
     busy = {**free, "backward_kernels": 1}
     assert gpu_check._targets(check, [free, busy])[0].ok is False
+    check.parts = ("benchmarks",)  # what was not asked for is not missed
+    assert not any(target.name.startswith("dropped") for target in gpu_check._targets(check, []))

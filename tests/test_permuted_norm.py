@@ -383,10 +383,12 @@ def test_wrong_bias(bias, error, message):
 
 @pytest.mark.parametrize("entries", [[0, 1, 2, 4], [0, -1, 2, 3]])
 def test_entries_out_of_range(backend, device, entries):
+    if backend == "cuda":
+        pytest.skip("a wrong index stops the program: test_on_gpu.py")
     residual, weight, _, _ = leaves(device=device)
     permutation = torch.tensor(entries, device=device)
     arguments = residual.detach(), weight.detach(), None, permutation, 4, 1e-6, False, False, torch.float32
-    if backend in ("triton", "cuda"):  # a GPU cannot raise: such a row is skipped and nothing is written outside
+    if backend == "triton":  # a GPU cannot raise: such a row is skipped and nothing is written outside
         kept, _, rows, mean, rstd = raw.permuted_norm(*arguments)
         grad = torch.zeros_like(residual)
         raw.permuted_norm_backward_(

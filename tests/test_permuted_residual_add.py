@@ -243,9 +243,11 @@ def test_wrong_arguments(change, error, message):
 
 @pytest.mark.parametrize("entries", [[0, 1, 2, 4], [0, -1, 2, 3]])
 def test_entries_out_of_range(backend, device, entries):
+    if backend == "cuda":
+        pytest.skip("a wrong index stops the program: test_on_gpu.py")
     residual, kept, dropped, _ = leaves(device)
     permutation = torch.tensor(entries, device=device)
-    if backend in ("triton", "cuda"):  # a GPU cannot raise: such a row is skipped and nothing is written outside
+    if backend == "triton":  # a GPU cannot raise: such a row is skipped and nothing is written outside
         raw.permuted_residual_add(residual, kept, dropped, permutation)
     else:
         with pytest.raises(IndexError, match="permutation: expected each number from 0 to 3 once"):

@@ -1,6 +1,7 @@
 // Indices on the device. No torch header.
 #pragma once
 
+#include <cassert>
 #include <cstdint>
 #include <cstdio>
 
@@ -15,7 +16,8 @@ __device__ inline int64_t checked_index(const char* name, const int64_t* index, 
     printf("dropbp_kernels: %s: expected numbers from 0 to %lld, got %lld at place %lld\n", name,
            static_cast<long long>(size - 1), static_cast<long long>(found),
            static_cast<long long>(place));
-    __trap();
+    // Not __trap(): what was printed may be lost with it, and PyTorch calls it a launch failure.
+    __assert_fail(name, "dropbp_kernels", 0, "index out of range");
   }
   return found;
 }

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 PROGRAMS_ON_CPU = 4  # of the interpreter: more than one, so that tests see partial sums
-# On a multiprocessor at a time: the compiler gives a backward 96 to 128 registers a thread (sm_90), and there are 65536.
+# On a multiprocessor at a time: its 65536 registers are then 128 for each thread, which compilers use up to (sm_90).
 WARPS_OF_A_BACKWARD = 16
 
 
