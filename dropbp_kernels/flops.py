@@ -20,8 +20,11 @@ def _matrices(module: Any, top_k: int = 0) -> Iterator[float]:
         if not (module.disable_adapters or module.merged):
             for name in module.active_adapters:
                 if name in module.lora_A:
-                    yield from _matrices(module.lora_A[name])
-                    yield from _matrices(module.lora_B[name])
+                    for part in (module.lora_A[name], module.lora_B[name]):
+                        if isinstance(part, nn.Parameter):  # AdaLoRA's
+                            yield part.numel()
+                        else:
+                            yield from _matrices(part)
         return
     if hasattr(module, "in_features") and hasattr(module, "out_features"):  # also quantised linears: not their weights
         yield module.in_features * module.out_features

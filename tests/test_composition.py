@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from flash_stand_ins import attend_by_flash
 from models import gradients
 
 from benchmarks.models_check import check_gradients, detached, run_backward
@@ -20,6 +21,11 @@ ADAPTERS = {
         target_modules=r".*(q_proj|query_key_value|fc2|dense_4h_to_h|down_proj)",
         feedforward_modules=r".*(fc2|dense_4h_to_h|down_proj)",
     ),
+    "adalora": lambda: peft.AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=r".*(q_proj|fc1|up_proj)"),
+    "oft": lambda: peft.OFTConfig(oft_block_size=4, target_modules=r".*(q_proj|fc1|up_proj)", init_weights=False),
+    "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "prefix": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "adaption": lambda: peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=2),
 }
 
 
@@ -68,13 +74,39 @@ def test_adapters_before_or_after(adapter, model_type, order):
     assert not [name for module in model.modules() for name in vars(module) if "dropbp" in name]
 
 
-@pytest.mark.parametrize("adapter", ["loha", "ia3"])
-@pytest.mark.parametrize("model_type", ["llama", "opt"])
-def test_other_adapters(adapter, model_type):
-    model = adapted(tiny_causal_lm(model_type), adapter)
-    problems, (missed, _) = check_gradients(model, tiny_inputs(model))
+OTHER_ADAPTERS = [(kind, name) for kind in ADAPTERS for name in ("llama", "opt") if kind not in ("lora", "dora")]
+
+
+@pytest.mark.filterwarnings("ignore:.*FLOPs unknown .*AdaptedAttention")
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize(("adapter", "model_type"), [pair for pair in OTHER_ADAPTERS if pair != ("adaption", "opt")])
+def test_other_adapters(adapter, model_type, order):
+    """As in `test_adapters_before_or_after`; prefixes reach every layer as keys and values of a cache."""
+    plain = with_weights(adapted(tiny_causal_lm(model_type), adapter))
+    inputs = tiny_inputs(plain)
+    problems, (missed, _) = check_gradients(plain, inputs)
     assert not problems
     assert not missed
+    if order == "before":
+        with detached([end for end, is_kept in zip(branch_ends(plain, 4), KEPT, strict=True) if not is_kept]):
+            expected = run_backward(plain, inputs)
+        model = tiny_causal_lm(model_type)
+        handler = apply_dropbp(model, 0.5, fused_loss="off")
+        model = with_weights(adapted(model, adapter))
+        handler.set_plan(KEPT)
+        ours = run_backward(model, inputs)
+        assert torch.equal(ours[0], expected[0])
+        for name, grad in expected[1].items():
+            assert (ours[1][name] is None) == (grad is None), name
+            assert grad is None or torch.equal(ours[1][name], grad), name
+
+
+def with_weights(model):
+    """No adapter at zero, where a gradient that is missing would be zero all the same."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and not parameter.detach().any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
 
 
 def test_grad_scale_once_though_an_adapter_wraps_the_last_linear():
@@ -149,12 +181,16 @@ def test_autocast_over_two_micro_batches_with_other_plans(model_type):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2", "gpt_neox"])
-@pytest.mark.parametrize("case", ["cache", "left", "right", "packed", "eager", "frozen", "inputs"])
+@pytest.mark.parametrize("case", ["cache", "left", "right", "packed", "eager", "frozen", "inputs", "tied"])
 def test_ways_to_call_a_model(case, model_type):
     overrides = {"use_cache": True} if case == "cache" else {}
     if case == "eager":
         overrides["attn_implementation"] = "eager"
+    if case == "tied":
+        overrides["tie_word_embeddings"] = True
     model = tiny_causal_lm(model_type, **overrides)
+    if case == "tied":
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     batch = tiny_inputs(model)
     if case in ("left", "right"):
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
@@ -168,6 +204,27 @@ def test_ways_to_call_a_model(case, model_type):
     problems, (missed, _) = check_gradients(model, batch)
     assert not problems
     assert not missed
+
+
+@pytest.mark.parametrize("case", ["dense", "left", "right", "packed"])
+def test_flash_attention(case, monkeypatch):
+    """transformers' own way to it, by stand-ins for its functions: padding and documents reach them as lengths."""
+    model = tiny_causal_lm("mistral", sliding_window=None)
+    batch = tiny_inputs(model)
+    if case in ("left", "right"):
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["attention_mask"][0, slice(0, 4) if case == "left" else slice(-4, None)] = 0
+        batch["labels"] = batch["labels"].masked_fill(batch["attention_mask"] == 0, -100)
+    if case == "packed":
+        batch = {name: value[:1] for name, value in batch.items()}
+        batch["position_ids"] = torch.arange(12)[None] % 5
+    logits = run_backward(model, batch)[0]
+    attend_by_flash(monkeypatch, model)
+    problems, (missed, _) = check_gradients(model, batch)
+    assert not problems
+    assert not missed
+    is_real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    torch.testing.assert_close(run_backward(model, batch)[0][is_real], logits[is_real], atol=1e-5, rtol=1e-5)
 
 
 def test_accumulated_gradients_are_the_sum_over_plans():

@@ -84,13 +84,16 @@ def test_through_adapters(order):
 def test_a_copy_that_peft_trains_defers():
     peft = pytest.importorskip("peft")
     model = tiny_causal_lm()
-    apply_dropbp(model, 0.5, fused_loss="chunked")
+    handler = apply_dropbp(model, 0.5, fused_loss="chunked")
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
     model = peft.get_peft_model(model, config).train()
     output = model(**tiny_batch())
     assert isinstance(output.logits, DeferredLogits)
     output.loss.backward()
     assert model.get_submodule("base_model.model.lm_head.modules_to_save.default").weight.grad is not None
+    handler.set_plan(PLANS["llama"])
+    with model.disable_adapter():
+        assert isinstance(model(**tiny_batch()).logits, DeferredLogits)
 
 
 @pytest.mark.parametrize("kind", ["auto", "chunked"])

@@ -1,11 +1,12 @@
 """How the stages of a target plan run: contexts that samples share, in slices, by flash attention."""
 
 import copy
+import functools
 
 import pytest
 import torch
+from flash_stand_ins import attend_by_flash
 from target_cases import CLOSE, assert_same, backward, chat, is_target, runs_again, tiny
-from transformers import modeling_flash_attention_utils as flash
 
 from dropbp_kernels import apply_dropbp, remove_dropbp
 from dropbp_kernels.integrations import staged_decoder
@@ -221,62 +222,12 @@ def test_context_needs_less_memory_than_targets(checkpoint, num_slices, monkeypa
     assert at_passes[-1] > 1.3 * sliced
 
 
-# ---- flash attention, by stand-ins for its two functions
-
-
-def attend(query, key, value, causal, softmax_scale, window):
-    """Attention of one sequence, (rows, heads, head_dim), whose last query sees the last key."""
-    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    scores = torch.einsum("qhd,khd->hqk", query, key) * softmax_scale
-    places = torch.arange(len(query))[:, None] + len(key) - len(query)
-    distance = places - torch.arange(len(key))
-    sees = (distance >= 0) if causal else torch.ones_like(distance, dtype=torch.bool)
-    if window[0] >= 0:
-        sees &= distance <= window[0]
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~sees, -torch.inf).softmax(-1), value)
-
-
-def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1)):
-    return torch.stack([attend(*qkv, causal, softmax_scale, window_size) for qkv in zip(q, k, v, strict=True)])
-
-
-def flash_attn_varlen_func(
-    q,
-    k,
-    v,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    max_seqlen_q,
-    max_seqlen_k,
-    dropout_p=0.0,
-    softmax_scale=None,
-    causal=False,
-    window_size=(-1, -1),
-):
-    parts = [x.split(ends.diff().tolist()) for x, ends in ((q, cu_seqlens_q), (k, cu_seqlens_k), (v, cu_seqlens_k))]
-    return torch.cat([attend(*qkv, causal, softmax_scale, window_size) for qkv in zip(*parts, strict=True)])
+# ---- flash attention, by stand-ins
 
 
 @pytest.fixture
 def with_flash(monkeypatch):
-    """Lets a model attend by transformers' flash attention, down to the functions of the package."""
-    values = {
-        "_loaded_implementation": "flash_attention_2",
-        "_flash_fn": flash_attn_func,
-        "_flash_varlen_fn": flash_attn_varlen_func,
-        "_pad_fn": flash._pad_input,
-        "_unpad_fn": flash._unpad_input,
-        "_process_flash_kwargs_fn": flash._lazy_define_process_function(flash_attn_varlen_func),
-        "_process_with_kvcache_kwargs_fn": dict,
-    }
-    for name, value in values.items():
-        monkeypatch.setattr(flash, name, value)
-
-    def attend_by_flash(model):
-        model.config._attn_implementation = "flash_attention_2"
-        return model
-
-    return attend_by_flash
+    return functools.partial(attend_by_flash, monkeypatch)
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])

@@ -110,7 +110,8 @@ class _Branch:
     def run(self, block: nn.Module, kwargs: Any, x: Tensor) -> Tensor:
         """What the branch makes of the normalised residual x."""
         first, *others = (getattr(block, name) for name in self.modules)
-        output = first(x, **kwargs) if self.takes_arguments else first(x)
+        # By name, as nearly all blocks do: wrappers (PEFT's AdaptedAttention) and hooks may count on it.
+        output = first(hidden_states=x, **kwargs) if self.takes_arguments else first(x)
         output = output[0] if isinstance(output, tuple) else output
         for part in others:
             is_module = callable(part)
