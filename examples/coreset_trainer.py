@@ -18,9 +18,9 @@ from dropbp_kernels.coreset import apply_coreset
 
 def main(argv: list[str] | None = None) -> float:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", type=float, default=0.5, help="share of each batch to train on")
-    parser.add_argument("--drop-rate", type=float, default=0.5, help="share of branch backwards to drop")
-    parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
+    parser.add_argument("--keep", type=float, default=0.5, help="share of each batch to train on (default 0.5)")
+    parser.add_argument("--drop-rate", type=float, default=0.5, help="share of branch backwards to drop (default 0.5)")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps (default 20)")
     args = parser.parse_args(argv)
 
     torch.manual_seed(0)

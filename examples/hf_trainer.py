@@ -18,8 +18,10 @@ from dropbp_kernels import DropBPCallback
 
 def main(argv: list[str] | None = None) -> float:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--drop-rate", type=float, default=0.75, help="share of branch backwards to drop")
-    parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
+    parser.add_argument(
+        "--drop-rate", type=float, default=0.75, help="share of branch backwards to drop (default 0.75)"
+    )
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps (default 20)")
     parser.add_argument("--report-to", default="none", help="tensorboard, wandb, ... (default none)")
     parser.add_argument("--measure", action="store_true", help="log times and the peak of memory too")
     args = parser.parse_args(argv)

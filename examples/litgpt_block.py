@@ -99,8 +99,8 @@ class GPT(nn.Module):
 
 def main(argv: list[str] | None = None) -> float:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--drop-rate", type=float, default=0.5, help="share of branch backwards to drop")
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps")
+    parser.add_argument("--drop-rate", type=float, default=0.5, help="share of branch backwards to drop (default 0.5)")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps (default 60)")
     parser.add_argument("--parallel-residual", action="store_true", help="attention and MLP read the same input")
     args = parser.parse_args(argv)
 

@@ -18,10 +18,14 @@ from dropbp_kernels.paca import PacaConfig, convert_to_lora
 
 def main(argv: list[str] | None = None) -> float:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--drop-rate", type=float, default=0.75, help="share of branch backwards to drop")
-    parser.add_argument("--columns", type=int, default=16, help="how many input columns of each weight are trained")
-    parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
-    parser.add_argument("--save", help="a folder for the adapter, and one for it as LoRA")
+    parser.add_argument(
+        "--drop-rate", type=float, default=0.75, help="share of branch backwards to drop (default 0.75)"
+    )
+    parser.add_argument(
+        "--columns", type=int, default=16, help="how many input columns of each weight are trained (default 16)"
+    )
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps (default 20)")
+    parser.add_argument("--save", help="a folder for the adapter, and one for it as LoRA (default none)")
     args = parser.parse_args(argv)
 
     torch.manual_seed(0)

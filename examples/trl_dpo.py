@@ -30,9 +30,14 @@ def tokenizer_of_characters() -> PreTrainedTokenizerFast:
 
 def main(argv: list[str] | None = None) -> float:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--drop-rate", type=float, default=0.0, help="share of branch backwards to drop")
-    parser.add_argument("--context-gradient", choices=("none", "one_hop", "full"), default="none")
-    parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
+    parser.add_argument("--drop-rate", type=float, default=0.0, help="share of branch backwards to drop (default 0.0)")
+    parser.add_argument(
+        "--context-gradient",
+        choices=("none", "one_hop", "full"),
+        default="none",
+        help="what the keys and values of prompts contribute to the gradient (default none)",
+    )
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps (default 20)")
     args = parser.parse_args(argv)
 
     torch.manual_seed(0)

@@ -28,8 +28,10 @@ def tokenizer_of_characters() -> PreTrainedTokenizerFast:
 
 def main(argv: list[str] | None = None) -> float:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--drop-rate", type=float, default=0.75, help="share of branch backwards to drop")
-    parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
+    parser.add_argument(
+        "--drop-rate", type=float, default=0.75, help="share of branch backwards to drop (default 0.75)"
+    )
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps (default 20)")
     args = parser.parse_args(argv)
 
     torch.manual_seed(0)

@@ -1,5 +1,6 @@
 """What README and docs tell people to type: Python is run, commands are parsed, links lead somewhere."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -24,9 +25,9 @@ pytestmark = [
 
 
 def blocks(language):
-    """(page, text) of every code block of the language, in order."""
-    fenced = re.compile(rf"^```{language}\n(.*?)^```", re.MULTILINE | re.DOTALL)
-    return [(page, text) for page in PAGES for text in fenced.findall(page.read_text())]
+    """(page, text) of every code block of the language, in order; "" for those of none."""
+    fenced = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    return [(page, text) for page in PAGES for found, text in fenced.findall(page.read_text()) if found == language]
 
 
 def tokens_and_labels():
@@ -220,3 +221,34 @@ def test_links_lead_somewhere():
             assert linked.exists(), (page.name, target)
             if anchor:
                 assert anchor in anchors(linked), (page.name, target)
+
+
+def cells(text, title):
+    """The figures of the row of a table that begins with `title`."""
+    (row,) = re.findall(rf"^\| {re.escape(title)}[^|]*\|(.*)\|$", text, re.MULTILINE)
+    return re.findall(r"\b\d+(?:\.\d+)?\b", re.sub(r"`[^`]*`|\([^)]*\)", "", row))
+
+
+def test_the_figures_of_the_readme_are_those_of_its_rows():
+    text = (ROOT / "README.md").read_text()
+    results = json.loads((ROOT / "benchmarks" / "results" / "finetune.json").read_text())["results"]
+    whole = results["full backward"]
+
+    def short(name):
+        run = results[name]
+        ratios = [f"{run[value] / whole[value]:.2f}" for value in ("step_ms", "peak_live_bytes")]
+        return [*ratios, f"{run['validation_loss_after']:.3f}"]
+
+    assert cells(text, "nothing") == ["1", "1", short("full backward")[-1]]
+    assert cells(text, "tokens without a loss, such") == short("ours")
+    assert cells(text, "random residual branches") == short("DropBP")
+    assert cells(text, "for comparison: a quarter") == short("smaller batch")
+    runs = [results[name] for name in ("full backward", "smaller batch", "published DropBP", "DropBP", "ours")]
+    assert cells(text, "batch") == [str(run["batch_size"]) for run in runs]
+    times = [f"{run[name]:.0f}" for run in runs for name in ("forward_ms", "backward_ms")]
+    assert cells(text, "forward / backward, ms") == times
+    assert cells(text, "step, ms") == [f"{run['step_ms']:.0f}" for run in runs]
+    for title, name in (("saved for backward, MiB", "saved_bytes"), ("peak live activations, MiB", "peak_live_bytes")):
+        assert cells(text, title) == [f"{run[name] / 2**20:.0f}" for run in runs]
+    assert cells(text, "backward FLOPs kept") == [f"{100 * run['backward_flops_kept']:.0f}" for run in runs]
+    assert cells(text, "validation loss") == [f"{run['validation_loss_after']:.3f}" for run in runs]

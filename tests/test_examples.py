@@ -55,3 +55,6 @@ def test_help(name, capsys):
     out = capsys.readouterr().out
     assert f"python examples/{name}.py" in out
     assert "--drop-rate" in out
+    of_options = " ".join(out.partition("options:")[2].split()).split(" --")[1:]
+    with_value = [text for text in of_options if text.split()[1].isupper() or text.split()[1].startswith("{")]
+    assert [text for text in with_value if "(default " not in text] == []
