@@ -1,17 +1,20 @@
 """What DropBPCallback logs: counted from plans and shapes, and times."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
-from models import gradients, tiny_causal_lm
+import torch
+from models import gradients, tiny_causal_lm, toy_model
 
 pytest.importorskip("accelerate")
 
 from trainer_runs import NUM_BRANCHES, Watcher, train, two_rows
 
-from dropbp_kernels import DropBPCallback, apply_dropbp
+from dropbp_kernels import DropBPCallback, DropBPHandler, apply_dropbp
+from dropbp_kernels.integrations import meters
 from dropbp_kernels.integrations.families import FAMILIES
-from dropbp_kernels.integrations.meters import saved_bytes_by_branch
+from dropbp_kernels.integrations.meters import PlanMeter, saved_bytes_by_branch
 from dropbp_kernels.measure import saved_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -55,6 +58,22 @@ def test_logged_numbers_are_those_of_the_plans(tmp_path):
         if index:  # bytes are measured after the first step
             not_saved = sum(size for plan in kept for size, k in zip(sizes, plan, strict=True) if not k) / 4
             assert entry["dropbp_bytes_not_saved"] == pytest.approx(not_saved)
+
+
+def test_tokens_a_second_are_those_of_all_processes_while_steps_ran(monkeypatch):
+    """Two steps of 2 s and 3 s, two micro-batches of 2 x 3 tokens each; between them somebody evaluates for 8 s."""
+    clock = iter([0.0, 2.0, 10.0, 13.0])
+    monkeypatch.setattr(meters, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    model = toy_model()
+    meter = PlanMeter(DropBPHandler(model, 0.5))
+    for _ in range(2):
+        meter.start_step()
+        for _ in range(2):
+            model(torch.ones(2, 3, 8))
+            meter.count_forward()
+        meter.end_step()
+    assert meter.read(num_processes=3)["tokens_per_second"] == pytest.approx(3 * 24 / 5)
+    assert meter.read() == {}
 
 
 @pytest.mark.parametrize("by_modules", [False, True])
