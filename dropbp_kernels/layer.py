@@ -11,7 +11,7 @@ a `DropBPHandler` draws the plan of a step and writes it into all gates of a mod
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Protocol
 
@@ -35,24 +35,25 @@ DROPPED_RUNS = ("inference", "detach")
 checkpoint_branch: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
 
 
-@contextmanager
-def as_inference(device_type: str) -> Iterator[None]:
+def as_inference(device_type: str) -> AbstractContextManager[None]:
     """How a dropped branch runs: under no_grad, and without autocast's cache of cast weights.
 
     A cast that was made under no_grad has no graph; found in the cache by a later kept run of the same weight, in the
     same autocast region, it would silently take that weight's gradient away.
     """
-    with torch.no_grad():
-        # Asking whether autocast is on is an error on devices that have none, such as meta.
-        is_on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-        if not (is_on and torch.is_autocast_cache_enabled()):
+    # Asking whether autocast is on is an error on devices that have none, such as meta.
+    is_on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return _without_cast_cache() if is_on and torch.is_autocast_cache_enabled() else torch.no_grad()
+
+
+@contextmanager
+def _without_cast_cache() -> Iterator[None]:
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.no_grad():
             yield
-            return
-        torch.set_autocast_cache_enabled(False)
-        try:
-            yield
-        finally:
-            torch.set_autocast_cache_enabled(True)
+    finally:
+        torch.set_autocast_cache_enabled(True)
 
 
 def add_branch(residual: Tensor, output: Tensor, grad_scale: float = 1.0) -> Tensor:
@@ -317,11 +318,15 @@ class DropBP(nn.Module):
 
         Written and never read here: a counter would make torch.compile guard on it and recompile every step.
         """
-        if not torch.compiler.is_compiling() and self.unstepped is not None:
+        shape = residual.shape
+        notes = {"was_called": True, "batch_size": shape[0], "seq_len": shape[1] if len(shape) > 2 else 1}
+        if torch.compiler.is_compiling():
+            for name, value in notes.items():
+                setattr(self, name, value)
+            return
+        if self.unstepped is not None:
             self.unstepped.note_call()
-        self.was_called = True
-        self.batch_size = residual.shape[0]
-        self.seq_len = residual.shape[1] if residual.dim() > 2 else 1
+        vars(self).update(notes)  # nn.Module looks for parameters whenever an attribute is set: 3 us each
 
     def refresh(self) -> None:
         """Called before a plan is set. A gate that is tied to modules finds them again here; this one has none."""

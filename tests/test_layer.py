@@ -1,12 +1,14 @@
 """The gate: values, gradients, what a dropped branch saves, and torch.compile."""
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from models import ToyBlock, gradients
 
-from dropbp_kernels import DropBP
+from dropbp_kernels import DropBP, layer
 from dropbp_kernels.measure import num_autograd_nodes, saved_bytes
 
 
@@ -176,3 +178,26 @@ def test_what_a_gate_is_given_by_mistake():
     x = torch.ones(2, 3)
     with pytest.raises(TypeError, match="branch: expected a function of the residual"):
         DropBP().residual_add(x, x + 1)
+
+
+@pytest.mark.parametrize(("is_kept", "num_calls"), [(True, 11), (False, 12)])
+def test_what_a_call_of_the_gate_costs_the_host(is_kept, num_calls):
+    """Counted, since times depend on machines: functions of this package; of nn.Module and contextlib none."""
+    gate, x = DropBP(), torch.ones(2, 3, 4, requires_grad=True)
+    gate.kept = is_kept
+    gate.residual_add(x, torch.neg)
+    called = []
+
+    def note(frame, event, _):
+        if event == "call":
+            called.append((Path(frame.f_code.co_filename), frame.f_code.co_name))
+
+    sys.setprofile(note)
+    try:
+        gate.residual_add(x, torch.neg)
+    finally:
+        sys.setprofile(None)
+    package = Path(layer.__file__).parent
+    ours = [name for path, name in called if package in path.parents]
+    assert len(ours) == num_calls, ours
+    assert not {path.name for path, _ in called} & {"module.py", "contextlib.py"}, called

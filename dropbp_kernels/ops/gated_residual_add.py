@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_dtype, check_holds, split_grad_scale
+from .checks import DTYPES, check_dtype, check_holds, split_grad_scale
 from .derivative import Function, first_derivative
 from .raw import raw as _raw
 
@@ -42,13 +42,14 @@ def gated_residual_add(
             rows and a grad_scale tensor. Backward: an alias; grad_scale, rows or another dtype: one kernel over branch.
     Source: DropBP (arXiv 2402.17812), x + D(f(x)); oracle reference.gated_residual_add_reference.
     """
-    if rows is not None or residual.shape != branch.shape or residual.dtype is not branch.dtype:
+    dtype = residual.dtype
+    if rows is not None or residual.shape != branch.shape or dtype is not branch.dtype or dtype not in DTYPES:
         _check(residual, branch, rows)
-    else:
-        check_dtype("residual", residual.dtype)
     if residual.device != branch.device:
         raise ValueError(f"branch: expected on residual's device {residual.device}, got {branch.device}")
-    grad_scale, row_scale = split_grad_scale(grad_scale, branch)
+    row_scale = None
+    if not isinstance(grad_scale, float):
+        grad_scale, row_scale = split_grad_scale(grad_scale, branch)
 
     is_recorded = torch.is_grad_enabled()
     if inplace and is_recorded and residual.requires_grad and residual.is_leaf:
