@@ -11,6 +11,7 @@ Products run in the dtype of x, or in autocast's; adapters in a wider dtype are 
 their gradients come back in their own.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -37,11 +38,12 @@ def lora_linear(
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: expected a frozen tensor, got one that requires a gradient")
-    dtype = _dtype(x)
-    x = x.to(dtype)
-    if torch.is_grad_enabled():
-        return _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scaling)  # type: ignore[no-any-return]
-    return _linear(x, weight, bias, lora_a, lora_b, scaling)[0]
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(x.dtype if x.dtype is torch.float64 else torch.get_autocast_dtype(x.device.type))
+    with _no_autocast(x.device.type):
+        if torch.is_grad_enabled():
+            return _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scaling)  # type: ignore[no-any-return]
+        return _linear(x, weight, bias, lora_a, lora_b, scaling)[0]
 
 
 def add_lora(output: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float = 1.0) -> Tensor:
@@ -54,20 +56,27 @@ def add_lora(output: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling:
         tensor itself, where it is in that already) and r numbers a row.
     Source: as `lora_linear`.
     """
-    x = x.to(output.dtype)
-    if torch.is_grad_enabled():
-        return _AddLora.apply(output, x, lora_a, lora_b, scaling)  # type: ignore[no-any-return]
-    return _add(output, x, lora_a, lora_b, scaling)[0]
+    with _no_autocast(x.device.type):
+        x = _as(x, output.dtype)
+        if torch.is_grad_enabled():
+            return _AddLora.apply(output, x, lora_a, lora_b, scaling)  # type: ignore[no-any-return]
+        return _add(output, x, lora_a, lora_b, scaling)[0]
 
 
-def _dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    is_cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if is_cast else x.dtype
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """A context without autocast on such devices; where there is none, one that takes no time."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else _NOTHING
+
+
+_NOTHING = nullcontext()
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def _linear(
@@ -75,20 +84,18 @@ def _linear(
 ) -> tuple[Tensor, Tensor]:
     """The result, and x A^T in rows."""
     dtype = x.dtype
-    with torch.autocast(x.device.type, enabled=False):
-        output = F.linear(x, weight.to(dtype), bias if bias is None else bias.to(dtype))
-        low = _rows(x).mm(lora_a.to(dtype).t())
-        output.view(-1, output.shape[-1]).addmm_(low, lora_b.to(dtype).t(), alpha=scaling)
+    output = F.linear(x, _as(weight, dtype), bias if bias is None else _as(bias, dtype))
+    low = _rows(x).mm(_as(lora_a, dtype).t())
+    output.view(-1, output.shape[-1]).addmm_(low, _as(lora_b, dtype).t(), alpha=scaling)
     return output, low
 
 
 def _add(output: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """The result, and x A^T in rows."""
     dtype = output.dtype
-    with torch.autocast(x.device.type, enabled=False):
-        low = _rows(x).mm(lora_a.to(dtype).t())
-        result = output.clone(memory_format=torch.contiguous_format)
-        result.view(-1, output.shape[-1]).addmm_(low, lora_b.to(dtype).t(), alpha=scaling)
+    low = _rows(x).mm(_as(lora_a, dtype).t())
+    result = output.clone(memory_format=torch.contiguous_format)
+    result.view(-1, output.shape[-1]).addmm_(low, _as(lora_b, dtype).t(), alpha=scaling)
     return result, low
 
 
@@ -99,12 +106,14 @@ def _save(ctx: Any, x: Tensor, low: Tensor, lora_a: Tensor, lora_b: Tensor, *oth
 
 
 def _backward(ctx: Any, grad: Tensor, x: Tensor, low: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[Any, ...]:
-    """The gradient of x A^T in rows, and those of lora_a and lora_b as far as they are wanted."""
-    wants_a, wants_b = ctx.wants
-    grad_low = grad.mm(lora_b.to(grad.dtype)).mul_(ctx.scaling)
-    grad_a = grad_low.t().mm(_rows(x)).to(lora_a.dtype) if wants_a else None
-    grad_b = grad.t().mm(low).to(lora_b.dtype).mul_(ctx.scaling) if wants_b else None
-    return grad_low, grad_a, grad_b
+    """The gradient of x A^T in rows, but for scaling; those of lora_a and lora_b as far as wanted; lora_a as read."""
+    a, b = _as(lora_a, grad.dtype), _as(lora_b, grad.dtype)
+    grad_low = grad.mm(b)
+    # With beta 0 addmm reads nothing of what it adds to: it is a product that is scaled on its way out.
+    scaled = {"beta": 0, "alpha": ctx.scaling}
+    grad_a = _as(torch.addmm(a, grad_low.t(), _rows(x), **scaled), lora_a.dtype) if ctx.wants[0] else None
+    grad_b = _as(torch.addmm(b, grad.t(), low, **scaled), lora_b.dtype) if ctx.wants[1] else None
+    return grad_low, grad_a, grad_b, a
 
 
 class _LoraLinear(Function):
@@ -122,12 +131,12 @@ class _LoraLinear(Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         *adapter, weight = ctx.saved_tensors
         grad_x = None
-        with torch.autocast(grad_output.device.type, enabled=False):
+        with _no_autocast(grad_output.device.type):
             grad = _rows(grad_output)
-            grad_low, grad_a, grad_b = _backward(ctx, grad, *adapter)
+            grad_low, grad_a, grad_b, a = _backward(ctx, grad, *adapter)
             if ctx.needs_input_grad[0]:
-                grad_x = grad_output.matmul(weight.to(grad.dtype))
-                grad_x.view(-1, grad_x.shape[-1]).addmm_(grad_low, adapter[2].to(grad.dtype))
+                grad_x = grad.mm(_as(weight, grad.dtype)).addmm_(grad_low, a, alpha=ctx.scaling)
+                grad_x = grad_x.view(*grad_output.shape[:-1], a.shape[1])
         return grad_x, None, None, grad_a, grad_b, None
 
 
@@ -144,8 +153,8 @@ class _AddLora(Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, low, lora_a, lora_b = ctx.saved_tensors
         grad_x = None
-        with torch.autocast(grad_output.device.type, enabled=False):
-            grad_low, grad_a, grad_b = _backward(ctx, _rows(grad_output), x, low, lora_a, lora_b)
+        with _no_autocast(grad_output.device.type):
+            grad_low, grad_a, grad_b, a = _backward(ctx, _rows(grad_output), x, low, lora_a, lora_b)
             if ctx.needs_input_grad[1]:
-                grad_x = grad_low.mm(lora_a.to(grad_low.dtype)).view(*grad_output.shape[:-1], lora_a.shape[1])
+                grad_x = grad_low.mul_(ctx.scaling).mm(a).view(*grad_output.shape[:-1], a.shape[1])
         return grad_output, grad_x, grad_a, grad_b, None

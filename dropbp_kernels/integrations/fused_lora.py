@@ -49,36 +49,55 @@ def _kinds() -> tuple[type, ...]:
 @functools.cache
 def _fused_class(original: Any) -> Any:
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        name = None if args or kwargs or torch.compiler.is_compiling() else _adapter(self)
-        if name is None:
+        adapter = None if args or kwargs or torch.compiler.is_compiling() else _adapter(self)
+        if adapter is None:
             return original.forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
+        name, lora_a, lora_b = adapter
         base, dropout = self.base_layer, self.lora_dropout[name]
-        adapter = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
         is_dropped_out = dropout.training and getattr(dropout, "p", 0.0) > 0.0
-        if not is_dropped_out and _is_plain(base, x):
-            return lora_linear(x, base.weight, base.bias, *adapter)
-        return add_lora(base(x), dropout(x), *adapter)
+        if not is_dropped_out and (frozen := _frozen(base, x)) is not None:
+            return lora_linear(x, *frozen, lora_a, lora_b, self.scaling[name])
+        return add_lora(base(x), dropout(x), lora_a, lora_b, self.scaling[name])
 
     return subclass(original, (_fused_class,), _ORIGINAL, forward=forward)
 
 
-def _adapter(layer: Any) -> str | None:
-    """The name of the one adapter to add to the base layer's output, by nothing but its two matrices; else None."""
-    if layer.disable_adapters or layer.merged or _has_any_global_hook():
+# Modules and parameters are looked up where nn.Module keeps them: it is asked nineteen times a layer, 1 us each.
+def _adapter(layer: Any) -> tuple[str, Tensor, Tensor] | None:
+    """The one adapter to add to the base layer's output by nothing but its two matrices: name, A and B; else None."""
+    if layer.disable_adapters or layer.merged_adapters or _has_any_global_hook():
         return None
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    modules, active = layer._modules, layer.active_adapter
+    downs = modules["lora_A"]._modules
+    names = [name for name in ((active,) if isinstance(active, str) else active) if name in downs]
     if len(names) != 1 or names[0] in layer.lora_variant:
         return None
-    parts = layer.lora_A[names[0]], layer.lora_B[names[0]], layer.lora_dropout[names[0]]
-    are_plain = all(type(part) is nn.Linear and is_whole(part.weight) and part.bias is None for part in parts[:2])
-    return names[0] if are_plain and not any(is_watched(part) or "forward" in vars(part) for part in parts) else None
+    (name,) = names
+    dropout = modules["lora_dropout"]._modules[name]
+    a, b = _weight_and_bias(downs[name]), _weight_and_bias(modules["lora_B"]._modules[name])
+    if (
+        a is None
+        or b is None
+        or a[1] is not None
+        or b[1] is not None
+        or is_watched(dropout)
+        or "forward" in vars(dropout)
+    ):
+        return None
+    return name, a[0], b[0]
 
 
-def _is_plain(base: Any, x: Tensor) -> bool:
-    """Whether `base` is a frozen linear layer of plain tensors, which nobody watches."""
-    if type(base) is not nn.Linear or is_watched(base) or "forward" in vars(base):
-        return False
-    weight, bias = base.weight, base.bias
-    is_frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
-    same_dtype = weight.dtype is x.dtype or torch.is_autocast_enabled(x.device.type)
-    return is_frozen and same_dtype and is_whole(weight)
+def _frozen(base: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of `base` where they are frozen and of x's dtype, or of any under autocast; else None."""
+    found = _weight_and_bias(base)
+    if found is None or any(tensor is not None and tensor.requires_grad for tensor in found):
+        return None
+    return found if found[0].dtype is x.dtype or torch.is_autocast_enabled(x.device.type) else None
+
+
+def _weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Those of a linear layer that nobody watches, where the weight is a whole tensor; else None."""
+    if type(linear) is not nn.Linear or is_watched(linear) or "forward" in vars(linear):
+        return None
+    weight = linear._parameters.get("weight")
+    return (weight, linear._parameters["bias"]) if weight is not None and is_whole(weight) else None
