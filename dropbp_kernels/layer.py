@@ -35,19 +35,16 @@ DROPPED_RUNS = ("inference", "detach")
 checkpoint_branch: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
 
 
-@torch.compiler.assume_constant_result  # dynamo of torch 2.11 cannot trace it
-def _has_autocast(device_type: str) -> bool:
-    """Asking a device whether autocast is on is an error where it has none, such as meta."""
-    return torch.amp.is_autocast_available(device_type)
-
-
 def as_inference(device_type: str) -> AbstractContextManager[None]:
     """How a dropped branch runs: under no_grad, and without autocast's cache of cast weights.
 
     A cast that was made under no_grad has no graph; found in the cache by a later kept run of the same weight, in the
     same autocast region, it would silently take that weight's gradient away.
     """
-    is_on = _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
+    # Asking whether autocast is on is an error on devices that have none, such as meta; dynamo of torch 2.11 cannot trace
+    # the question for those.
+    has_autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+    is_on = has_autocast and torch.is_autocast_enabled(device_type)
     return _without_cast_cache() if is_on and torch.is_autocast_cache_enabled() else torch.no_grad()
 
 
