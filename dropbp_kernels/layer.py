@@ -41,8 +41,8 @@ def as_inference(device_type: str) -> AbstractContextManager[None]:
     A cast that was made under no_grad has no graph; found in the cache by a later kept run of the same weight, in the
     same autocast region, it would silently take that weight's gradient away.
     """
-    # Asking whether autocast is on is an error on devices that have none, such as meta; dynamo of torch 2.11 cannot trace
-    # the question for those.
+    # Asking whether autocast is on is an error on devices that have none, such as meta. Which have any is a question
+    # that dynamo of torch 2.11 cannot trace.
     has_autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
     is_on = has_autocast and torch.is_autocast_enabled(device_type)
     return _without_cast_cache() if is_on and torch.is_autocast_cache_enabled() else torch.no_grad()
