@@ -1,6 +1,7 @@
 """What DropBPCallback logs: counted from plans and shapes, and times."""
 
 import dataclasses
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -101,6 +102,18 @@ def test_saved_bytes_by_branch_are_what_dropping_it_takes_off(by_modules):
     assert sizes[0] == taken_off[0] + 2 * 12 * 8 * 4  # cosines and sines, which all attentions save
     model.gradient_checkpointing_enable({"use_reentrant": False})
     assert saved_bytes_by_branch(handler, lambda: model(**batch)) == [0] * NUM_BRANCHES
+
+
+def test_probes_are_not_timed(tmp_path, monkeypatch):
+    """By a clock that ticks when it is read: two forwards and two backwards a step, in those with a probe too."""
+    ticks = itertools.count()
+    monkeypatch.setattr(meters, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    callback = DropBPCallback(0.5, rates="sensitivity", calibrate_at=0.5, measure=True)
+    trainer = train(tmp_path, callback, gradient_accumulation_steps=2, logging_steps=1)
+    assert callback.handler.calibration is not None
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for name in ("dropbp_forward_ms", "dropbp_backward_ms"):
+        assert [entry[name] for entry in logged] == [2000.0] * 6
 
 
 def test_measure_prints_times_and_memory(tmp_path, capsys):
