@@ -126,11 +126,16 @@ def _flop_formulas() -> dict[Any, Callable[..., float]]:
     # Here and not above: it imports Triton where that is installed.
     from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+    def shapes(*tensors: Tensor) -> list[tuple[int, ...]]:
+        """With the first one's heads: grouped keys are as much work, and torch 2.11's formulas know none."""
+        num_heads = tensors[0].shape[1]
+        return [(tensor.shape[0], num_heads, *tensor.shape[2:]) for tensor in tensors]
+
     def forward(*args: Any, **kwargs: Any) -> float:
-        return sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
+        return sdpa_flop_count(*shapes(*args[:3]))
 
     def backward(*args: Any, **kwargs: Any) -> float:
-        return sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4]))
+        return sdpa_backward_flop_count(*shapes(*args[:4]))
 
     return {
         **flop_registry,
