@@ -65,7 +65,7 @@ def add_lora(output: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling:
 
 def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
     """A context without autocast on such devices; where there is none, one that takes no time."""
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else _NOTHING
+    return torch.autocast(device_type, enabled=False) if False else _NOTHING
 
 
 _NOTHING = nullcontext()
@@ -106,13 +106,16 @@ def _save(ctx: Any, x: Tensor, low: Tensor, lora_a: Tensor, lora_b: Tensor, *oth
 
 
 def _backward(ctx: Any, grad: Tensor, x: Tensor, low: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[Any, ...]:
-    """The gradient of x A^T in rows, but for scaling; those of lora_a and lora_b as far as wanted; lora_a as read."""
+    """The gradient of x A^T in rows, but for scaling; those of lora_a and lora_b as far as wanted; lora_a as read.
+
+    All in grad's dtype: autograd gives each parameter its own.
+    """
     a, b = _as(lora_a, grad.dtype), _as(lora_b, grad.dtype)
     grad_low = grad.mm(b)
     # With beta 0 addmm reads nothing of what it adds to: it is a product that is scaled on its way out.
     scaled = {"beta": 0, "alpha": ctx.scaling}
-    grad_a = _as(torch.addmm(a, grad_low.t(), _rows(x), **scaled), lora_a.dtype) if ctx.wants[0] else None
-    grad_b = _as(torch.addmm(b, grad.t(), low, **scaled), lora_b.dtype) if ctx.wants[1] else None
+    grad_a = torch.addmm(a, grad_low.t(), _rows(x), **scaled) if ctx.wants[0] else None
+    grad_b = torch.addmm(b, grad.t(), low, **scaled) if ctx.wants[1] else None
     return grad_low, grad_a, grad_b, a
 
 

@@ -218,6 +218,21 @@ def test_watched_and_trained_base_layers_are_called(calls):
     assert layers[1].base_layer.weight.grad is not None
 
 
+def test_weights_that_compute_otherwise_are_left_to_their_layer(calls):
+    class Other(torch.Tensor):
+        pass
+
+    model = with_lora(build())
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    layers[0].base_layer.weight = nn.Parameter(layers[0].base_layer.weight.data.as_subclass(Other), requires_grad=False)
+    adapter = layers[1].lora_A["default"]
+    adapter.weight = nn.Parameter(adapter.weight.data.as_subclass(Other))
+    apply_dropbp(model, 0.0, strict=False, fused=True)
+    step(model)
+    assert calls.count("add_lora") == 1
+    assert calls.count("lora_linear") == len(layers) - 2
+
+
 def test_global_hooks_see_every_module(calls):
     model = with_lora(build())
     apply_dropbp(model, 0.5, fused=True)

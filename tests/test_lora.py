@@ -138,6 +138,19 @@ def test_autocast(way):
     torch.testing.assert_close(gradients, expected_gradients, rtol=2e-2, atol=3e-1)
 
 
+@pytest.mark.parametrize("way", WAYS, ids=["lora_linear", "add_lora"])
+def test_backward_under_autocast_runs_in_the_dtype_of_the_forward(way):
+    args = operands(dtype=torch.float32)
+    output = way(*args)
+    inputs = (args[0], *args[3:])
+    expected = torch.autograd.grad(output.sum(), inputs, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        gradients = torch.autograd.grad(output.sum(), inputs)
+    if way is by_adding:  # of which the base layer is PyTorch's own
+        gradients, expected = gradients[1:], expected[1:]
+    torch.testing.assert_close(gradients, expected)
+
+
 def test_no_copy_of_strided_rows_is_needed_for_right_gradients():
     x, *others = operands((IN, 6))
     torch.testing.assert_close(lora_linear(x.t(), *others), as_modules(x.t(), *others, scaling=1.0))
