@@ -1,6 +1,7 @@
 """The gates of a model, seen together: which there are, what their branches cost, whether they were called."""
 
 import warnings
+from typing import Any
 
 from torch import nn
 
@@ -68,14 +69,20 @@ class UnsteppedCalls:
 
     def __init__(self, block: nn.Module):
         self.block = block
-        self.version: int | None = None
         self.has_warned = False
+        self._versions: dict[int, int] = {}  # of each parameter that was trainable at the last call, by id
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy, whose parameters are others with counters of their own."""
+        return {**vars(self), "_versions": {}}
 
     def note_call(self) -> None:
         if self.has_warned:
             return
-        version = sum(parameter._version for parameter in self.block.parameters() if parameter.requires_grad)
-        if self.version not in (None, version):
+        # One by one: disabling an adapter leaves fewer that are trainable, and changes none.
+        before = self._versions
+        self._versions = {id(each): each._version for each in self.block.parameters() if each.requires_grad}
+        if any(before.get(key, version) != version for key, version in self._versions.items()):
             self.has_warned = True
             warnings.warn(
                 "step: expected handler.step() before the forward of each optimizer step, but weights changed between "
@@ -84,7 +91,6 @@ class UnsteppedCalls:
                 UserWarning,
                 stacklevel=2,
             )
-        self.version = version
 
 
 def look_out_for_steps(model: nn.Module, gates: dict[str, DropBP]) -> None:

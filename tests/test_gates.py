@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from models import tiny_causal_lm, toy_model
+from models import tiny_causal_lm, toy_model, with_lora
 
 from dropbp_kernels import DropBPHandler, apply_dropbp
 from dropbp_kernels.coreset import CoresetSelector
@@ -71,6 +71,29 @@ def test_copy_whose_handler_stayed_behind(copied):
     with pytest.warns(UserWarning, match="step: expected"):
         train(other, 2)
     train(other, 2, DropBPHandler(other, 0.5).step)
+
+
+def test_a_copy_of_a_model_that_was_trained_hears_nothing_at_its_first_call():
+    model = tiny_causal_lm()
+    apply_dropbp(model, 0.5)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1.0)  # counted, as training before the patch would be
+    for _ in range(2):
+        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        model = copy.deepcopy(model)
+
+
+def test_adapters_that_are_disabled_for_a_reference_hear_nothing():
+    model = with_lora(tiny_causal_lm())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                parameter.mul_(1.0)
+    apply_dropbp(model, 0.5)
+    for _ in range(2):
+        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        with model.disable_adapter():
+            model(input_ids=TOKENS)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5])
