@@ -65,7 +65,7 @@ def add_lora(output: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling:
 
 def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
     """A context without autocast on such devices; where there is none, one that takes no time."""
-    return torch.autocast(device_type, enabled=False) if False else _NOTHING
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else _NOTHING
 
 
 _NOTHING = nullcontext()
