@@ -40,10 +40,10 @@ def lora_linear(
             raise ValueError(f"{name}: expected a frozen tensor, got one that requires a gradient")
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(x.dtype if x.dtype is torch.float64 else torch.get_autocast_dtype(x.device.type))
-    with _no_autocast(x.device.type):
+    with without_autocast(x.device.type):
         if torch.is_grad_enabled():
             return _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scaling)  # type: ignore[no-any-return]
-        return _linear(x, weight, bias, lora_a, lora_b, scaling)[0]
+        return linear_and_low(x, weight, bias, lora_a, lora_b, scaling)[0]
 
 
 def add_lora(output: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float = 1.0) -> Tensor:
@@ -56,14 +56,14 @@ def add_lora(output: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling:
         tensor itself, where it is in that already) and r numbers a row.
     Source: as `lora_linear`.
     """
-    with _no_autocast(x.device.type):
-        x = _as(x, output.dtype)
+    with without_autocast(x.device.type):
+        x = as_dtype(x, output.dtype)
         if torch.is_grad_enabled():
             return _AddLora.apply(output, x, lora_a, lora_b, scaling)  # type: ignore[no-any-return]
         return _add(output, x, lora_a, lora_b, scaling)[0]
 
 
-def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """A context without autocast on such devices; where there is none, one that takes no time."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else _NOTHING
 
@@ -71,31 +71,31 @@ def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
 _NOTHING = nullcontext()
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
-def _linear(
+def linear_and_low(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """The result, and x A^T in rows."""
     dtype = x.dtype
-    output = F.linear(x, _as(weight, dtype), bias if bias is None else _as(bias, dtype))
-    low = _rows(x).mm(_as(lora_a, dtype).t())
-    output.view(-1, output.shape[-1]).addmm_(low, _as(lora_b, dtype).t(), alpha=scaling)
+    output = F.linear(x, as_dtype(weight, dtype), bias if bias is None else as_dtype(bias, dtype))
+    low = rows_of(x).mm(as_dtype(lora_a, dtype).t())
+    output.view(-1, output.shape[-1]).addmm_(low, as_dtype(lora_b, dtype).t(), alpha=scaling)
     return output, low
 
 
 def _add(output: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """The result, and x A^T in rows."""
     dtype = output.dtype
-    low = _rows(x).mm(_as(lora_a, dtype).t())
+    low = rows_of(x).mm(as_dtype(lora_a, dtype).t())
     result = output.clone(memory_format=torch.contiguous_format)
-    result.view(-1, output.shape[-1]).addmm_(low, _as(lora_b, dtype).t(), alpha=scaling)
+    result.view(-1, output.shape[-1]).addmm_(low, as_dtype(lora_b, dtype).t(), alpha=scaling)
     return result, low
 
 
@@ -105,16 +105,16 @@ def _save(ctx: Any, x: Tensor, low: Tensor, lora_a: Tensor, lora_b: Tensor, *oth
     ctx.save_for_backward(x if wants_a else None, low if wants_b else None, lora_a, lora_b, *others)
 
 
-def _backward(ctx: Any, grad: Tensor, x: Tensor, low: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[Any, ...]:
+def low_rank_gradients(ctx: Any, grad: Tensor, x: Any, low: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[Any, ...]:
     """The gradient of x A^T in rows, but for scaling; those of lora_a and lora_b as far as wanted; lora_a as read.
 
     All in grad's dtype: autograd gives each parameter its own.
     """
-    a, b = _as(lora_a, grad.dtype), _as(lora_b, grad.dtype)
+    a, b = as_dtype(lora_a, grad.dtype), as_dtype(lora_b, grad.dtype)
     grad_low = grad.mm(b)
     # With beta 0 addmm reads nothing of what it adds to: it is a product that is scaled on its way out.
     scaled = {"beta": 0, "alpha": ctx.scaling}
-    grad_a = torch.addmm(a, grad_low.t(), _rows(x), **scaled) if ctx.wants[0] else None
+    grad_a = torch.addmm(a, grad_low.t(), rows_of(x), **scaled) if ctx.wants[0] else None
     grad_b = torch.addmm(b, grad.t(), low, **scaled) if ctx.wants[1] else None
     return grad_low, grad_a, grad_b, a
 
@@ -124,7 +124,7 @@ class _LoraLinear(Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
     ) -> Tensor:
-        output, low = _linear(x, weight, bias, lora_a, lora_b, scaling)
+        output, low = linear_and_low(x, weight, bias, lora_a, lora_b, scaling)
         _save(ctx, x, low, lora_a, lora_b, weight)
         ctx.scaling = scaling
         return output
@@ -134,11 +134,11 @@ class _LoraLinear(Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         *adapter, weight = ctx.saved_tensors
         grad_x = None
-        with _no_autocast(grad_output.device.type):
-            grad = _rows(grad_output)
-            grad_low, grad_a, grad_b, a = _backward(ctx, grad, *adapter)
+        with without_autocast(grad_output.device.type):
+            grad = rows_of(grad_output)
+            grad_low, grad_a, grad_b, a = low_rank_gradients(ctx, grad, *adapter)
             if ctx.needs_input_grad[0]:
-                grad_x = grad.mm(_as(weight, grad.dtype)).addmm_(grad_low, a, alpha=ctx.scaling)
+                grad_x = grad.mm(as_dtype(weight, grad.dtype)).addmm_(grad_low, a, alpha=ctx.scaling)
                 grad_x = grad_x.view(*grad_output.shape[:-1], a.shape[1])
         return grad_x, None, None, grad_a, grad_b, None
 
@@ -156,8 +156,8 @@ class _AddLora(Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, low, lora_a, lora_b = ctx.saved_tensors
         grad_x = None
-        with _no_autocast(grad_output.device.type):
-            grad_low, grad_a, grad_b, a = _backward(ctx, _rows(grad_output), x, low, lora_a, lora_b)
+        with without_autocast(grad_output.device.type):
+            grad_low, grad_a, grad_b, a = low_rank_gradients(ctx, rows_of(grad_output), x, low, lora_a, lora_b)
             if ctx.needs_input_grad[1]:
                 grad_x = grad_low.mul_(ctx.scaling).mm(a).view(*grad_output.shape[:-1], a.shape[1])
         return grad_output, grad_x, grad_a, grad_b, None

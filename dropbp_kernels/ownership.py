@@ -29,8 +29,10 @@ Counts = tuple[int, int, int, int]
 Arrival = tuple[list[CodeType], Counts | None]
 
 
-def owns_saved_tensors(ctx: Any) -> bool:
-    """Whether the running node, with context `ctx`, may overwrite its saved tensors; to be asked before unpacking them.
+def owns_saved_tensors(ctx: Any, num: int | None = None) -> bool:
+    """Whether the running node, with context `ctx`, may overwrite its saved tensors, or the first `num` of them.
+
+    To be asked before unpacking them.
 
     No while the graph is retained, for a second backward would read them, and where saved-tensor hooks own them.
 
@@ -38,7 +40,7 @@ def owns_saved_tensors(ctx: Any) -> bool:
     """
     if torch.compiler.is_compiling() or (alone := _counts_of_a_sole_owner()) is None:
         return False
-    return _is_last_use(ctx) and all(counts == alone.saved for counts in _saved_counts(ctx))
+    return _is_last_use(ctx) and all(counts == alone.saved for counts in _saved_counts(ctx)[:num])
 
 
 def owns_gradient(grad: Tensor) -> bool:

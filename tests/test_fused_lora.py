@@ -10,7 +10,7 @@ from models import gradients, tiny_batch, tiny_gpt2, with_lora
 from torch import nn
 
 from dropbp_kernels import apply_dropbp, remove_dropbp
-from dropbp_kernels.integrations import fused_lora
+from dropbp_kernels.integrations import fused_lora, fused_mlp
 from dropbp_kernels.measure import saved_bytes
 
 peft = pytest.importorskip("peft")
@@ -18,19 +18,19 @@ peft = pytest.importorskip("peft")
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The names of the functions that fused layers called, since now."""
+    """The names of the functions that fused layers called, since now; glu_linear is an MLP's last layer, where kept."""
     found = []
 
-    def counted(name):
-        function = getattr(fused_lora, name)
+    def counted(room, name):
+        function = getattr(room, name)
 
-        def call(*args):
+        def call(*args, **options):
             found.append(name)
-            return function(*args)
+            return function(*args, **options)
 
-        monkeypatch.setattr(fused_lora, name, call)
+        monkeypatch.setattr(room, name, call)
 
-    counted("lora_linear"), counted("add_lora")
+    counted(fused_lora, "lora_linear"), counted(fused_lora, "add_lora"), counted(fused_mlp, "glu_linear")
     return found
 
 
@@ -62,7 +62,7 @@ def lora(model, **options):
 def test_loss_and_gradients_are_pefts(model_type, calls):
     unfused, fused = both(with_lora(build(model_type)))
     torch.testing.assert_close(fused, unfused, rtol=1e-4, atol=1e-5)
-    assert set(calls) == {"lora_linear"}
+    assert set(calls) == {"lora_linear", "glu_linear"}
     assert len(calls) == 3 * 7
 
 
@@ -81,7 +81,7 @@ def test_dropout_of_the_adapters_input_is_drawn_as_by_peft(calls):
     model = lora(build(), lora_dropout=0.5)
     apply_dropbp(model, 0.5, fused=True)
     model.eval()(**tiny_batch())
-    assert set(calls) == {"lora_linear"}
+    assert set(calls) == {"lora_linear", "glu_linear"}
 
 
 @pytest.mark.parametrize("options", [{"checkpoint": "kept"}, {"checkpoint": "sliced"}, {"granularity": "sample"}])
@@ -102,7 +102,7 @@ def test_under_target_plans(calls):
         apply_dropbp(model, 0.0, strict=False, fused=fused, context="inference")
         results.append(step(model, batch))
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
-    assert set(calls) == {"lora_linear"}
+    assert set(calls) == {"lora_linear", "glu_linear"}
 
 
 def test_float32_adapters_on_a_bfloat16_base_save_no_float32_inputs():
@@ -149,7 +149,7 @@ def test_autocast(calls):
             assert (
                 torch.nn.functional.cosine_similarity(results[1][1][name].flatten(), gradient.flatten(), dim=0) > 0.99
             )
-    assert set(calls) == {"lora_linear"}
+    assert set(calls) == {"lora_linear", "glu_linear"}
 
 
 def dora(model):
@@ -213,7 +213,7 @@ def test_watched_and_trained_base_layers_are_called(calls):
     apply_dropbp(model, 0.0, strict=False, fused=True)
     step(model)
     assert calls.count("add_lora") == 2
-    assert calls.count("lora_linear") == len(layers) - 2
+    assert calls.count("lora_linear") + calls.count("glu_linear") == len(layers) - 2
     assert len(seen) == 1
     assert layers[1].base_layer.weight.grad is not None
 
@@ -230,7 +230,7 @@ def test_weights_that_compute_otherwise_are_left_to_their_layer(calls):
     apply_dropbp(model, 0.0, strict=False, fused=True)
     step(model)
     assert calls.count("add_lora") == 1
-    assert calls.count("lora_linear") == len(layers) - 2
+    assert calls.count("lora_linear") + calls.count("glu_linear") == len(layers) - 2
 
 
 def test_global_hooks_see_every_module(calls):
@@ -309,7 +309,7 @@ def test_bitsandbytes_bases(calls):
     unfused, fused = both(with_lora(model))
     torch.testing.assert_close(fused, unfused, rtol=1e-4, atol=1e-5)
     assert calls.count("add_lora") == 3
-    assert calls.count("lora_linear") == 3 * 6
+    assert calls.count("lora_linear") + calls.count("glu_linear") == 3 * 6
 
 
 def test_compiled_models_run_as_written(calls):

@@ -14,6 +14,7 @@ from transformers.activations import ACT2FN
 from dropbp_kernels import apply_dropbp, remove_dropbp
 from dropbp_kernels.integrations import fused_mlp
 from dropbp_kernels.measure import PeakLiveBytes, saved_bytes
+from dropbp_kernels.ops.glu import glu
 
 WITHOUT = {
     "mixtral",
@@ -35,15 +36,16 @@ def calls(monkeypatch):
     """Calls of the ops with (inplace, donate), since now."""
     found = []
 
-    def counted(op):
-        def call(gate, up, *, inplace=False, donate=False):
+    def counted(name):
+        op = getattr(fused_mlp, name)
+
+        def call(*args, inplace=False, donate=False, **options):
             found.append((inplace, donate))
-            return op(gate, up, inplace=inplace, donate=donate)
+            return op(*args, **({"inplace": inplace} if name == "glu" else {}), donate=donate, **options)
 
-        return call
+        monkeypatch.setattr(fused_mlp, name, call)
 
-    for name, op in fused_mlp._ACTIVATIONS.items():
-        monkeypatch.setitem(fused_mlp._ACTIVATIONS, name, counted(op))
+    counted("glu"), counted("glu_linear")
     return found
 
 
@@ -101,6 +103,36 @@ def test_saved_bytes_and_the_peak_of_a_dropped_mlp_shrink_by_the_activation():
     assert counts[False][1] - counts[True][1] >= hidden  # the product, which lies over the gate
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_trained_layer_behind_saves_no_product(adapter):
+    """Unfused: silu(gate) and the product, besides gate and up."""
+    hidden = 2 * 10 * 512 * 4
+    saved = {}
+    for fused in (False, True):
+        model = build(intermediate_size=512, num_hidden_layers=1)
+        model = with_lora(model) if adapter else model
+        apply_dropbp(model, 0.0, strict=False, fused=fused, fused_loss="off")
+        with saved_bytes() as counted:
+            model(**tiny_batch())
+        saved[fused] = counted.num_bytes
+    assert saved[False] - saved[True] >= 2 * hidden
+
+
+def test_frozen_and_watched_layers_behind_are_called():
+    model = build()
+    model.requires_grad_(False)
+    model.model.embed_tokens.weight.requires_grad_()
+    model.model.layers[1].mlp.down_proj.weight.requires_grad_()
+    seen = []
+    for layer in model.model.layers[:2]:
+        layer.mlp.down_proj.register_forward_hook(lambda *_: seen.append(None))
+    expected = step(copy.deepcopy(model), tiny_batch())
+    seen.clear()
+    apply_dropbp(model, 0.0, strict=False, fused=True)
+    torch.testing.assert_close(step(model, tiny_batch()), expected, rtol=1e-4, atol=1e-5)
+    assert len(seen) == 2
+
+
 @pytest.mark.parametrize("checkpoint", ["kept", "sliced"])
 def test_lora_under_checkpointing(checkpoint):
     results = []
@@ -133,7 +165,7 @@ def test_activations(name, known):
     assert (op is not None) is known
     if op is not None:
         gate, up = torch.randn(2, 3, 5)
-        torch.testing.assert_close(op(gate, up), activation(gate) * up)
+        torch.testing.assert_close(glu(gate, up, op), activation(gate) * up)
     assert fused_mlp._known(type("Other", (nn.Module,), {})()) is None
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..glu_linear import Adapter
 from ..lora import add_lora, lora_linear
 from .fusing import is_watched
 from .swapping import is_swapped, is_whole, subclass, swap, swap_back
@@ -52,19 +53,17 @@ def _fused_class(original: Any) -> Any:
         adapter = None if args or kwargs or torch.compiler.is_compiling() else _adapter(self)
         if adapter is None:
             return original.forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
-        name, lora_a, lora_b = adapter
-        base, dropout = self.base_layer, self.lora_dropout[name]
-        is_dropped_out = dropout.training and getattr(dropout, "p", 0.0) > 0.0
-        if not is_dropped_out and (frozen := _frozen(base, x)) is not None:
-            return lora_linear(x, *frozen, lora_a, lora_b, self.scaling[name])
-        return add_lora(base(x), dropout(x), lora_a, lora_b, self.scaling[name])
+        lora_a, lora_b, scaling, dropout = adapter
+        if not _drops_out(dropout) and (frozen := _frozen(self.base_layer, x)) is not None:
+            return lora_linear(x, *frozen, lora_a, lora_b, scaling)
+        return add_lora(self.base_layer(x), dropout(x), lora_a, lora_b, scaling)
 
     return subclass(original, (_fused_class,), _ORIGINAL, forward=forward)
 
 
 # Modules and parameters are looked up where nn.Module keeps them: it is asked nineteen times a layer, 1 us each.
-def _adapter(layer: Any) -> tuple[str, Tensor, Tensor] | None:
-    """The one adapter to add to the base layer's output by nothing but its two matrices: name, A and B; else None."""
+def _adapter(layer: Any) -> tuple[Tensor, Tensor, float, nn.Module] | None:
+    """A, B, scaling and dropout of the one adapter that is to be added by nothing but these; else None."""
     if layer.disable_adapters or layer.merged_adapters or _has_any_global_hook():
         return None
     modules, active = layer._modules, layer.active_adapter
@@ -75,16 +74,13 @@ def _adapter(layer: Any) -> tuple[str, Tensor, Tensor] | None:
     (name,) = names
     dropout = modules["lora_dropout"]._modules[name]
     a, b = _weight_and_bias(downs[name]), _weight_and_bias(modules["lora_B"]._modules[name])
-    if (
-        a is None
-        or b is None
-        or a[1] is not None
-        or b[1] is not None
-        or is_watched(dropout)
-        or "forward" in vars(dropout)
-    ):
+    if a is None or b is None or is_watched(dropout) or "forward" in vars(dropout):
         return None
-    return name, a[0], b[0]
+    return (a[0], b[0], layer.scaling[name], dropout) if a[1] is None and b[1] is None else None
+
+
+def _drops_out(dropout: Any) -> bool:
+    return dropout.training and getattr(dropout, "p", 0.0) > 0.0  # type: ignore[no-any-return]
 
 
 def _frozen(base: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
@@ -92,7 +88,29 @@ def _frozen(base: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
     found = _weight_and_bias(base)
     if found is None or any(tensor is not None and tensor.requires_grad for tensor in found):
         return None
-    return found if found[0].dtype is x.dtype or torch.is_autocast_enabled(x.device.type) else None
+    return found if _has_dtype(found[0], x) else None
+
+
+def trained_linear(layer: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Adapter | None] | None:
+    """Weight, bias and adapter of a layer whose gradients need its input x, and that nobody watches; else None.
+
+    None also for a layer that does more with x than products (see `install`), or gets it in another dtype.
+    """
+    if is_watched(layer) or "forward" in vars(layer) or _has_any_global_hook():
+        return None
+    if not is_swapped(layer, _ORIGINAL):
+        found = _weight_and_bias(layer)
+        if found is None or not found[0].requires_grad or not _has_dtype(found[0], x):
+            return None
+        return *found, None
+    adapter, frozen = _adapter(layer), _frozen(layer.base_layer, x)
+    if adapter is None or frozen is None or not adapter[0].requires_grad or _drops_out(adapter[3]):
+        return None
+    return *frozen, Adapter(*adapter[:3])
+
+
+def _has_dtype(weight: Tensor, x: Tensor) -> bool:
+    return weight.dtype is x.dtype or torch.is_autocast_enabled(x.device.type)
 
 
 def _weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:

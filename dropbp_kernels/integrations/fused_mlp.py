@@ -1,20 +1,22 @@
 """Gated MLPs of transformers models with the activation and the product in one kernel (`ops.glu`).
 
 As written, silu(gate(x)) * up(x) saves three tensors of the MLP's inner width for the backward. Fused it saves gate(x)
-and up(x), whose gradients are then written where they lay, and a dropped branch writes the product over gate(x). Values
+and up(x), whose gradients are then written where they lay, and a dropped branch writes the product over gate(x). Where
+the layer behind is trained or has an adapter it would save the product, a third: `glu_linear` computes it again. Values
 are equal up to rounding.
 """
 
 import functools
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..glu_linear import glu_linear
 from ..ops.checks import DTYPES
-from ..ops.glu import geglu, swiglu
+from ..ops.glu import APPROXIMATIONS, glu
+from .fused_lora import trained_linear
 from .fusing import has_kernel, is_watched
 from .swapping import is_swapped, subclass, swap, swap_back
 
@@ -34,12 +36,7 @@ _SEPARATE = {
 # and those whose gate_up_proj holds both, gate first.
 _PACKED = dict.fromkeys(("Phi3MLP", "Phi4MultimodalMLP", "GlmMLP", "Glm4MLP"), "activation_fn")
 # Activations by class name; nn.GELU tells the rest by its attributes.
-_ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
-    "SiLU": swiglu,
-    "SiLUActivation": swiglu,
-    "GELUTanh": functools.partial(geglu, approximate="tanh"),
-    "GELUActivation": geglu,
-}
+_ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh", "GELUActivation": "gelu"}
 
 
 def install(model: nn.Module, fused: bool | str) -> None:
@@ -66,8 +63,8 @@ def _fused_class(original: Any, fused: bool | str) -> Any:
 
     def forward(self: Any, x: Tensor) -> Tensor:
         activation = getattr(self, activation_name)
-        glu = _known(activation)
-        if glu is None or torch.compiler.is_compiling() or not (fused is True or has_kernel(x.device.type, "glu")):
+        known = _known(activation)
+        if known is None or torch.compiler.is_compiling() or not (fused is True or has_kernel(x.device.type, "glu")):
             return original.forward(self, x)  # type: ignore[no-any-return]
         makers = (self.gate_up_proj,) if is_packed else (self.gate_proj, self.up_proj)
         made = [maker(x) for maker in makers]
@@ -76,23 +73,28 @@ def _fused_class(original: Any, fused: bool | str) -> Any:
             return self.down_proj(activation(gate) * up)  # type: ignore[no-any-return]
         # Nobody else holds what a projection just made, unless it made no tensor of its own or is watched.
         is_ours = not any(map(is_watched, makers)) and all(y._base is None and y is not x for y in made)
-        if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-            product = glu(gate, up, donate=is_ours)
+        if not torch.is_grad_enabled():
+            product = glu(gate, up, known, inplace=is_ours)
+        elif (down := trained_linear(self.down_proj, gate)) is not None:
+            weight, bias, adapter = down
+            return glu_linear(gate, up, weight, bias, activation=known, adapter=adapter, donate=is_ours)
+        elif gate.requires_grad or up.requires_grad:
+            product = glu(gate, up, known, donate=is_ours)
         else:
-            product = glu(gate, up, inplace=is_ours)
+            product = glu(gate, up, known, inplace=is_ours)
         del made, gate, up  # the product's node alone holds them, or nobody
-        return self.down_proj(product)  # type: ignore[no-any-return]
+        return self.down_proj(product)
 
     return subclass(original, (_fused_class, fused), _ORIGINAL, forward=forward)
 
 
-def _known(activation: Any) -> Callable[..., Tensor] | None:
-    """The op for an activation that is known and that nobody watches; else None."""
+def _known(activation: Any) -> str | None:
+    """The name by which `ops.glu` has an activation that nobody watches; None where it has none."""
     name = type(activation).__name__
     if is_watched(activation) or "forward" in vars(activation):
         return None
     if name == "GELU":
-        return functools.partial(geglu, approximate=activation.approximate)
+        return APPROXIMATIONS[activation.approximate]
     if inspect.ismethod(vars(activation).get("act")):  # asked for in Python, which rounds otherwise
         return None
     return _ACTIVATIONS.get(name)

@@ -11,8 +11,8 @@ dropped     inplace=True  saves nothing and       none
                           writes into gate
 ==========  ============  ======================  ==========================================================
 
-Plain PyTorch saves activation(gate) as well. The linear layer that reads the product may save that too, for the
-gradient of its weight: it belongs to that layer.
+Plain PyTorch saves activation(gate) as well. The linear layer that reads the product saves that too where its weight,
+or an adapter beside it, is trained: `dropbp_kernels.glu_linear` is both in one, and computes it again.
 """
 
 from typing import Any
@@ -26,6 +26,7 @@ from .derivative import Function, first_derivative
 from .raw import raw as _raw
 
 APPROXIMATIONS = {"none": "gelu", "tanh": "gelu_tanh"}
+ACTIVATIONS = ("silu", *APPROXIMATIONS.values())
 
 
 def swiglu(gate: Tensor, up: Tensor, *, inplace: bool = False, donate: bool = False) -> Tensor:
@@ -47,7 +48,7 @@ def swiglu(gate: Tensor, up: Tensor, *, inplace: bool = False, donate: bool = Fa
             A layout other than rows of contiguous elements at one distance: a copy more.
     Source: GLU Variants (arXiv 2002.05202), eq. 6; oracle reference.glu_reference.
     """
-    return _glu(gate, up, "silu", inplace, donate)
+    return glu(gate, up, "silu", inplace=inplace, donate=donate)
 
 
 def geglu(
@@ -65,10 +66,22 @@ def geglu(
     """
     if approximate not in APPROXIMATIONS:
         raise ValueError(f"approximate: expected one of {', '.join(APPROXIMATIONS)}, got {approximate!r}")
-    return _glu(gate, up, APPROXIMATIONS[approximate], inplace, donate)
+    return glu(gate, up, APPROXIMATIONS[approximate], inplace=inplace, donate=donate)
 
 
-def _glu(gate: Tensor, up: Tensor, activation: str, inplace: bool, donate: bool) -> Tensor:
+def glu(gate: Tensor, up: Tensor, activation: str, *, inplace: bool = False, donate: bool = False) -> Tensor:
+    """`swiglu` or `geglu` by the name of the activation: "silu", "gelu" or "gelu_tanh"."""
+    check_glu(gate, up)
+    is_recorded = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
+    if inplace:
+        return _overwrite(gate, up, activation, is_recorded)
+    if is_recorded:
+        return _Glu.apply(gate, up, activation, donate)
+    return _raw.glu(gate, up, activation)
+
+
+def check_glu(gate: Tensor, up: Tensor) -> None:
+    """The errors of `swiglu`, but for those of inplace."""
     check_dtype("gate", gate.dtype)
     if up.dtype is not gate.dtype:
         raise TypeError(f"up: expected gate's dtype {gate.dtype}, got {up.dtype}")
@@ -76,12 +89,6 @@ def _glu(gate: Tensor, up: Tensor, activation: str, inplace: bool, donate: bool)
         raise ValueError(f"up: expected gate's shape {tuple(gate.shape)}, got {tuple(up.shape)}")
     if up.device != gate.device:
         raise ValueError(f"up: expected on gate's device {gate.device}, got {up.device}")
-    is_recorded = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
-    if inplace:
-        return _overwrite(gate, up, activation, is_recorded)
-    if is_recorded:
-        return _Glu.apply(gate, up, activation, donate)
-    return _raw.glu(gate, up, activation)
 
 
 def _overwrite(gate: Tensor, up: Tensor, activation: str, is_recorded: bool) -> Tensor:
@@ -111,14 +118,20 @@ class _Glu(Function):
             return None, None, None, None
         is_free = ctx.donate and owns_saved_tensors(ctx)
         gate, up = ctx.saved_tensors
-        if is_free:
-            _raw.glu_backward_(grad_output, gate, up, ctx.activation)
-            torch.autograd.graph.increment_version((gate, up))  # whoever still meant to read them gets an error
-            grads = gate.detach(), up.detach()
-        else:
-            grads = _raw.glu_backward(grad_output, gate, up, ctx.activation)
+        grads = glu_gradients(grad_output, gate, up, ctx.activation, is_free)
         needed = zip(grads, ctx.needs_input_grad, strict=False)
         return *(grad if is_needed else None for grad, is_needed in needed), None, None
+
+
+def glu_gradients(
+    grad_output: Tensor, gate: Tensor, up: Tensor, activation: str, is_free: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up: two new tensors, or (is_free) where gate and up lay."""
+    if not is_free:
+        return _raw.glu_backward(grad_output, gate, up, activation)  # type: ignore[no-any-return]
+    _raw.glu_backward_(grad_output, gate, up, activation)
+    torch.autograd.graph.increment_version((gate, up))  # whoever still meant to read them gets an error
+    return gate.detach(), up.detach()
 
 
 @torch.library.register_fake("dropbp_kernels::glu")
