@@ -179,8 +179,10 @@ def test_twice_is_an_error_and_changes_nothing():
 
 def test_unknown_model_names_the_module_types():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
-    with pytest.raises(ValueError, match=r"known family \(LlamaDecoderLayer.*types found: Linear, ReLU, Sequential"):
+    with pytest.raises(ValueError, match=r"known family \(docs/models.md\).*types found: Linear, ReLU, Sequential"):
         apply_dropbp(model, 0.5)
+    with pytest.raises(ValueError, match=r"known family \(LlamaDecoderLayer.*\), got none; module types found: Linear"):
+        apply_dropbp(model, 0.5, families=["llama"])
     with pytest.raises(ValueError, match="patched by apply_dropbp"):
         remove_dropbp(model)
 
