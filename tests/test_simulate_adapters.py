@@ -48,7 +48,8 @@ def test_committed_rows_are_those_of_the_table_and_say_what_the_page_says():
             lora, paca = (int(rows[(adapter, *way, seq_len)]["peak_bytes"]) for adapter in RANKS)
             less[way] = 1 - paca / lora
     assert less["float32", 0.0, "none", "off", False] >= 0.35  # the goal was 0.25
-    assert 0.14 <= less["float32", 0.0, "none", "off", True] < 0.16  # LoRA fused keeps no float32 copies
+    # LoRA fused keeps no float32 copies, and no product of an MLP.
+    assert 0.06 <= less["float32", 0.0, "none", "off", True] < 0.08
     assert 0.13 <= less["bfloat16", 0.0, "none", "off", False] < 0.16  # short of the published 0.16
-    assert 0.15 <= less["bfloat16", 0.0, "none", "chunked", True] < 0.16  # and so with everything fused
+    assert 0.06 <= less["bfloat16", 0.0, "none", "chunked", True] < 0.08
     assert min(less.values()) > -0.001  # where branches are dropped and sliced no adapter is left to save
