@@ -21,11 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .flops import attention_core_flops, linear_flops
+from .glu_linear import glu_linear
 from .layer import DropBP, add_branch
 from .ops.gated_residual_rms_norm import gated_residual_rms_norm
 from .ops.glu import swiglu
 from .ops.permuted_norm import permuted_rms_norm
 from .ops.rope import rope as apply_rope
+from .plain_linear import weight_and_bias
 
 
 class Stream(NamedTuple):
@@ -143,8 +145,8 @@ class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)).
 
     Kept, the product is made from gate and up, which are saved, and its backward writes their gradients into them where
-    nobody else holds them. Without autograd it is written over gate(x): a forward hook of gate_proj that keeps its
-    output finds the product in it.
+    nobody else holds them; down_proj, unless somebody watches it, saves nothing (`glu_linear`). Without autograd it is
+    written over gate(x): a forward hook of gate_proj that keeps its output finds the product in it.
     """
 
     def __init__(self, width: int, hidden: int):
@@ -155,9 +157,12 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if gate.requires_grad or up.requires_grad:
-            return self.down_proj(swiglu(gate, up, donate=True))
-        return self.down_proj(swiglu(gate, up, inplace=True))
+        if not (gate.requires_grad or up.requires_grad):
+            return self.down_proj(swiglu(gate, up, inplace=True))
+        down = None if torch.compiler.is_compiling() else weight_and_bias(self.down_proj)
+        if down is not None and down[0].requires_grad and down[0].dtype is gate.dtype:
+            return glu_linear(gate, up, *down, donate=True)
+        return self.down_proj(swiglu(gate, up, donate=True))
 
     def flops(self, batch_size: int, seq_len: int) -> float:
         """Forward FLOPs (two per multiply-add) for a batch of this shape."""

@@ -131,10 +131,16 @@ def test_kept_mlp_saves_the_two_inputs_of_its_product():
     with saved_bytes() as saved:
         mlp(x)
     assert saved.num_bytes == 2 * (2 * 9 * 48) * x.element_size()
-    mlp.requires_grad_(True)  # then x and the product too, for the gradients of the weights
+    mlp.requires_grad_(True)  # then x too, for the gradients of the weights
     with saved_bytes() as saved:
         mlp(x)
-    assert saved.num_bytes == (3 * 48 + 32) * 2 * 9 * x.element_size()
+    assert saved.num_bytes == (2 * 48 + 32) * 2 * 9 * x.element_size()
+    seen = []
+    mlp.down_proj.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    with saved_bytes() as saved:
+        mlp(x)
+    assert len(seen) == 1
+    assert saved.num_bytes == (3 * 48 + 32) * 2 * 9 * x.element_size()  # what the hook sees is saved
 
 
 def test_dropped_mlp_runs_in_place_and_saves_nothing():

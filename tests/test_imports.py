@@ -37,6 +37,7 @@ LEVELS = {
     "allocation": 2,
     "ops": 2,
     "lora": 3,
+    "plain_linear": 0,
     "glu_linear": 4,
     "layer": 4,
     "by_rows": 3,

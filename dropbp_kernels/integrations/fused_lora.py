@@ -15,8 +15,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..glu_linear import Adapter
 from ..lora import add_lora, lora_linear
-from .fusing import is_watched
-from .swapping import is_swapped, is_whole, subclass, swap, swap_back
+from ..plain_linear import is_watched, weight_and_bias
+from .swapping import is_swapped, subclass, swap, swap_back
 
 _ORIGINAL = "_dropbp_original_lora"  # of its own: gating may make a class of the one that is made here
 
@@ -61,7 +61,7 @@ def _fused_class(original: Any) -> Any:
     return subclass(original, (_fused_class,), _ORIGINAL, forward=forward)
 
 
-# Modules and parameters are looked up where nn.Module keeps them: it is asked nineteen times a layer, 1 us each.
+# Modules are looked up where nn.Module keeps them: its search takes 1 us, and this asks for many.
 def _adapter(layer: Any) -> tuple[Tensor, Tensor, float, nn.Module] | None:
     """A, B, scaling and dropout of the one adapter that is to be added by nothing but these; else None."""
     if layer.disable_adapters or layer.merged_adapters or _has_any_global_hook():
@@ -73,7 +73,7 @@ def _adapter(layer: Any) -> tuple[Tensor, Tensor, float, nn.Module] | None:
         return None
     (name,) = names
     dropout = modules["lora_dropout"]._modules[name]
-    a, b = _weight_and_bias(downs[name]), _weight_and_bias(modules["lora_B"]._modules[name])
+    a, b = weight_and_bias(downs[name]), weight_and_bias(modules["lora_B"]._modules[name])
     if a is None or b is None or is_watched(dropout) or "forward" in vars(dropout):
         return None
     return (a[0], b[0], layer.scaling[name], dropout) if a[1] is None and b[1] is None else None
@@ -85,7 +85,7 @@ def _drops_out(dropout: Any) -> bool:
 
 def _frozen(base: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of `base` where they are frozen and of x's dtype, or of any under autocast; else None."""
-    found = _weight_and_bias(base)
+    found = weight_and_bias(base)
     if found is None or any(tensor is not None and tensor.requires_grad for tensor in found):
         return None
     return found if _has_dtype(found[0], x) else None
@@ -99,7 +99,7 @@ def trained_linear(layer: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Adapte
     if is_watched(layer) or "forward" in vars(layer) or _has_any_global_hook():
         return None
     if not is_swapped(layer, _ORIGINAL):
-        found = _weight_and_bias(layer)
+        found = weight_and_bias(layer)
         if found is None or not found[0].requires_grad or not _has_dtype(found[0], x):
             return None
         return *found, None
@@ -111,11 +111,3 @@ def trained_linear(layer: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Adapte
 
 def _has_dtype(weight: Tensor, x: Tensor) -> bool:
     return weight.dtype is x.dtype or torch.is_autocast_enabled(x.device.type)
-
-
-def _weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-    """Those of a linear layer that nobody watches, where the weight is a whole tensor; else None."""
-    if type(linear) is not nn.Linear or is_watched(linear) or "forward" in vars(linear):
-        return None
-    weight = linear._parameters.get("weight")
-    return (weight, linear._parameters["bias"]) if weight is not None and is_whole(weight) else None

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
 from ..losses import linear_cross_entropy, rows_of_slice
-from .swapping import is_whole
+from ..plain_linear import is_whole
 
 
 def pays(num_rows: int, weight: Tensor) -> bool:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ..glu_linear import glu_linear
 from ..ops.checks import DTYPES
 from ..ops.glu import APPROXIMATIONS, glu
+from ..plain_linear import is_watched
 from .fused_lora import trained_linear
-from .fusing import has_kernel, is_watched
+from .fusing import has_kernel
 from .swapping import is_swapped, subclass, swap, swap_back
 
 _ORIGINAL = "_dropbp_original_mlp"  # of its own: gating may make a class of the one that is made here

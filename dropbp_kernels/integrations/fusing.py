@@ -27,6 +27,7 @@ from ..layer import DropBP, add_branch
 from ..ops.gated_residual_layer_norm import gated_residual_layer_norm
 from ..ops.gated_residual_rms_norm import gated_residual_rms_norm
 from ..ops.permuted_norm import permuted_layer_norm, permuted_rms_norm
+from ..plain_linear import is_watched
 from ..row_plan import Rows
 from .swapping import subclass, swap
 
@@ -298,13 +299,6 @@ def _known_casting(norm: Any) -> str | None:
 
 def _eps(norm: Any) -> float:
     return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Whether anybody but the caller sees what goes into or comes out of `module`."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 # ---- from block to block

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..plain_linear import is_whole
 from .fused_loss import deferring_forward
-from .swapping import is_swapped, is_whole, subclass, swap, swap_back
+from .swapping import is_swapped, subclass, swap, swap_back
 
 _OWNER = "_dropbp_original_owner"  # of its own: target plans may make a class of the one that is made here
 KINDS = ("auto", "off", "chunked", "torch", "liger")

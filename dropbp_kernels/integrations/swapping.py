@@ -13,8 +13,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import nn
 
 
 def subclass(original: Any, made_by: tuple[Any, ...], original_as: str = "_dropbp_original", **members: Any) -> Any:
@@ -90,8 +89,3 @@ def is_sharded(module: nn.Module) -> bool:
     """Whether FSDP gathers weights of `module`, or of something in it, for each use."""
     names = ("FSDPModule", "FullyShardedDataParallel")
     return any(cls.__name__ in names for child in module.modules() for cls in type(child).__mro__)
-
-
-def is_whole(tensor: Tensor) -> bool:
-    """Whether products with it may be our own: not of a DTensor or quantised one, nor of what DeepSpeed leaves."""
-    return type(tensor) in (Tensor, nn.Parameter, FakeTensor) and not hasattr(tensor, "ds_id")
