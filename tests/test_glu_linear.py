@@ -71,14 +71,14 @@ def test_donated_inputs_take_the_gradients():
     *leaves, weight, bias, lora_a, lora_b = operands((2, 64, IN))
     peaks, gradients = {}, {}
     for donate in (False, True):
-        output = one(*(leaf * 1.0 for leaf in leaves), weight, bias, lora_a, lora_b, donate=donate)
+        output = one(*(leaf + 0.0 for leaf in leaves), weight, bias, lora_a, lora_b, donate=donate)
         grad_output = torch.ones_like(output)
         with PeakLiveBytes() as live:
             gradients[donate] = torch.autograd.grad(output, (*leaves, weight, lora_a, lora_b), grad_output)
         peaks[donate] = live.peak_bytes
         del output
     torch.testing.assert_close(gradients[True], gradients[False])
-    assert peaks[False] - peaks[True] >= leaves[0].nbytes
+    assert peaks[True] < 2 * leaves[0].nbytes <= peaks[False] - leaves[0].nbytes
 
 
 def test_donation_is_declined_where_the_graph_stays():
