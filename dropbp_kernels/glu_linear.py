@@ -109,5 +109,4 @@ class _GluLinear(Function):
                 grad_product = grad_product.view(gate.shape)
                 grad_gate, grad_up = glu_gradients(grad_product, gate, up, ctx.activation, is_free)
             grad_bias = grad.sum(0) if needs_bias else None
-        grads = (grad_gate if needs_gate else None, grad_up if needs_up else None, grad_weight, grad_bias)
-        return *grads, grad_a, grad_b, None, None, None
+        return grad_gate, grad_up, grad_weight, grad_bias, grad_a, grad_b, None, None, None

@@ -218,6 +218,17 @@ def test_watched_and_trained_base_layers_are_called(calls):
     assert layers[1].base_layer.weight.grad is not None
 
 
+def test_watched_layers_behind_an_mlp_are_called(calls):
+    model = with_lora(build())
+    apply_dropbp(model, 0.0, strict=False, fused=True)
+    seen = []
+    for layer in model.base_model.model.model.layers[:2]:
+        layer.mlp.down_proj.register_forward_hook(lambda *_: seen.append(None))
+    step(model)
+    assert len(seen) == 2
+    assert calls.count("glu_linear") == 1
+
+
 def test_weights_that_compute_otherwise_are_left_to_their_layer(calls):
     class Other(torch.Tensor):
         pass

@@ -133,6 +133,16 @@ def test_frozen_and_watched_layers_behind_are_called():
     assert len(seen) == 2
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_layer_behind_of_another_dtype_raises_as_before(adapter):
+    model = build(dtype=torch.bfloat16)
+    model.model.layers[0].mlp.down_proj.float()
+    model = with_lora(model) if adapter else model
+    apply_dropbp(model, 0.0, strict=False, fused=True)
+    with pytest.raises(RuntimeError, match="dtype"):
+        model(**tiny_batch())
+
+
 @pytest.mark.parametrize("checkpoint", ["kept", "sliced"])
 def test_lora_under_checkpointing(checkpoint):
     results = []

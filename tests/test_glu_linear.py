@@ -102,6 +102,16 @@ def test_wider_weights_are_rounded_as_under_autocast_and_get_gradients_of_their_
         assert F.cosine_similarity(ours.flatten().float(), theirs.flatten().float(), dim=0) > 0.99
 
 
+def test_autocast_does_not_reach_in():
+    args = operands(dtype=torch.float32)
+    expected = one(*args)
+    gradients = torch.autograd.grad(expected.sum(), args)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = one(*args)
+        torch.testing.assert_close(output, expected)
+        torch.testing.assert_close(torch.autograd.grad(output.sum(), args), gradients)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_rounds_at_most_twice_as_much_as_two_layers(dtype):
     args = operands((64, IN), dtype)
