@@ -143,6 +143,17 @@ def test_kept_mlp_saves_the_two_inputs_of_its_product():
     assert saved.num_bytes == (3 * 48 + 32) * 2 * 9 * x.element_size()  # what the hook sees is saved
 
 
+def test_kept_mlp_gives_its_buffers_to_the_gradients_and_leaves_other_dtypes_to_their_layer(monkeypatch):
+    mlp = blocks.SwiGLU(32, 48)
+    op, donated = blocks.glu_linear, []
+    monkeypatch.setattr(blocks, "glu_linear", lambda *args, donate: donated.append(donate) or op(*args, donate=donate))
+    mlp(torch.randn(2, 9, 32))
+    assert donated == [True]
+    mlp.down_proj.double()
+    with pytest.raises(RuntimeError, match="dtype"):
+        mlp(torch.randn(2, 9, 32))
+
+
 def test_dropped_mlp_runs_in_place_and_saves_nothing():
     mlp = blocks.SwiGLU(32, 48)
     x = torch.randn(2, 9, 32)

@@ -89,6 +89,17 @@ def test_donation_is_declined_where_the_graph_stays():
     torch.testing.assert_close(torch.autograd.grad(output.sum(), args), first)
 
 
+@pytest.mark.parametrize("held", [0, 1])
+def test_donation_is_declined_where_one_input_is_held(held):
+    args = operands()
+    inputs = [args[0] * 1.0, args[1] * 1.0]
+    kept, before = inputs[held], inputs[held].detach().clone()
+    output = one(*inputs, *args[2:], donate=True)
+    del inputs
+    output.sum().backward()
+    assert torch.equal(kept, before)
+
+
 def test_wider_weights_are_rounded_as_under_autocast_and_get_gradients_of_their_own_dtype():
     args = operands(dtype=torch.bfloat16, wide=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
