@@ -43,7 +43,7 @@ def glu_linear(
     Shapes: gate, up (..., in) alike, weight (out, in), bias (out,), lora_a (r, in), lora_b (out, r); result (..., out).
     Dtypes: gate and up alike: float32, float16, bfloat16 or float64, which the result has; the others may be wider, and
         are rounded to it, as under autocast.
-    Errors: those of `ops.swiglu`; ValueError when activation is something else.
+    Errors: those of `ops.swiglu` and of torch.nn.functional.linear; ValueError when activation is something else.
     Cost:   as the gated product and the layer by themselves, and in the backward the product's kernel once more, where
         weight or lora_a are trained. Saves gate and up, and r numbers a row.
     Source: GLU Variants (arXiv 2002.05202); oracle the two layers in float64.

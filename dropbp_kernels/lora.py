@@ -52,7 +52,7 @@ def add_lora(output: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling:
     Shapes: output (..., out), x (..., in), lora_a (r, in), lora_b (out, r); result (..., out).
     Dtypes: output any floating dtype, in which the result is and products run; the others any.
     Errors: those of torch.addmm.
-    Cost:   two products of rank r forward, four backward, and one pass over output. Saves x in output's dtype (the
+    Cost:   two products of rank r forward, four backward, and a copy of output. Saves x in output's dtype (the
         tensor itself, where it is in that already) and r numbers a row.
     Source: as `lora_linear`.
     """

@@ -74,15 +74,11 @@ def _fused_class(original: Any, fused: bool | str) -> Any:
             return self.down_proj(activation(gate) * up)  # type: ignore[no-any-return]
         # Nobody else holds what a projection just made, unless it made no tensor of its own or is watched.
         is_ours = not any(map(is_watched, makers)) and all(y._base is None and y is not x for y in made)
-        if not torch.is_grad_enabled():
-            product = glu(gate, up, known, inplace=is_ours)
-        elif (down := trained_linear(self.down_proj, gate)) is not None:
+        if torch.is_grad_enabled() and (down := trained_linear(self.down_proj, gate)) is not None:
             weight, bias, adapter = down
             return glu_linear(gate, up, weight, bias, activation=known, adapter=adapter, donate=is_ours)
-        elif gate.requires_grad or up.requires_grad:
-            product = glu(gate, up, known, donate=is_ours)
-        else:
-            product = glu(gate, up, known, inplace=is_ours)
+        is_recorded = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
+        product = glu(gate, up, known, inplace=is_ours and not is_recorded, donate=is_ours and is_recorded)
         del made, gate, up  # the product's node alone holds them, or nobody
         return self.down_proj(product)
 
