@@ -116,9 +116,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _newest(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The newest row of each point on the device of the newest row."""
+    """The newest row of each point on the device, and of the model, of the newest row."""
     keys = ("case", "direction", "backend", "dtype", "rows", "width", "method", "drop_rate")
-    rows = [row for row in rows if row["device"] == rows[-1]["device"]]
+    rows = [row for row in rows if all(row.get(name) == rows[-1].get(name) for name in ("device", "model"))]
     return list({tuple(row.get(key) for key in keys): row for row in rows}.values())
 
 

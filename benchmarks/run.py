@@ -3,6 +3,7 @@
 python -m benchmarks.run                     all, under 6 minutes on 2 CPU cores; rows to benchmarks/results
 python -m benchmarks.run --quick --out DIR   about a minute
 python -m benchmarks.run --only glu --sizes 256x256 --dtypes float32    some rows again
+python -m benchmarks.run --only row_step target_step --wide             whole steps of a wider model
 """
 
 import argparse
@@ -74,7 +75,9 @@ def main(arguments: list[str] | None = None) -> int:
         baselines.compiler = "aot_eager"  # so would the compiler: tracing sees all that is ours
     elif device.type == "cpu" and (load := os.getloadavg()[0]) > BUSY_LOAD:
         print(f"Something else is running (load average {load:.1f}): these times will be worth little.", flush=True)
-    settings = Settings(device, options.scale, options.commit, tuple(options.sizes), tuple(options.dtypes))
+    settings = Settings(
+        device, options.scale, options.commit, tuple(options.sizes), tuple(options.dtypes), options.wide
+    )
     started = time.monotonic()
     failed = []
     for number, name in enumerate(options.only):
@@ -121,6 +124,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--sizes", nargs="+", type=_size, default=(), metavar="ROWSxWIDTH", help="of ops, such as 256x256; default: all"
     )
     parser.add_argument("--dtypes", nargs="+", type=_dtype, default=(), help="of ops: float32, bfloat16; default: both")
+    parser.add_argument("--wide", action="store_true", help="whole steps on a CPU: a model of width 576, not 192")
     parser.add_argument("--commit", default="", help="the commit that rows name, for a copy without git")
     parser.add_argument(
         "--budget-s",

@@ -23,7 +23,7 @@ class Settings:
 
     scale: full, quick or tiny (seconds, to see every code path run). deadline: no case starts after it, on the clock of
     time.monotonic; num_left_out counts them. commit: what rows name where there is no git checkout. chosen_sizes,
-    chosen_dtypes: these alone, in place of the scale's.
+    chosen_dtypes: these alone, in place of the scale's. is_wide: whole steps on a CPU run a model three times as wide.
     """
 
     device: torch.device
@@ -31,6 +31,7 @@ class Settings:
     commit: str = ""
     chosen_sizes: tuple[tuple[int, int], ...] = ()
     chosen_dtypes: tuple[torch.dtype, ...] = ()
+    is_wide: bool = False
     deadline: float = float("inf")
     num_left_out: int = field(default=0, init=False)
 

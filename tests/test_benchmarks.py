@@ -42,6 +42,7 @@ from benchmarks import (  # noqa: E402
 from benchmarks.baselines import WrongResult, check_results  # noqa: E402
 from benchmarks.rows import append_rows, machine, op_rows, read_rows  # noqa: E402
 from benchmarks.settings import Settings  # noqa: E402
+from benchmarks.steps import size_of  # noqa: E402
 from benchmarks.timing import Case, Timing, Variant  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -327,6 +328,17 @@ def test_no_case_starts_after_the_deadline(uncompiled):
     settings = Settings(CPU, "tiny", deadline=time.monotonic() - 1)
     assert list(bench_gated_residual_rms_norm.run(settings)) == []
     assert settings.num_left_out > 0
+
+
+def test_wide_changes_whole_steps_on_a_cpu_alone(monkeypatch):
+    assert [size_of(Settings(CPU, is_wide=is_wide)).hidden_size for is_wide in (False, True)] == [192, 576]
+    assert size_of(Settings(CPU, "tiny", is_wide=True)) == size_of(Settings(CPU, "tiny"))
+    cuda = torch.device("cuda")
+    assert size_of(Settings(cuda, is_wide=True)) == size_of(Settings(cuda))
+    seen = []
+    monkeypatch.setitem(run.SUITES, "row_step", lambda settings: iter(seen.append(size_of(settings)) or ()))
+    assert run.main(["--device", "cpu", "--only", "row_step", "--wide"]) == 0
+    assert seen[0].hidden_size == 576
 
 
 # ---- the boundary
