@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 from dropbp_kernels import DropBPHandler, apply_dropbp, remove_dropbp
-from dropbp_kernels.row_plan import GRANULARITIES
+from dropbp_kernels.choices import GRANULARITIES
 
 from . import steps
 from .rows import machine

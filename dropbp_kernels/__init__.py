@@ -12,17 +12,13 @@ missing_grad                  optimizers and dropped branches       missing_grad
 measure                       exact counts of saved work            measure.py
 paca                          partial connections, a PEFT tuner     paca/
 coreset                       examples worth a backward             coreset/
+
+Importing the package imports none of it, nor torch: each name when it is asked for. The command line, which starts here
+too, so answers at once.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
-
-from . import blocks, losses, measure, ops
-from .handler import DropBPHandler
-from .integrations.families import register_family
-from .integrations.transformers import apply_dropbp, remove_dropbp
-from .layer import DropBP
-from .plan import DropPlan
 
 __all__ = [
     "DropBP",
@@ -38,22 +34,36 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-# Imported when they are asked for: DropBPCallback is a subclass of transformers', PaCA one of PEFT's.
-_LATER = {"DropBPCallback": "integrations.trainer", "coreset": "", "missing_grad": "", "paca": ""}
+_MODULE_OF = {
+    "DropBP": "layer",
+    "DropBPCallback": "integrations.trainer",
+    "DropBPHandler": "handler",
+    "DropPlan": "plan",
+    "apply_dropbp": "integrations.transformers",
+    "register_family": "integrations.families",
+    "remove_dropbp": "integrations.transformers",
+}
+_MODULES = ("blocks", "coreset", "losses", "measure", "missing_grad", "ops", "paca")
 
 if TYPE_CHECKING:
-    from . import coreset as coreset
-    from . import missing_grad as missing_grad
-    from . import paca as paca
-    from .integrations.trainer import DropBPCallback as DropBPCallback
+    from . import blocks, coreset, losses, measure, missing_grad, ops, paca  # noqa: F401
+    from .handler import DropBPHandler
+    from .integrations.families import register_family
+    from .integrations.trainer import DropBPCallback  # noqa: F401
+    from .integrations.transformers import apply_dropbp, remove_dropbp
+    from .layer import DropBP
+    from .plan import DropPlan
 else:
 
     def __getattr__(name: str) -> Any:
-        if name not in _LATER:
+        if name in _MODULES:
+            return importlib.import_module(f".{name}", __name__)
+        if name not in _MODULE_OF:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        module = importlib.import_module(f".{_LATER[name] or name}", __name__)
-        return getattr(module, name) if _LATER[name] else module
+        value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *_LATER, "__version__"])
+    return sorted([*_MODULE_OF, *_MODULES, "__version__"])

@@ -19,12 +19,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from .calibration import Calibration, check_branches
+from .choices import DROPPED_RUNS, GRANULARITIES
 from .exact_sensitivity import measure_sensitivity
 from .gates import check_called, check_model, find_gates, flops_of, look_out_for_steps
-from .layer import DROPPED_RUNS, checkpoint_branch
+from .layer import checkpoint_branch
 from .plan import DropPlan, as_entry, draw_plan, set_plan
 from .report import Books, Report
-from .row_plan import GRANULARITIES
 from .samplers import Sampler, get_sampler
 from .schedules import Schedule, factor_at, get_schedule
 from .sensitivity import mean_over_ranks

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .by_rows import RowSplit
+from .choices import DROPPED_RUNS
 from .ops.gated_residual_add import gated_residual_add
 from .padding import run_without_padding
 from .row_plan import Batch, ChosenRows, Rows, RowsOfBranch
@@ -28,8 +29,6 @@ from .targets import StagedRows
 
 # What a plan holds for a branch: kept, dropped, or which of its rows are kept.
 Entry = bool | RowsOfBranch | ChosenRows
-
-DROPPED_RUNS = ("inference", "detach")
 
 # Runs a branch and keeps its input alone; the rest is computed again in the backward, up to the last tensor it needs.
 checkpoint_branch: Callable[..., Any] = partial(checkpoint, use_reentrant=False)

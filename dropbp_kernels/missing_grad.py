@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-MISSING_GRAD = ("skip", "zero")
+from .choices import MISSING_GRAD
 
 
 def check_missing_grad(missing_grad: str) -> None:

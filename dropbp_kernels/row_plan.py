@@ -25,8 +25,6 @@ from .row_draws import draw_samples, draw_tokens, tokens_by_stage
 from .samplers import with_one_kept
 from .targets import StagedRows
 
-GRANULARITIES = ("branch", "sample", "token")
-
 
 class Rows(NamedTuple):
     """The rows of one branch in one call: of permutation, int64 (N,), the first num_kept send a gradient.

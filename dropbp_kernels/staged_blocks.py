@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from .blocks import LlamaBlock, RMSNorm, SeenKeys, Stream, finish
+from .choices import CONTEXT_GRADIENTS
 from .layer import DropBP, as_inference
 from .plan import running
 from .stage_masks import StageMasks
 from .targets import IGNORED, TargetPlan
-
-CONTEXT_GRADIENTS = ("none", "one_hop", "full")
 
 
 def run_by_targets(

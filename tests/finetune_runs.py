@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dropbp_kernels.cli import main
+from dropbp_kernels.cli import compare, main
 from dropbp_kernels.cli.settings import Settings
 
 TINY = ["--seq-len", "32", "--batch-size", "4", "--steps", "6", "--pretrain-steps", "1", "--device", "cpu"]
@@ -23,6 +23,7 @@ def place(tmp_path, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("DROPBP_KERNELS_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     recipe = Settings.recipe
     monkeypatch.setattr(Settings, "recipe", lambda self: dataclasses.replace(recipe(self), **TINY_RECIPE))
+    monkeypatch.setattr(compare, "TIMED_ROUNDS", 1)
     (tmp_path / "text.txt").write_text(TEXT)
 
 

@@ -1,6 +1,7 @@
 """The command line as a user meets it: info, help, and every error before any work."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from dropbp_kernels import __version__, _backend
 from dropbp_kernels.cli import errors, finetune, hardware, main
+from dropbp_kernels.cli.output import choose_folder
 from dropbp_kernels.cli.settings import Settings, resolve, settings_of
 from dropbp_kernels.ops.schema import SCHEMAS
 
@@ -35,7 +37,7 @@ def test_info_prints_backends_and_reasons(capsys):
     assert f"dropbp_kernels             {__version__}" in text
     assert torch.__version__ in text
     for stem in SCHEMAS:
-        assert f"{stem:<26} cpu    {_backend.serving(stem, 'cpu')}" in text
+        assert f"{stem:<26} {_backend.serving(stem, 'cpu'):<11}{_backend.serving(stem, 'cuda')}\n" in text
         for backend in _backend.LADDER["cuda"]:
             if backend == _backend.serving(stem, "cuda"):
                 break
@@ -88,7 +90,10 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--drop-rates", "0.5"], "unrecognized arguments: --drop-rates 0.5; did you mean --drop-rate? (see"),
+        (
+            ["--drop-rates", "0.5"],
+            "unrecognized arguments: --drop-rates 0.5; did you mean --drop-rate? (see dropbp-kernels finetune --help)",
+        ),
         (["--adapter", "dora"], "--adapter: expected one of lora, paca, full, got 'dora'"),
         (["--drop-rate", "1.0"], "--drop-rate: expected 0 <= drop_rate < 1, got 1.0"),
         (["--drop-rate", "-0.1"], "--drop-rate: expected 0 <= drop_rate < 1, got -0.1"),
@@ -106,6 +111,7 @@ def test_version(capsys):
         (["--grad-scale", "nan"], "--grad-scale: expected a finite number or 'unbiased', got nan"),
         (["--dtype", "float8"], "--dtype: expected one of auto, float32, bfloat16"),
         (["--device", "abacus"], "--device abacus:"),
+        (["--seed", "-1"], "--seed: expected 0 to 4294967295, got -1"),
         (["--steps", "0"], "--steps: expected at least 1, got 0"),
         (["--batch-size", "0"], "--batch-size: expected at least 1"),
         (["--lora-rank", "0"], "--lora-rank: expected at least 1"),
@@ -143,10 +149,15 @@ def test_output_folder_must_be_empty(capsys, tmp_path):
     assert "--output file: expected a new or empty folder" in fails(capsys, "--output", "file")
 
 
+def test_output_folder_must_be_writable(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # what root is asked says nothing
+    assert f"--output new/out: {tmp_path} is no folder that can be written to" in fails(capsys, "--output", "new/out")
+
+
 def test_default_folders_of_one_second_differ(tmp_path):
-    first = finetune._new_folder(None)
+    first = choose_folder("finetune", None)
     first.mkdir(parents=True)
-    assert not finetune._new_folder(None).exists()
+    assert not choose_folder("finetune", None).exists()
 
 
 def test_missing_packages_are_one_sentence(capsys, monkeypatch):
@@ -163,9 +174,24 @@ def test_file_that_is_no_checkpoint(capsys, tmp_path):
     assert "expected a checkpoint of version 1" in fails(capsys, "--resume", ".")
 
 
+def test_folders_that_finetune_wrote(capsys, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    assert "it holds an adapter, not the model" in fails(capsys, "--model", "adapter")
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "config.json").write_text("{}")
+    (tmp_path / "run" / "report.json").write_text("{}")
+    assert "did you mean run/model?" in fails(capsys, "--model", "run")
+    assert "found none; the run in this folder has ended" in fails(capsys, "--resume", "run")
+
+
 def test_no_command_is_an_error(capsys):
     assert main([]) == 2
-    assert "finetune | info" in capsys.readouterr().err
+    assert "arguments are required: COMMAND" in capsys.readouterr().err
+    assert main(["fintune"]) == 2
+    assert "no command 'fintune'; there are finetune, info, plan, profile, tune; did you mean finetune? (see" in (
+        capsys.readouterr().err
+    )
 
 
 def test_interrupt_before_the_training_is_quiet(capsys, monkeypatch):

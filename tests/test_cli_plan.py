@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from dropbp_kernels.cli import main, model_config, plan_tables
+from dropbp_kernels.cli import main, model_config, plan_report, plan_tables
 from dropbp_kernels.cli.plan_report import _largest, recommend
 from dropbp_kernels.cli.planning import Setting, StepModel
 
@@ -47,35 +47,43 @@ def fails(capsys, *argv):
     return captured.err
 
 
-def test_table_shows_parts_settings_and_assumptions(capsys, small):
-    text = plan(capsys, "--model", small, "--seq-len", 64)
-    for part in ("weights", "optimizer", "activations", "logits", "peak", "drop rate 0.75, no checkpointing"):
+@pytest.fixture
+def uncheckpointed(monkeypatch):
+    """A report compares settings without checkpointing alone: every setting is some simulated steps."""
+    monkeypatch.setattr(plan_report, "CHECKPOINTS", ("none",))
+
+
+def test_parts_add_up_in_json_and_table(capsys, small):
+    report = json.loads(plan(capsys, "--model", small, "--seq-len", 64, "--drop-rate", 0.5, "--json"))
+    assert len(report["settings"]) == 2 * 4  # drop rates 0 and 0.5
+    assert report["settings"][0]["relative_step_time"] == 1.0
+    assert all(sum(row["bytes"].values()) == row["peak_bytes"] for row in report["settings"])
+    assert report["asked"]["setting"]["drop_rate"] == 0.5
+    assert report["asked"]["relative_step_time"] < 0.9
+    plan_tables.show(report)
+    text = capsys.readouterr().out
+    for part in ("weights", "optimizer", "activations", "logits", "peak", "drop rate 0.5, no checkpointing"):
         assert part in text
     assert "Assumed: " in text
     assert "longest" not in text
 
 
-def test_json_adds_up_and_finds_what_fits(capsys, small):
+def test_what_fits(capsys, small, uncheckpointed):
     memory = ["--gpu-memory", 0.015, "--reserve", 0]
     report = json.loads(plan(capsys, "--model", small, "--seq-len", 256, "--drop-rate", 0.5, *memory, "--json"))
     budget = report["budget_bytes"]
     assert budget == round(0.015 * 2**30)
-    assert len(report["settings"]) == 2 * 4  # drop rates 0 and 0.5
-    undropped = report["settings"][0]
-    assert undropped["relative_step_time"] == 1.0
     for row in report["settings"]:
-        assert sum(row["bytes"].values()) == row["peak_bytes"]
         assert row["fits"] == (row["peak_bytes"] <= budget) == (row["longest_seq_len"] >= 256)
         assert row["fits"] == (row["largest_batch_size"] >= 1)
         assert row["longest_seq_len"] % 64 == 0
-    assert report["asked"]["setting"]["drop_rate"] == 0.5
-    assert report["asked"]["longest_seq_len"] > undropped["longest_seq_len"]
-    assert report["asked"]["relative_step_time"] < 0.9
-    assert report["recommended"]["fastest"]["setting"] == report["asked"]["setting"]
-    assert report["recommended"]["gentlest"]["setting"]["drop_rate"] == 0.0
+    undropped, asked = report["settings"]
+    assert report["asked"] == asked
+    assert asked["longest_seq_len"] > undropped["longest_seq_len"]
+    assert report["recommended"] == {"gentlest": undropped, "fastest": asked}
 
     # the longest sequence fits, and the next one does not
-    longest = report["asked"]["longest_seq_len"]
+    longest = asked["longest_seq_len"]
     model = StepModel(model_config.load_config(str(small)), adapter_dtype=torch.float32)
     for seq_len, fits in ((longest, True), (longest + 64, False)):
         assert (model.predict(Setting(1, seq_len, 0.5)).peak_bytes <= budget) is fits
@@ -85,14 +93,14 @@ def test_json_adds_up_and_finds_what_fits(capsys, small):
     ("name", "billions", "gib"),
     [("llama-2-7b", 6.74, 12.55), ("llama-3-8b", 8.03, 14.96), ("llama-2-70b", 68.98, 128.5)],
 )
-def test_shipped_configs_have_the_published_sizes(capsys, name, billions, gib):
+def test_shipped_configs_have_the_published_sizes(capsys, name, billions, gib, uncheckpointed):
     report = json.loads(plan(capsys, "--model", name, "--adapter", "full", "--drop-rate", 0, "--json"))
     assert report["num_parameters"] / 1e9 == pytest.approx(billions, abs=0.006)
     assert report["asked"]["bytes"]["weights"] / 2**30 == pytest.approx(gib, rel=0.002)
     assert set(model_config.shipped()) >= {name}
 
 
-def test_builtin_model_and_a_folder_are_found(capsys, small):
+def test_builtin_model_and_a_folder_are_found(capsys, small, uncheckpointed):
     assert "builtin" in plan(capsys, "--model", "builtin", "--seq-len", 64, "--drop-rate", 0)
     assert "0.00 billion" in plan(capsys, "--model", small.parent, "--seq-len", 64, "--drop-rate", 0)
 
@@ -116,7 +124,7 @@ def test_builtin_model_and_a_folder_are_found(capsys, small):
         (["--model", "none.json"], "--model none.json: no such file or folder"),
         (["--model", "./none"], "--model ./none: no such file or folder"),
         (["--model", "Lama-2-7b"], "--model Lama-2-7b: no such model; did you mean llama-2-7b?"),
-        (["--model", "."], "expected a config.json in the folder"),
+        (["--model", "."], "but the folder has no config.json"),
     ],
 )
 def test_bad_option_is_one_line(capsys, small, argv, message, monkeypatch, tmp_path):
@@ -184,12 +192,12 @@ def test_recommendation_when_nothing_fits():
     assert recommend(rows) == {"longest": rows[1]}
 
 
-def test_target_share_of_a_data_set_and_what_it_gains(capsys, tmp_path, small):
+def test_target_share_of_a_data_set_and_what_it_gains(capsys, tmp_path, small, uncheckpointed):
     small.write_text(json.dumps({**SMALL, "num_hidden_layers": 2}))
     lines = [json.dumps({"prompt": f"The square of {n:02}: ", "completion": f"{n * n:05}"}) for n in range(60)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
     data = ["--data", tmp_path / "pairs.jsonl", "--tokenizer", "builtin", "--batch-size", 4]
-    report = json.loads(plan(capsys, "--model", small, *data, "--json"))
+    report = json.loads(plan(capsys, "--model", small, *data, "--drop-rate", 0, "--json"))
     found = report["data"]["by_batch_size"]
     assert list(found) == ["1", "2", "4", "8", "16"]
     # Of 25 tokens, padded to 32, the last prompt token and the completion's five but its last: 6; 18 are context.

@@ -152,6 +152,7 @@ def test_ctrl_c_in_a_process_of_its_own(tmp_path):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "to go on: dropbp-kernels finetune --resume out" in out
+    assert "the step under way is finished and a checkpoint written; Ctrl-C again to stop at once" in err
     assert "Traceback" not in err
     done = report(tmp_path / "out")["steps_done"]
     assert 1 <= done < 100000

@@ -182,7 +182,9 @@ def test_jsonl_of_all_forms_and_a_folder(tmp_path):
         ({"text": "a", "prompt": "a", "completion": "b"}, r"line 2: expected the keys"),
         ({"text": 3}, "line 2: expected text to be a string, got int"),
         ("[1]", "line 2: expected an object"),
-        ("{", "line 2: not JSON"),
+        ("{", "line 2: not JSON: Expecting property name enclosed in double quotes at character 2"),
+        ('{"text": ' + 5000 * "1" + "}", "line 2: not JSON that Python reads"),
+        (r'{"text": "half of \ud83d"}', "line 2: expected text, got half of a character"),
         ({"messages": []}, "line 2: expected messages to be a list"),
         ({"messages": [{"role": "user"}]}, "line 2: expected messages to be a list"),
         ({"messages": [{"role": "user", "content": "a"}]}, "line 2: expected a message with the role assistant"),
@@ -202,7 +204,7 @@ def test_bad_files(tmp_path):
     with pytest.raises(UserError, match="expected builtin:docstrings or builtin:docs"):
         check_data_path("builtin:poems")
     (tmp_path / "a.csv").write_text("a")
-    with pytest.raises(UserError, match=r"expected a .txt or .jsonl file, got .csv"):
+    with pytest.raises(UserError, match=r"expected a .txt file, or .jsonl with an object a line, got .csv"):
         check_data_path(str(tmp_path / "a.csv"))
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(UserError, match="the file is empty"):
@@ -210,12 +212,27 @@ def test_bad_files(tmp_path):
     (tmp_path / "latin.txt").write_bytes("Gr\xfc\xdfe".encode("latin-1"))
     with pytest.raises(UserError, match="expected UTF-8 text, byte 2 is not"):
         load_data(str(tmp_path / "latin.txt"), TOKENIZER, 16, 0)
+    (tmp_path / "wide.txt").write_text("Windows calls this Unicode", encoding="utf-16")
+    with pytest.raises(UserError, match="expected UTF-8 text, got UTF-16"):
+        load_data(str(tmp_path / "wide.txt"), TOKENIZER, 16, 0)
     (tmp_path / "short.txt").write_text("only a few words")
     with pytest.raises(UserError, match=r"at least two rows \(sequences of 16 tokens\).* got 1 \(16 tokens\)"):
         load_data(str(tmp_path / "short.txt"), TOKENIZER, 16, 0)
     path = write_lines(tmp_path / "one.jsonl", {"prompt": "a", "completion": "b"})
     with pytest.raises(UserError, match="expected at least two examples"):
         load_data(path, TOKENIZER, 16, 0)
+
+
+def test_files_as_editors_leave_them(tmp_path):
+    """A mark of UTF-8 at the start, line ends of Windows, empty lines, characters by escapes; an empty file too."""
+    lines = [json.dumps({"prompt": "a \U0001f600", "completion": letter}) for letter in "bcd"]
+    (tmp_path / "a.jsonl").write_bytes(("\r\n".join(["", *lines, "", ""])).encode("utf-8-sig"))
+    (tmp_path / "b.txt").write_text("")
+    notes = []
+    data = load_data(str(tmp_path), TOKENIZER, 32, 0, notes.append)
+    texts = sorted(TOKENIZER.decode(row.ids.tolist()) for row in (*data.train, *data.validation))
+    assert texts == [f"a \U0001f600{letter}" for letter in "bcd"]
+    assert notes == [f"{tmp_path / 'b.txt'}: left out, since it is empty"]
 
 
 def test_halves_of_the_library_share_no_module():

@@ -14,6 +14,7 @@ ROOT = Path(dropbp_kernels.__file__).parent
 # Triton kernels stand in one file each: of their own room those import only what several ops share.
 SHARED = {"ops": {"schema", "derivative", "boundary", "checks", "raw"}, "_triton": {"rows"}}
 LEVELS = {
+    "choices": -1,
     "reference": 0,
     "measure": 0,
     "flops": 0,
@@ -122,7 +123,29 @@ def test_test_modules_import_no_test_module():
     assert not imports
 
 
-@pytest.mark.parametrize("module", ["dropbp_kernels", "dropbp_kernels.cli"])
+def test_package_and_command_line_answer_without_torch():
+    """Which takes seconds: help and what is wrong with an option are said before."""
+    code = """
+import sys
+import dropbp_kernels
+from dropbp_kernels.cli import main
+for argv in (["--help"], ["finetune", "--help"], ["plan", "--help"], ["profile", "--help"], ["tune", "--help"]):
+    try:
+        main(argv)
+    except SystemExit as stopped:
+        assert stopped.code == 0
+for line in (
+    "fine", "finetune --adapter dora", "finetune --data none.txt", "finetune --resume no", "finetune --model bultin",
+    "plan --model ./no", "plan --model llama --dtype int", "profile --model llama --drop-rate 2", "tune --rows 0",
+):
+    assert main(line.split()) == 2, line
+assert "torch" not in sys.modules
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("module", ["dropbp_kernels.handler", "dropbp_kernels.ops", "dropbp_kernels.cli.finetuning"])
 def test_import_is_light(module):
     """No optional package, no Triton, no CUDA query, no change of global state at import."""
     code = f"""

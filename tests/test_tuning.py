@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dropbp_kernels import _backend, tuning
-from dropbp_kernels.cli import errors, main, tune
+from dropbp_kernels.cli import errors, launch_search, main
 from dropbp_kernels.ops.schema import SCHEMAS
 from dropbp_kernels.tuning import WIDEST, Config, Inputs, LaunchTable, Row, row_table
 
@@ -163,7 +163,7 @@ assert len(tuning.TABLES) == 4
 
 
 def inputs(rows=4, width=64):
-    return tune.inputs_of(rows, width, CPU, torch.float32)
+    return launch_search.inputs_of(rows, width, CPU, torch.float32)
 
 
 def test_search_takes_the_fastest_block_then_the_fastest_grid(monkeypatch):
@@ -181,19 +181,21 @@ def test_search_takes_the_fastest_block_then_the_fastest_grid(monkeypatch):
 
     table = LaunchTable("a", row_table(WIDEST, 64, 16), run)
     steps = []
-    entry = tune.search(table, inputs(2, 4096), timer, steps.append)
+    entry = launch_search.search(table, inputs(2, 4096), timer, steps.append)
     assert {name: entry[name] for name in asdict(SMALL)} == asdict(Config(1024, 8, 4))
     assert (entry["median_ms"], entry["rows"], entry["replaced_ms"]) == (0.0, 2, 2.0)
     assert entry["replaced"] == asdict(Config(4096, 8, 2))
-    assert len(steps) == tune.num_candidates(Config(4096, 8, 2), 4096)
+    assert len(steps) == launch_search.num_candidates(Config(4096, 8, 2), 4096)
     assert {c.programs_per_multiprocessor for c in tried if c.block == 4096} == {2}
 
 
 def test_candidates_by_hand():
-    found = list(tune.blocks_and_warps(Config(128, 2), 100))
+    found = list(launch_search.blocks_and_warps(Config(128, 2), 100))
     assert found == [Config(128, 2), Config(128, 1)]  # one row of a thread's 4 elements, at most
-    assert list(tune.programs(SMALL)) == []
-    assert [c.programs_per_multiprocessor for c in tune.programs(replace(SMALL, programs_per_multiprocessor=2))] == [
+    assert list(launch_search.programs(SMALL)) == []
+    assert [
+        c.programs_per_multiprocessor for c in launch_search.programs(replace(SMALL, programs_per_multiprocessor=2))
+    ] == [
         1,
         4,
         8,
@@ -210,12 +212,12 @@ def test_a_candidate_that_does_not_fit_is_left_out_and_a_wrong_one_is_an_error()
         return to.x
 
     table = LaunchTable("a", [Row(WIDEST, Config(128, 2))], too_large)
-    entry = tune.search(table, inputs(width=128), lambda call: 1.0, lambda n: None)
+    entry = launch_search.search(table, inputs(width=128), lambda call: 1.0, lambda n: None)
     assert (entry["num_warps"], entry["median_ms"]) == (2, 1.0)
 
     wrong = LaunchTable("a", [Row(WIDEST, Config(128, 2))], lambda to: to.x * wrong.at(128, CPU).num_warps)
     with pytest.raises(errors.UserError, match="a, width 128: another result with block 128, 1 warps"):
-        tune.search(wrong, inputs(width=128), lambda call: 1.0, lambda n: None)
+        launch_search.search(wrong, inputs(width=128), lambda call: 1.0, lambda n: None)
 
 
 def all_tables():
@@ -232,13 +234,13 @@ def test_every_launcher_computes_the_same_with_every_candidate(name):
     device = CPU if _backend.is_interpreting() else GPU
     table = tuning.TABLES[name]
     for width in (256, 300):
-        to = tune.inputs_of(5, width, device, torch.float32)
+        to = launch_search.inputs_of(5, width, device, torch.float32)
         with table.override(Config(32, 1, 1)):
-            in_chunks = tune._tensors(table.run(to))
+            in_chunks = launch_search._tensors(table.run(to))
         timed = []
-        tune.search(table, to, lambda call, timed=timed: timed.append(call) or 1.0, lambda n: None)
+        launch_search.search(table, to, lambda call, timed=timed: timed.append(call) or 1.0, lambda n: None)
         assert len(timed) >= 2  # each was compared with the present parameters' result before
-        for ours, theirs in zip(tune._tensors(table.run(to)), in_chunks, strict=True):
+        for ours, theirs in zip(launch_search._tensors(table.run(to)), in_chunks, strict=True):
             torch.testing.assert_close(ours, theirs)
 
 

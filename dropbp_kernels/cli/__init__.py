@@ -6,11 +6,12 @@ dropbp-kernels plan       predict memory and step time of a fine-tuning, without
 dropbp-kernels profile    what each branch does in one step, and whether dropped ones do nothing
 dropbp-kernels tune       measure launch parameters of the Triton kernels on this GPU
 
-Order of a fine-tuning: `finetune` reads the settings, `documents` (`corpus`: built-in ones) and `data` make batches,
-`builtin` and `models` make the model, `compare` the runs, `training` runs the steps, `checkpoint` keeps them,
-`compare_report` says what they cost and reached, `plots` draws. Of a plan: `model_config` finds the config, `planning`
-simulates steps of its model (`four_bit`: where its base is held in 4 bits). Of a profile: `tracing` reads a profiler
-trace.
+The files of the commands read options and import no torch, so that help and errors are there at once; what they import
+inside of `run` does the work. Order of a fine-tuning (`finetuning`): `documents` (`corpus`: built-in ones) and `data`
+make batches, `builtin` and `models` make the model, `compare` the runs, `training` runs the steps, `checkpoint` keeps
+them, `compare_report` says what they cost and reached, `plots` draws. Of a plan: `model_config` finds the config,
+`planning` simulates steps of its model (`four_bit`: where its base is held in 4 bits), `plan_report` compares them. Of
+a profile: `tracing` reads a profiler trace. Of a tuning: `launch_search`.
 """
 
 import logging
@@ -28,11 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0, 2 for a user's error (one line on stderr), 130 when interrupted."""
     parser = Parser(prog="dropbp-kernels", description="Fine-tuning with dropped backward propagation.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="finetune | info | plan | profile | tune")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     for command in (finetune, info, plan, profile, tune):
         command.add_parser(commands)
     try:
-        args = parser.parse_args(argv)
+        args = parser.parse_command(commands.choices, argv)
         with warnings.catch_warnings():
             # What PEFT asks transformers and bitsandbytes, and no user can change.
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)

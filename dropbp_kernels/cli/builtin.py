@@ -13,13 +13,12 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from .. import _backend
-from ..integrations.transformers import apply_dropbp, remove_dropbp
 from . import corpus, progress
+
+if TYPE_CHECKING:
+    import torch
 
 NAME = "builtin"
 MAX_SEQ_LEN = 1024
@@ -77,11 +76,13 @@ def config(recipe: Recipe) -> Any:
 
 def cached_folder(recipe: Recipe) -> Path:
     """Where the pretrained model of this recipe lies, or would lie."""
+    from .. import _backend
+
     key = json.dumps([asdict(recipe), sys.version_info[:3], corpus.fingerprint(corpus.PRETRAINING)])
     return _backend.cache_dir() / f"builtin-{hashlib.sha1(key.encode()).hexdigest()[:16]}"
 
 
-def ensure_pretrained(recipe: Recipe, device: torch.device) -> Path:
+def ensure_pretrained(recipe: Recipe, device: "torch.device") -> Path:
     """The folder of the pretrained model, in Hugging Face format; pretrains it if it is not there yet.
 
     The model is written to a temporary folder that is renamed when complete: an interruption leaves nothing behind.
@@ -105,9 +106,12 @@ def ensure_pretrained(recipe: Recipe, device: torch.device) -> Path:
     return folder
 
 
-def _pretrain(recipe: Recipe, device: torch.device) -> tuple[Any, float]:
+def _pretrain(recipe: Recipe, device: "torch.device") -> tuple[Any, float]:
     """Train from scratch; return the model and the mean loss of the last twenty steps."""
+    import torch
     from transformers import LlamaForCausalLM
+
+    from ..integrations.transformers import apply_dropbp, remove_dropbp
 
     text = "".join(f"# {name}\n{source}\n" for name, source in corpus.modules(corpus.PRETRAINING)).encode()
     tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8)

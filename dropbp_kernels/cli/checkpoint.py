@@ -4,19 +4,21 @@ import os
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
-from .training import Run
+
+if TYPE_CHECKING:
+    from .training import Run
 
 FILENAME = "checkpoint.pt"
 VERSION = 1
 
 
-def save(folder: Path, settings: dict[str, Any], identity: dict[str, str], step: int, runs: Sequence[Run]) -> Path:
+def save(folder: Path, settings: dict[str, Any], identity: dict[str, str], step: int, runs: Sequence["Run"]) -> Path:
     """Write the checkpoint of `folder`. identity: fingerprints of model and data, compared by `check`."""
+    import torch
+
     state = {
         "version": VERSION,
         "settings": settings,
@@ -39,7 +41,12 @@ def load(path: str) -> tuple[Path, dict[str, Any]]:
     if file.is_dir():
         file /= FILENAME
     if not file.is_file():
-        raise UserError(f"--resume {path}: expected an output folder with a {FILENAME}, or such a file; found none")
+        ended = "; the run in this folder has ended" if (file.parent / "report.json").is_file() else ""
+        raise UserError(
+            f"--resume {path}: expected an output folder with a {FILENAME}, or such a file; found none{ended}"
+        )
+    import torch
+
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:

@@ -1,5 +1,6 @@
 """The documents of a data set, as they stand in files: texts, pairs of prompt and completion, chats."""
 
+import codecs
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -41,7 +42,9 @@ def _files(name: str) -> list[Path]:
             raise UserError(f"--data {name}: expected .txt or .jsonl files in this folder, found none")
         return found
     if path.suffix not in (".txt", ".jsonl"):
-        raise UserError(f"--data {name}: expected a .txt or .jsonl file, got {path.suffix or 'no'} suffix")
+        raise UserError(
+            f"--data {name}: expected a .txt file, or .jsonl with an object a line, got {path.suffix or 'no'} suffix"
+        )
     return [path]
 
 
@@ -58,13 +61,14 @@ def read_documents(name: str, seq_len: int, note: Callable[[str], None] = print)
         for prompt, completion in corpus.docstring_pairs(seq_len - 1):  # one token for the end of the row
             yield Document("pair", (prompt, completion), name)
         return
-    for path in _files(name):
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"--data {path}: expected UTF-8 text, byte {error.start} is not") from error
+    paths = _files(name)
+    for path in paths:
+        text = _read(path)
         if not text.strip():
-            raise UserError(f"--data {path}: the file is empty")
+            if len(paths) == 1:
+                raise UserError(f"--data {path}: the file is empty")
+            note(f"{path}: left out, since it is empty")
+            continue
         if path.suffix == ".txt":
             yield Document("text", text, str(path))
             continue
@@ -76,11 +80,28 @@ def read_documents(name: str, seq_len: int, note: Callable[[str], None] = print)
             note(f"{path}: keys not used: {', '.join(sorted(ignored))}")
 
 
+def _read(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"--data {path}: {error.strerror}") from error
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # what Windows calls Unicode
+        raise UserError(f"--data {path}: expected UTF-8 text, got UTF-16; save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--data {path}: expected UTF-8 text, byte {error.start} is not") from error
+
+
 def _parse_line(line: str, origin: str, ignored: set[str]) -> Document:
     try:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"{origin}: not JSON: {error}") from error
+        raise UserError(f"{origin}: not JSON: {error.msg} at character {error.colno}") from error
+    except (ValueError, RecursionError) as error:  # numbers and nesting beyond Python's bounds
+        raise UserError(f"{origin}: not JSON that Python reads: {error}") from error
+    if "\\u" in line and not _is_unicode(entry):
+        raise UserError(f'{origin}: expected text, got half of a character, as in "\\ud83d"')
     expected = "text, or prompt and completion, or messages"
     if not isinstance(entry, dict):
         raise UserError(f"{origin}: expected an object with {expected}, got {type(entry).__name__}")
@@ -96,6 +117,15 @@ def _parse_line(line: str, origin: str, ignored: set[str]) -> Document:
     if "text" in forms[0]:
         return Document("text", entry["text"], origin)
     return Document("pair", (entry["prompt"], entry["completion"]), origin)
+
+
+def _is_unicode(entry: Any) -> bool:
+    """Whether it could be written as UTF-8: an escape in JSON may be half of a pair, which is no character."""
+    try:
+        json.dumps(entry, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _checked_messages(messages: Any, origin: str) -> list[dict[str, Any]]:

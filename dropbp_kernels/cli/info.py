@@ -4,10 +4,6 @@ import argparse
 import json
 from typing import Any
 
-from .. import _backend
-from ..ops.schema import SCHEMAS
-from . import hardware
-
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
@@ -27,6 +23,10 @@ def run(args: argparse.Namespace) -> int:
 
 def collect() -> dict[str, Any]:
     """All facts, as plain values."""
+    from .. import _backend
+    from ..ops.schema import SCHEMAS
+    from . import hardware
+
     return {
         "versions": hardware.versions(),
         "hardware": hardware.hardware(),
@@ -36,10 +36,14 @@ def collect() -> dict[str, Any]:
 
 
 def _host() -> str:
+    from .. import _backend
+
     return "plain Python: _host was not built" if _backend.host() is None else "C++ (_host)"
 
 
 def _serving(stem: str, device: str) -> dict[str, Any]:
+    from .. import _backend
+
     backend = _backend.serving(stem, device)
     better = _backend.LADDER[device]
     better = better[: better.index(backend)] if backend in better else ()
@@ -52,15 +56,22 @@ def _serving(stem: str, device: str) -> dict[str, Any]:
 
 
 def as_text(facts: dict[str, Any]) -> str:
+    devices = list(dict.fromkeys(entry["device"] for entry in facts["ops"]))
     lines = ["versions"]
     lines += [f"  {name:<26} {value or 'not there'}" for name, value in facts["versions"].items()]
     machine = facts["hardware"]
-    lines += ["", "devices", f"  {'cpu':<26} {machine['cpu']}, {machine['torch_threads']} threads"]
+    lines += ["", "devices", f"  {'cpu':<26} {machine['cpu']}, threads of torch: {machine['torch_threads']}"]
     lines += [f"  {'cuda:' + str(index):<26} {gpu}" for index, gpu in enumerate(machine["gpus"])]
     if not machine["gpus"]:
         lines.append(f"  {'cuda':<26} no device")
-    lines += ["", f"drop-rate allocation: {facts['host']}", "", "ops"]
+    lines += ["", f"drop-rate allocation: {facts['host']}", "", f"{'ops':<28} " + "".join(f"{d:<11}" for d in devices)]
+    by_op: dict[str, dict[str, str]] = {}
+    without: dict[str, list[str]] = {}  # why a backend does not serve -> the ops that it does not serve
     for entry in facts["ops"]:
-        lines.append(f"  {entry['op']:<26} {entry['device']:<6} {entry['backend']}")
-        lines += [f"  {'':<33} not {name}: {reason}" for name, reason in entry["not_served_by"].items()]
+        by_op.setdefault(entry["op"], {})[entry["device"]] = entry["backend"]
+        for backend, reason in entry["not_served_by"].items():
+            without.setdefault(f"{entry['device']}: not {backend}: {reason}", []).append(entry["op"])
+    lines += [f"  {op:<26} " + "".join(f"{served[d]:<11}" for d in devices).rstrip() for op, served in by_op.items()]
+    for reason, ops in without.items():
+        lines.append(f"  {reason}" + ("" if len(ops) == len(by_op) else f" ({', '.join(ops)})"))
     return "\n".join(lines)

@@ -30,7 +30,7 @@ def load_config(name: str) -> Any:
     if path.is_dir():
         path /= "config.json"
         if not path.is_file():
-            raise UserError(f"--model {name}: expected a config.json in the folder, found none")
+            raise UserError(f"--model {name}: {without_config(path.parent)}")
     if path.is_file():
         return _from_file(path, name)
     if path.suffix == ".json" or name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -38,18 +38,32 @@ def load_config(name: str) -> Any:
     return _from_hub(name)
 
 
+def without_config(folder: Path) -> str:
+    """What to say of a folder that has no config.json; those that `finetune` writes hold a model, or an adapter."""
+    expected = "expected a Hugging Face checkpoint, but the folder has no config.json"
+    if (folder / "adapter_config.json").is_file():
+        return f"{expected}; it holds an adapter, not the model"
+    if (folder / "model" / "config.json").is_file():
+        return f"{expected}; did you mean {folder / 'model'}?"
+    return expected
+
+
+def check_spelling(name: str, known: Iterable[str]) -> None:
+    """Errors: UserError for what looks like a slip for one of `known`: names of the hub have an owner, save a few."""
+    if "/" not in name and (likely := difflib.get_close_matches(name.lower(), known, n=1)):
+        raise UserError(f"--model {name}: no such model; did you mean {likely[0]}?")
+
+
 def check_on_hub(name: str, known: Iterable[str]) -> None:
     """Errors: UserError unless the hub, or the cache of what it once gave, has a model called `name`.
 
-    Asked before transformers is, which without a network tries for half a minute. A name much like one of `known` is
-    taken for a slip: names of the hub have an owner, save a few old ones.
+    Asked before transformers is, which without a network tries for half a minute.
     """
+    check_spelling(name, known)
     from huggingface_hub import model_info, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     client_error: Any = HfHubHTTPError.__bases__[0]  # of the HTTP client that this version of huggingface_hub uses
-    if "/" not in name and (likely := difflib.get_close_matches(name.lower(), known, n=1)):
-        raise UserError(f"--model {name}: no such model; did you mean {likely[0]}?")
     try:
         if not isinstance(try_to_load_from_cache(name, "config.json"), str):
             model_info(name, timeout=10.0)

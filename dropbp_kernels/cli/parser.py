@@ -3,7 +3,7 @@
 import argparse
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from .errors import UserError
@@ -24,15 +24,22 @@ class Parser(argparse.ArgumentParser):
             options["default"] = default
         self.add_argument(name, help=text if default is None else f"{text} (default: {default})", **options)
 
+    def parse_command(self, commands: Mapping[str, argparse.ArgumentParser], argv: Sequence[str] | None) -> Any:
+        """parse_args, where what no option takes is an error of the command that was asked for."""
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            commands[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+        return args
+
     def error(self, message: str) -> NoReturn:
         if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
-            likely = difflib.get_close_matches(unknown[1], self._options(), n=1)
-            message += f"; did you mean {likely[0]}?" if likely else ""
+            message += _likely(unknown[1], self._option_string_actions)
+        elif command := re.match(r"argument COMMAND: invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            names = command[2].replace("'", "").split(", ")
+            message = f"no command {command[1]!r}; there are {', '.join(names)}{_likely(command[1], names)}"
         raise UserError(f"{message} (see {self.prog} --help)")
 
-    def _options(self) -> set[str]:
-        """Those of all commands: which one was asked for is not known here."""
-        commands = (action.choices for action in self._actions if isinstance(action.choices, dict))
-        return {
-            option for parsers in commands for parser in parsers.values() for option in parser._option_string_actions
-        }
+
+def _likely(word: str, known: Iterable[str]) -> str:
+    likely = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {likely[0]}?" if likely else ""

@@ -10,15 +10,12 @@ import json
 import re
 from typing import Any
 
-import torch
-
 from .builtin import NAME
 from .documents import check_data_path
 from .errors import UserError, require_packages
 from .model_config import load_config, shipped
-from .plan_report import by_target_share, make_report, measure_data
+from .plan_setting import ADAPTERS, CHECKPOINTS, IN_FOUR_BITS, OPTIMIZERS, Setting
 from .plan_tables import GiB, show
-from .planning import ADAPTERS, CHECKPOINTS, IN_FOUR_BITS, OPTIMIZERS, Setting, StepModel
 
 EXAMPLES = """examples:
   dropbp-kernels plan --model llama-2-7b --gpu-memory 24
@@ -72,12 +69,18 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     budget = _check(args)
     require_packages("plan", ("transformers", "peft", "rich", "tqdm"))
+    config = load_config(args.model)
+    import torch
+
+    from .plan_report import by_target_share, make_report, measure_data
+    from .planning import StepModel
+
     data = None
     if args.data is not None:
         data = measure_data(args.data, args.tokenizer or args.model, args.seq_len, args.batch_size)
         args.seq_len, args.target_share = data["seq_len"], data["by_batch_size"][str(args.batch_size)]["targets"]
     model = StepModel(
-        load_config(args.model),
+        config,
         args.adapter,
         args.lora_rank,
         getattr(torch, args.dtype),
@@ -133,6 +136,10 @@ def _check(args: argparse.Namespace) -> int | None:
         raise UserError("--tokenizer: expected --data with it")
     if args.data is not None:
         check_data_path(args.data)
+        if (tokenizer := args.tokenizer or args.model) in shipped():
+            raise UserError(
+                f"--tokenizer: expected one with --data, since {tokenizer} is a config alone; builtin: bytes"
+            )
     if not 0.0 <= args.drop_rate < 1.0:
         raise UserError(f"--drop-rate: expected 0 <= drop_rate < 1, got {args.drop_rate}")
     if not 0.0 <= args.reserve < float("inf"):

@@ -9,9 +9,9 @@ from ..target_share import count_targets
 from . import progress
 from .data import load_data
 from .errors import UserError
-from .model_config import shipped
 from .models import load_tokenizer
-from .planning import CHECKPOINTS, Prediction, Setting, StepModel
+from .plan_setting import CHECKPOINTS, Setting
+from .planning import Prediction, StepModel
 from .settings import Settings
 
 DROP_RATES = (0.0, 0.5, 0.75, 0.875)  # that are compared, as far as they do not exceed the asked one
@@ -141,8 +141,6 @@ def recommend(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
 def measure_data(name: str, tokenizer: str, seq_len: int, batch_size: int) -> dict[str, Any]:
     """The rows of a data set as `finetune` pads them: length of a batch, and what a target plan runs, by batch size."""
     settings = Settings(model=tokenizer)
-    if tokenizer in shipped():
-        raise UserError(f"--tokenizer: expected one with --data, since {tokenizer} is a config alone; builtin: bytes")
     data = load_data(name, load_tokenizer(settings), seq_len, seed=0, note=lambda line: None)
     num_rows = min(len(data.train), MAX_COUNTED_ROWS)
     found = {}

@@ -6,21 +6,19 @@ branches.png   the same as a picture
 
 import argparse
 import csv
-import datetime
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ..layer import DROPPED_RUNS
-from ..measure import saved_bytes
-from ..targets import IGNORED
+from ..choices import DROPPED_RUNS
 from .errors import UserError, require_packages
 from .model_config import load_config
-from .tracing import BranchTrace, trace_branches
+from .output import choose_folder, make_folder
+
+if TYPE_CHECKING:
+    from .tracing import BranchTrace
 
 FAULTS = 1  # exit code
 MiB = 2**20
@@ -50,15 +48,14 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     _check(args)
     require_packages("profile", ("transformers", "peft", "rich", "matplotlib"))
-    folder = Path(args.output or f"runs/profile-{datetime.datetime.now():%Y%m%d-%H%M%S}").expanduser()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--output {folder}: expected a new or empty folder")
+    folder = choose_folder("profile", args.output)
     branches, share_saved = _trace(args)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with open(folder / "branches.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(BranchTrace)])
+        rows = [asdict(branch) for branch in branches]
+        writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
-        writer.writerows(asdict(branch) for branch in branches)
+        writer.writerows(rows)
     draw(branches, folder / "branches.png")
     _show(branches)
     print(f"written to {folder}: branches.csv, branches.png")
@@ -88,11 +85,15 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--dropped-runs: expected {' or '.join(DROPPED_RUNS)}, got {args.dropped_runs!r}")
 
 
-def _trace(args: argparse.Namespace) -> tuple[list[BranchTrace], float | None]:
+def _trace(args: argparse.Namespace) -> tuple[list["BranchTrace"], float | None]:
     """The branches, and with a target plan the bytes that a step saves over those it saves where all are targets."""
+    import torch
     from transformers import AutoModelForCausalLM
 
     from ..integrations.transformers import apply_dropbp
+    from ..measure import saved_bytes
+    from ..targets import IGNORED
+    from .tracing import trace_branches
 
     config = load_config(args.model)
     config.use_cache = False
@@ -133,7 +134,7 @@ def _trace(args: argparse.Namespace) -> tuple[list[BranchTrace], float | None]:
     return branches, saved[0] / saved[1]
 
 
-def draw(branches: Sequence[BranchTrace], path: Path) -> None:
+def draw(branches: Sequence["BranchTrace"], path: Path) -> None:
     """A picture: time, saved bytes and FLOPs of each branch, in model order; dropped ones pale."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -157,7 +158,7 @@ def draw(branches: Sequence[BranchTrace], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _show(branches: Sequence[BranchTrace]) -> None:
+def _show(branches: Sequence["BranchTrace"]) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -3,23 +3,22 @@
 import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ..allocation import METHODS, allocate
-from ..calibration import Calibration
-from ..integrations.target_checks import CONTEXT_GRADIENTS
-from ..missing_grad import MISSING_GRAD
-from ..row_plan import GRANULARITIES
+from ..choices import ALLOCATIONS, CONTEXT_GRADIENTS, GRANULARITIES, MISSING_GRAD
 from ..samplers import SAMPLERS
 from ..schedules import get_schedule
 from . import builtin
 from .documents import check_data_path
 from .errors import UserError
+from .model_config import check_spelling, without_config
+
+if TYPE_CHECKING:
+    import torch
 
 ADAPTERS = ("lora", "paca", "full")
 RATES = ("uniform", "depth_linear", "sensitivity")  # or the path of a calibration
+MAX_SEED = 1 << 32  # what every generator takes
 DTYPES = ("auto", "float32", "bfloat16")
 CONTEXTS = ("auto", "off", "inference")
 DROP_RATES = {"off": 0.75, "inference": 0.0}  # by context: with a target plan, tokens are dropped in place of branches
@@ -80,7 +79,9 @@ class Settings:
         """Where the rates come from, when it is an earlier calibration."""
         return Path(self.rates).expanduser() if self.rates.endswith(".json") else None
 
-    def torch_dtype(self) -> torch.dtype:
+    def torch_dtype(self) -> "torch.dtype":
+        import torch
+
         return getattr(torch, self.dtype)
 
 
@@ -126,7 +127,7 @@ def _check(settings: Settings) -> None:
         "adapter": ADAPTERS,
         "rates": RATES if settings.calibration_file() is None else (settings.rates,),
         "dtype": DTYPES,
-        "allocation": METHODS,
+        "allocation": ALLOCATIONS,
         "missing_grad": MISSING_GRAD,
         "sampler": tuple(SAMPLERS),
         "granularity": GRANULARITIES,
@@ -140,6 +141,8 @@ def _check(settings: Settings) -> None:
             raise UserError(f"{_option(name)}: expected at least 1, got {value}")
     if settings.seq_len < 16:
         raise UserError(f"--seq-len: expected at least 16, got {settings.seq_len}")
+    if not 0 <= settings.seed < MAX_SEED:
+        raise UserError(f"--seed: expected 0 to {MAX_SEED - 1}, got {settings.seed}")
     if settings.save_every < 0:
         raise UserError(f"--save-every: expected 0 (only when interrupted) or more, got {settings.save_every}")
     if settings.context_gradient != "none" and settings.context != "inference":
@@ -171,6 +174,11 @@ def _check(settings: Settings) -> None:
 def check_rates(settings: Settings, drop_rate: float) -> None:
     """Raise a UserError unless `drop_rate` can be shared out as `settings.rates` says."""
     file = settings.calibration_file()
+    if file is None and settings.rates != "sensitivity":
+        return
+    from ..allocation import allocate
+    from ..calibration import Calibration
+
     try:
         calibration = None if file is None else Calibration.load(file)
     except OSError as error:
@@ -180,7 +188,7 @@ def check_rates(settings: Settings, drop_rate: float) -> None:
     try:
         if calibration is not None:
             calibration.reallocated(drop_rate, settings.allocation)
-        elif settings.rates == "sensitivity":  # FLOPs differ between branches; the limit does not depend on them
+        else:  # FLOPs differ between branches; the limit does not depend on them
             allocate([1.0, 1.0], [1e9, 1e9], drop_rate, method=settings.allocation)
     except ValueError as error:
         raise UserError(f"--drop-rate with --rates {settings.rates}: {error}") from error
@@ -190,12 +198,16 @@ def _check_model_path(name: str) -> None:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UserError(f"--model {name}: expected a Hugging Face checkpoint, but the folder has no config.json")
+            raise UserError(f"--model {name}: {without_config(path)}")
     elif path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"--model {name}: expected 'builtin', a folder or a hub id such as owner/name; no such folder")
+    else:
+        check_spelling(name, [builtin.NAME])
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str) -> "torch.device":
+    import torch
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

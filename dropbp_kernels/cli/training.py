@@ -5,6 +5,7 @@ checkpoint needs no generator state, and runs that are compared differ only wher
 """
 
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -26,6 +27,7 @@ from .settings import Settings
 
 MAX_GRAD_NORM = 1.0
 WEIGHT_DECAY = 0.0
+HEARD = b"\ninterrupted: the step under way is finished and a checkpoint written; Ctrl-C again to stop at once\n"
 NUM_VALIDATIONS = 4  # after the one before the first step
 
 
@@ -239,7 +241,7 @@ def _postfix(runs: Sequence[Run], seconds: float) -> str:
 
 @contextlib.contextmanager
 def _until_interrupted() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; the second one interrupts at once."""
+    """An event that the first Ctrl-C sets, and says so; the second one interrupts at once."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event  # signals are for the main thread
@@ -247,6 +249,7 @@ def _until_interrupted() -> Iterator[threading.Event]:
 
     def handle(signum: int, frame: Any) -> None:
         event.set()
+        os.write(2, HEARD)  # to stderr; not print, which may stand in the middle of another
         signal.signal(signal.SIGINT, previous)
 
     previous = signal.signal(signal.SIGINT, handle)

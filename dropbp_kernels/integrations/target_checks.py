@@ -7,12 +7,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..choices import CONTEXT_GRADIENTS
 from ..handler import check_drop_rate
 from ..targets import TargetPlan
 from .checkpointing import is_reentrant
 from .swapping import is_sharded
 
-CONTEXT_GRADIENTS = ("none", "one_hop", "full")
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 TAKES_MASKS = ATTENTION[:2]  # of our own; what the others can do, stages of one document a sample need
 BY_ROW = ("input_ids", "inputs_embeds", "position_ids")

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..allocation import METHODS, depth_linear_rates
+from ..allocation import depth_linear_rates
+from ..choices import ALLOCATIONS, MISSING_GRAD
 from ..gates import find_gates
 from ..handler import DropBPHandler, check_drop_rate
-from ..missing_grad import MISSING_GRAD, fill_missing_gradients
+from ..missing_grad import fill_missing_gradients
 from ..sensitivity import DEFINITIONS
 from .checkpointing import is_reentrant
 from .meters import PlanMeter, TimeMeter, saved_bytes_by_branch
@@ -96,7 +97,7 @@ class DropBPCallback(TrainerCallback, ExportableState):
             ("rates", "uniform" if is_file else rates, RATES),
             ("plan", plan, PLANS),
             ("definition", definition, DEFINITIONS),
-            ("allocation", allocation, METHODS),
+            ("allocation", allocation, ALLOCATIONS),
             ("missing_grad", missing_grad, MISSING_GRAD),
         ]:
             if value not in known:
