@@ -3,7 +3,12 @@
 Uses a tiny random Llama so that nothing is downloaded; for a real one, put AutoModelForCausalLM.from_pretrained(...) in
 its place. Needs the extra: pip install dropbp_kernels[finetune]
 
+With --granularity token every branch sends its share of the gradient in every step (docs/row_plans.md); with --context
+inference tokens without a loss run like inference (docs/target_plans.md): here the first half of each row.
+
 python examples/huggingface.py --drop-rate 0.75
+python examples/huggingface.py --drop-rate 0.75 --granularity token
+python examples/huggingface.py --drop-rate 0 --context inference
 """
 
 import argparse
@@ -20,6 +25,15 @@ def main(argv: list[str] | None = None) -> float:
     parser.add_argument(
         "--drop-rate", type=float, default=0.75, help="share of branch backwards to drop (default 0.75)"
     )
+    parser.add_argument(
+        "--granularity",
+        choices=("branch", "sample", "token"),
+        default="branch",
+        help="what a branch keeps its share of: steps, samples or tokens (default branch)",
+    )
+    parser.add_argument(
+        "--context", choices=("inference",), help="run tokens without a loss like inference (default no)"
+    )
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps (default 20)")
     args = parser.parse_args(argv)
 
@@ -33,13 +47,18 @@ def main(argv: list[str] | None = None) -> float:
         use_cache=False,
     )
     model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=8, target_modules="all-linear")).train()
-    handler = apply_dropbp(model, drop_rate=args.drop_rate)  # 1: gates on every branch
+    handler = apply_dropbp(  # 1: gates on every branch
+        model, drop_rate=args.drop_rate, granularity=args.granularity, context=args.context
+    )
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     tokens = torch.arange(64).repeat(4, 1)
+    labels = tokens.clone()
+    if args.context:
+        labels[:, :32] = -100  # no loss
 
     for step in range(args.steps):
         handler.step()  # 2: the plan of this step
-        loss = model(input_ids=tokens, labels=tokens).loss
+        loss = model(input_ids=tokens, labels=labels).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

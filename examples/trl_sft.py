@@ -1,9 +1,11 @@
-"""Supervised fine-tuning with TRL's SFTTrainer, LoRA and DropBP: one callback. Runs in seconds on a CPU.
+"""Supervised fine-tuning with TRL's SFTTrainer, LoRA and a target plan: one callback. Runs in seconds on a CPU.
 
-Prompts carry no loss, completions do. Uses a tiny random Llama and a tokenizer of characters, so that nothing is
-downloaded; put your own model, tokenizer and data in their place.
+Prompts carry no loss, completions do: with --context inference prompts run like inference, and the loss is the same.
+With --drop-rate branches are dropped, in its place or as well. Uses a tiny random Llama and a tokenizer of characters,
+so that nothing is downloaded; put your own model, tokenizer and data in their place.
 
-python examples/trl_sft.py --drop-rate 0.75
+python examples/trl_sft.py
+python examples/trl_sft.py --context off --drop-rate 0.75
 """
 
 import argparse
@@ -28,9 +30,8 @@ def tokenizer_of_characters() -> PreTrainedTokenizerFast:
 
 def main(argv: list[str] | None = None) -> float:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--drop-rate", type=float, default=0.75, help="share of branch backwards to drop (default 0.75)"
-    )
+    parser.add_argument("--context", choices=("inference", "off"), default="inference", help="(default inference)")
+    parser.add_argument("--drop-rate", type=float, default=0.0, help="share of branch backwards to drop (default 0.0)")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps (default 20)")
     args = parser.parse_args(argv)
 
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> float:
     )
     data = Dataset.from_list([{"prompt": f"{n} + 1 = ", "completion": f"{n + 1}"} for n in range(96)])
 
-    callback = DropBPCallback(drop_rate=args.drop_rate)
+    callback = DropBPCallback(args.drop_rate, context="inference" if args.context == "inference" else None)
     with tempfile.TemporaryDirectory() as folder:
         settings = SFTConfig(
             output_dir=folder,
