@@ -28,8 +28,8 @@ def find_gates(model: nn.Module) -> dict[str, DropBP]:
     return {name: module for name, module in model.named_modules() if isinstance(module, DropBP)}
 
 
-def flops_of(gates: dict[str, DropBP]) -> list[float]:
-    """Forward FLOPs of each branch at the shape it last saw (before that 1 x 512 tokens).
+def flops_of(gates: dict[str, DropBP], shape: tuple[int, int] | None = None) -> list[float]:
+    """Forward FLOPs of each branch for a (batch_size, seq_len); None: those that it last saw (before that 1 x 512).
 
     All alike when no gate knows its FLOPs. Errors: ValueError when only some do; the message names one that lacks.
     """
@@ -41,7 +41,7 @@ def flops_of(gates: dict[str, DropBP]) -> list[float]:
             f"gates: expected all {len(gates)} with flops or all without, but {len(unknown)} lack them ({unknown[0]})"
         )
     return [
-        float(gate.flops(gate.batch_size or 1, gate.seq_len or DEFAULT_SEQ_LEN))
+        float(gate.flops(*(shape or (gate.batch_size or 1, gate.seq_len or DEFAULT_SEQ_LEN))))
         for gate in gates.values()
         if gate.flops is not None
     ]

@@ -9,6 +9,7 @@
 A plan is a pure function of (seed, step), so it is the same on every rank, after a resume and in a recompute.
 """
 
+import copy
 import math
 import numbers
 import warnings
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from .calibration import Calibration, check_branches
 from .choices import DROPPED_RUNS, GRANULARITIES
 from .exact_sensitivity import measure_sensitivity
-from .gates import check_called, check_model, find_gates, flops_of, look_out_for_steps
+from .gates import DEFAULT_SEQ_LEN, check_called, check_model, find_gates, flops_of, look_out_for_steps
 from .layer import checkpoint_branch
 from .plan import DropPlan, as_entry, draw_plan, set_plan
 from .report import Books, Report
@@ -107,8 +108,8 @@ class DropBPHandler:
             raise ValueError(f"dropped_runs: expected one of {', '.join(DROPPED_RUNS)}, got {dropped_runs!r}")
         if checkpoint not in CHECKPOINTS:
             raise ValueError(f'checkpoint: expected None, "kept" or "sliced", got {checkpoint!r}')
-        is_whole = isinstance(total_steps, int | float) and total_steps == int(total_steps) and total_steps is not True
-        if total_steps is not None and not (is_whole and total_steps >= 1):
+        is_count = isinstance(total_steps, int | float) and total_steps is not True and total_steps % 1 == 0
+        if total_steps is not None and not (is_count and total_steps >= 1):  # an infinite one has no remainder
             raise ValueError(f"total_steps: expected a number of steps, at least 1, got {total_steps!r}")
         if granularity not in GRANULARITIES:
             raise ValueError(f"granularity: expected one of {', '.join(GRANULARITIES)}, got {granularity!r}")
@@ -137,18 +138,19 @@ class DropBPHandler:
         self.strict = strict
         self.num_steps = 0
         self.calibration: Calibration | None = None
-        self.plan = DropPlan((True,) * len(gates), seed=seed)
         self._books = Books([0] * len(gates), [0] * len(gates))
         self._awaits_call = False
-        self.flops()  # refuses gates of which only some know their FLOPs, before any is told something
+        # At one shape: a plan must not depend on that of a batch, which ranks and resumed runs do not share. Refuses
+        # gates of which only some know their FLOPs, before any is told something.
+        self._flops_of_plans = flops_of(gates, (1, DEFAULT_SEQ_LEN))
         self.targets = TargetRule.of(model)
-        self._tell_targets()
         for gate in gates.values():
             gate.dropped_runs = dropped_runs
             gate.checkpoint = checkpoint_branch if checkpoint else None
             gate.slice_tokens = SLICE_TOKENS if checkpoint == "sliced" and gate.per_token else 0
-        self.drop_rates: list[float] = []
-        self.set_drop_rates([self.drop_rate] * len(gates))
+        self.drop_rates = [self.drop_rate] * len(gates)
+        self.set_plan([True] * len(gates))
+        self._tell_targets()
         self._look_out_for_steps()
 
     def __repr__(self) -> str:
@@ -171,9 +173,7 @@ class DropBPHandler:
             raise TypeError(f"labels: expected an int64 tensor, got {type(labels).__name__}")
         if self._awaits_call:
             self._check_last_step()
-        self.plan = self.draw(self.num_steps)
-        set_plan(self.gates, self.plan.kept)
-        self._scale_gradients(self.rates_at(self.num_steps))
+        self._put_plan(self.draw(self.num_steps), self.rates_at(self.num_steps))
         self._books.open(self.plan)
         for gate in self.gates.values():
             gate.was_called = False
@@ -203,14 +203,14 @@ class DropBPHandler:
             self.targets.zero_gradient = False
 
     def draw(self, step: int) -> DropPlan:
-        """The plan of `step`: a pure function of (seed, step), the rates and the FLOPs; changes nothing.
+        """The plan of `step`: a pure function of (seed, step), the rates and the branches' FLOPs; changes nothing.
 
         Errors: TypeError or ValueError when a sampler or schedule of the user's returns something else than it should.
         """
         return draw_plan(
             self.gates,
             self.rates_at(step),
-            self.flops(),
+            self._flops_of_plans,
             sampler=self.sampler,
             granularity=self.granularity,
             aligned=self.aligned,
@@ -231,12 +231,17 @@ class DropBPHandler:
                 f"plan: expected a list with one entry for each of the {len(self.gates)} branches, got "
                 f"{type(kept).__name__}"
             )
-        entries = tuple(map(as_entry, kept))
-        set_plan(self.gates, entries)
+        self._put_plan(DropPlan(tuple(map(as_entry, kept)), seed=self.seed), self.drop_rates)
         for gate in self.gates.values():
             gate.unstepped = None
-        self.plan = DropPlan(entries, seed=self.seed)
         return self.plan
+
+    def _put_plan(self, plan: DropPlan, rates: Sequence[float]) -> None:
+        """Tell the gates of `plan` and, for grad_scale="unbiased", of the rates that it was drawn with."""
+        set_plan(self.gates, plan.kept)
+        for gate, rate in zip(self.gates.values(), rates, strict=True):
+            gate.grad_scale = 1.0 / (1.0 - rate) if self.grad_scale == "unbiased" else float(self.grad_scale)
+        self.plan = plan
 
     def _check_last_step(self) -> None:
         """Whether every gate was called, in strict mode; warn, once, where labels told no context from targets."""
@@ -262,7 +267,7 @@ class DropBPHandler:
     # ---- rates
 
     def set_drop_rates(self, drop_rates: Sequence[float]) -> None:
-        """Give every branch its own drop rate, in model order.
+        """Give every branch its own drop rate, in model order; the next plan is the first to follow them.
 
         Errors: ValueError for a wrong length or a rate outside [0, 1), TypeError for one that is no number; no rate is
         changed then.
@@ -277,7 +282,6 @@ class DropBPHandler:
                 f"drop_rates: expected one for each of the {len(self.gates)} branches, got {len(drop_rates)}"
             )
         self.drop_rates = [check_drop_rate(rate) for rate in drop_rates]
-        self._scale_gradients(self.drop_rates)
 
     def rates_at(self, step: int) -> list[float]:
         """The drop rates in force at `step`: `drop_rates` times the schedule's factor."""
@@ -285,10 +289,6 @@ class DropBPHandler:
             return self.drop_rates
         factor = factor_at(self.schedule, step, self.total_steps)
         return [factor * rate for rate in self.drop_rates]
-
-    def _scale_gradients(self, rates: Sequence[float]) -> None:
-        for gate, rate in zip(self.gates.values(), rates, strict=True):
-            gate.grad_scale = 1.0 / (1.0 - rate) if self.grad_scale == "unbiased" else float(self.grad_scale)
 
     def flops(self) -> list[float]:
         """Forward FLOPs of each branch at the shape it last saw (before that 1 x 512 tokens).
@@ -370,6 +370,7 @@ class DropBPHandler:
             "drop_rates": list(self.drop_rates),
             "calibration": None if self.calibration is None else self.calibration.to_dict(),
             "num_steps": self.num_steps,
+            "total_steps": self.total_steps,
             "seed": self.seed,
             "granularity": self.granularity,
             "aligned": self.aligned,
@@ -380,34 +381,35 @@ class DropBPHandler:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where the handler that saved `state` stood.
+        """Go on exactly where the handler that saved `state` stood; its total_steps count where none are given here.
 
         Errors: ValueError when the state is of another version, of a model with other branches or of another
-                granularity; nothing is changed.
+                granularity; those of `draw`. Nothing is changed then.
         """
         if not isinstance(state, Mapping):
             raise TypeError(f"state: expected what state_dict returned, got {type(state).__name__}")
         if state.get("version") != STATE_VERSION:
             raise ValueError(f"state: expected version {STATE_VERSION}, got {state.get('version')!r}")
-        needed = [name for name in self.state_dict() if name not in ("granularity", "aligned", "num_rows")]
+        newer = ("granularity", "aligned", "num_rows", "total_steps")  # what older states lack
+        needed = [name for name in self.state_dict() if name not in newer]
         if missing := [name for name in needed if name not in state]:
             raise ValueError(f"state: expected the keys {', '.join(needed)}; it lacks {', '.join(missing)}")
         check_branches(state["branches"], list(self.gates), "state")
-        for name, default in (("granularity", "branch"), ("aligned", False)):  # what a state lacks that is older
+        for name, default in (("granularity", "branch"), ("aligned", False)):
             if (theirs := state.get(name, default)) != getattr(self, name):
                 raise ValueError(f"state: expected {name} {getattr(self, name)!r}, as this handler has, got {theirs!r}")
-        calibration = state["calibration"]
-        if calibration is not None:
-            calibration = Calibration.from_dict(calibration, "state")
-        is_drawn = None in state["plan"]  # rows, which are drawn again
-        entries = () if is_drawn else tuple(map(as_entry, state["plan"]))
-        self.set_drop_rates(state["drop_rates"])
-        self.drop_rate = state["drop_rate"]
-        self.calibration = calibration
-        self.num_steps = state["num_steps"]
-        self.seed = state["seed"]
-        self.plan = self.draw(state["plan_step"]) if is_drawn else DropPlan(entries, state["plan_step"], self.seed)
-        set_plan(self.gates, self.plan.kept)
-        self._books = Books(state["num_kept"], state.get("num_rows", [self.num_steps] * len(self.gates)))
-        self._awaits_call = False
+        loaded = copy.copy(self)  # so that a state that fails half-way leaves this handler as it is
+        loaded.set_drop_rates(state["drop_rates"])
+        loaded.drop_rate = check_drop_rate(state["drop_rate"])
+        measured = state["calibration"]
+        loaded.calibration = None if measured is None else Calibration.from_dict(measured, "state")
+        loaded.num_steps, loaded.seed = state["num_steps"], state["seed"]
+        loaded.total_steps = self.total_steps or state.get("total_steps")
+        loaded._books = Books(state["num_kept"], state.get("num_rows", [loaded.num_steps] * len(self.gates)))
+        loaded._awaits_call = False
+        step, entries = state["plan_step"], state["plan"]
+        is_drawn = None in entries  # rows, which are drawn again
+        plan = loaded.draw(step) if is_drawn else DropPlan(tuple(map(as_entry, entries)), step, loaded.seed)
+        loaded._put_plan(plan, loaded.rates_at(step) if step >= 0 else loaded.drop_rates)
+        vars(self).update(vars(loaded))
         self._tell_targets()

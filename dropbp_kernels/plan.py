@@ -72,7 +72,8 @@ def draw_plan(
     if granularity == "branch":
         kept = draw_kept(sampler, rates, flops, seed, step)
         if keep_one:
-            kept = with_one_kept(kept, [gate.is_trainable() for gate in gates.values()], rates, seed, step)
+            branches = list(gates.values())
+            kept = with_one_kept(kept, lambda index: branches[index].is_trainable(), rates, seed, step)
         return DropPlan(kept, step, seed)
     rows = RowPlan(
         rates,
@@ -119,8 +120,9 @@ def set_plan(gates: dict[str, DropBP], kept: Sequence[Entry]) -> None:
     if len(kept) != len(gates):
         raise ValueError(f"plan: expected one entry for each of the {len(gates)} branches, got {len(kept)}")
     entries = [as_entry(entry) for entry in kept]
-    for gate, entry in zip(gates.values(), entries, strict=True):
+    for gate in gates.values():
         gate.refresh()
+    for gate, entry in zip(gates.values(), entries, strict=True):
         gate.kept = entry
 
 

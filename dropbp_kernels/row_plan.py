@@ -139,7 +139,8 @@ class RowPlan:
         if len(samples) == 1 and not all(self.by_token):
             _say_that_one_sample_is_no_share()
         num_kept = self.num_kept(len(samples), stages.num_tokens)
-        keeps = with_one_kept([bool(n) for n in num_kept], self.covering, self.drop_rates, self.seed, self.step)
+        is_kept = [count > 0 for count in num_kept]
+        keeps = with_one_kept(is_kept, self.covering.__getitem__, self.drop_rates, self.seed, self.step)
         num_kept = [max(count, int(is_any)) for count, is_any in zip(num_kept, keeps, strict=True)]
         rows = self._sample_rows(num_kept, samples, stages, batch.device)
         rows |= self._token_rows(num_kept, stages, batch.device)

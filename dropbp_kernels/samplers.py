@@ -164,12 +164,16 @@ def draw_kept(
 
 
 def with_one_kept(
-    kept: Sequence[bool], is_trainable: Sequence[bool], rates: Sequence[float], seed: int, step: int
+    kept: Sequence[bool], is_trainable: Callable[[int], bool], rates: Sequence[float], seed: int, step: int
 ) -> tuple[bool, ...]:
-    """`kept`, and one branch more where it keeps none with something to train: by chance, in proportion to 1 - rate."""
-    if any(is_kept and trains for is_kept, trains in zip(kept, is_trainable, strict=True)):
+    """`kept`, and one branch more where it keeps none with something to train: by chance, in proportion to 1 - rate.
+
+    is_trainable: whether the branch of that index has something to train; asked of all only where it matters, since in
+        a large model the answer takes a walk through its parameters.
+    """
+    if any(is_kept and is_trainable(index) for index, is_kept in enumerate(kept)):
         return tuple(kept)
-    candidates = [index for index, trains in enumerate(is_trainable) if trains]
+    candidates = [index for index in range(len(kept)) if is_trainable(index)]
     if not candidates:  # only parameters outside the branches are trained: nothing to keep a branch for
         return tuple(kept)
     ends = list(itertools.accumulate(1.0 - rates[index] for index in candidates))

@@ -114,11 +114,35 @@ def test_strict_mode_names_gates_that_were_not_called():
     relaxed.step()
 
 
-def test_unbiased_grad_scale_follows_the_rates():
-    handler = DropBPHandler(toy_model(), 0.5, grad_scale="unbiased")
-    assert [gate.grad_scale for gate in handler.gates.values()] == [2.0] * 4
+def test_unbiased_grad_scale_follows_the_rates_of_the_plan():
+    handler = DropBPHandler(toy_model(), 0.5, grad_scale="unbiased", strict=False)
+    scales = lambda: [gate.grad_scale for gate in handler.gates.values()]  # noqa: E731
+    assert scales() == [2.0] * 4
     handler.set_drop_rates([0.0, 0.5, 0.75, 0.9])
-    assert [gate.grad_scale for gate in handler.gates.values()] == pytest.approx([1.0, 2.0, 4.0, 10.0])
+    assert scales() == [2.0] * 4  # micro-batches of a step go on as its plan was drawn
+    for new_plan in (handler.step, lambda: handler.set_plan([True] * 4)):
+        new_plan()
+        assert scales() == pytest.approx([1.0, 2.0, 4.0, 10.0])
+
+
+def test_a_plan_does_not_depend_on_the_shape_of_a_batch():
+    """Where branches cost alike at one length and not at another: ranks see other lengths, resumed runs none yet."""
+    model = toy_model(8)
+    for number, block in enumerate(model):
+        block.gate.flops = lambda batch_size, seq_len, power=1 + number % 2: float(batch_size * seq_len**power)
+    handler = DropBPHandler(model, 0.5)
+    plans = [handler.draw(step) for step in range(8)]
+    model(torch.ones(2, 1, 8))
+    assert len(set(handler.flops())) == 1
+    assert [handler.draw(step) for step in range(8)] == plans
+    assert {sum(plan.kept[0::2]) for plan in plans} == {sum(plan.kept[1::2]) for plan in plans} == {2}
+
+
+def test_a_new_handler_takes_back_the_plan_of_the_old_one():
+    model = toy_model()
+    DropBPHandler(model, 0.5).set_plan([False] * 4)
+    handler = DropBPHandler(model, 0.5)
+    assert handler.plan.kept == tuple(gate.kept for gate in handler.gates.values()) == (True,) * 4
 
 
 def test_report_counts_what_was_drawn():
@@ -157,6 +181,28 @@ def test_resume_is_exact():
         assert resumed.step() == plans[step]
         resumed_model(torch.ones(1, 1, 8))
     assert resumed.state_dict() == handler.state_dict()
+
+
+@pytest.mark.parametrize("granularity", ["branch", "sample"])
+def test_resume_within_a_schedule(granularity):
+    """Between two micro-batches of a step, in a handler that was not told how long the run is."""
+
+    def fresh(**options):
+        model = toy_model()
+        options = {"grad_scale": "unbiased", "granularity": granularity, "schedule": "cosine", **options}
+        return model, DropBPHandler(model, 0.75, strict=False, **options)
+
+    _, handler = fresh(total_steps=8)
+    for _ in range(5):
+        handler.step()
+    model, resumed = fresh()
+    resumed.load_state_dict(json.loads(json.dumps(handler.state_dict())))
+    found = [gate.grad_scale for gate in resumed.gates.values()]
+    assert found == [gate.grad_scale for gate in handler.gates.values()]
+    assert 1.0 < found[0] < 4.0
+    model(torch.ones(4, 3, 8)).sum().backward()
+    assert [entry.total_steps for entry in (resumed, handler)] == [8, 8]
+    assert resumed.draw(5).kept_shares == handler.draw(5).kept_shares
 
 
 def test_calibrate_sets_rates_and_leaves_the_model_as_found():
@@ -207,11 +253,11 @@ def test_state_of_another_model_changes_nothing():
         handler.load_state_dict(state)
     with pytest.raises(ValueError, match="state: expected version 1, got None"):
         handler.load_state_dict({})
-    for name, wrong in (("calibration", {}), ("plan", ["kept"] * 4)):
-        with pytest.raises((TypeError, ValueError), match=r"state|plan"):
-            handler.load_state_dict({**DropBPHandler(toy_model(4), 0.25).state_dict(), name: wrong})
-    assert handler.drop_rate == 0.5
-    assert handler.drop_rates == [0.5] * 4
+    before = handler.state_dict()
+    for name, wrong in (("calibration", {}), ("plan", ["kept"] * 4), ("plan", [False]), ("drop_rates", [0.5])):
+        with pytest.raises((TypeError, ValueError), match=r"state|plan|drop_rates"):
+            handler.load_state_dict({**DropBPHandler(toy_model(4), 0.25).state_dict(), "num_steps": 3, name: wrong})
+    assert handler.state_dict() == before
 
 
 @pytest.mark.parametrize("drop_rate", [1.0, -0.1, 1.5, float("nan"), float("inf")])
@@ -240,6 +286,7 @@ def test_no_gates_names_the_module_types():
         ({"dropped_runs": "fast"}, ValueError, "dropped_runs: expected one of inference, detach, got 'fast'"),
         ({"sampler": "fair"}, ValueError, "sampler: expected a callable or one of balanced"),
         ({"total_steps": "many"}, ValueError, "total_steps: expected a number of steps, at least 1, got 'many'"),
+        ({"total_steps": float("inf")}, ValueError, "total_steps: expected a number of steps, at least 1, got inf"),
         ({"seed": "a"}, TypeError, "seed: expected an integer, got 'a'"),
         ({"keep_one": 0}, TypeError, "keep_one: expected True or False, got 0"),
         ({"strict": "no"}, TypeError, "strict: expected True or False, got 'no'"),

@@ -35,3 +35,14 @@ def test_a_wrong_plan_changes_no_gate(kept, error, message):
     with pytest.raises(error, match=message):
         set_plan(gates, kept)
     assert all(gate.kept for gate in gates.values())
+
+
+def test_a_gate_that_finds_its_modules_no_more_changes_no_other():
+    class Lost(DropBP):
+        def refresh(self):
+            raise ValueError("lost")
+
+    gates = {"a": DropBP(), "b": Lost()}
+    with pytest.raises(ValueError, match="lost"):
+        set_plan(gates, (False, False))
+    assert gates["a"].kept
