@@ -57,6 +57,8 @@ def linear_cross_entropy(
         rows = (target != ignore_index).nonzero().squeeze(1)
         if len(rows) < len(target):
             hidden, target = hidden[rows], target[rows]
+    if not torch.is_grad_enabled():  # which the function below would not see, and compute gradients that nobody wants
+        hidden, weight, bias = hidden.detach(), weight.detach(), bias if bias is None else bias.detach()
     total: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, target, float(scale), softcap)
     return total / len(target) if reduction == "mean" else total
 

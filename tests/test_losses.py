@@ -120,6 +120,16 @@ def test_only_what_is_asked_for_is_computed():
 
 
 @pytest.mark.usefixtures("small_slices")
+def test_without_autograd_no_gradient_is_computed():
+    hidden, weight, target, bias = inputs(64, 32, 200)
+    expected = linear_cross_entropy(hidden, weight, target, bias)
+    with torch.no_grad(), FlopCounterMode(display=False) as flops, PeakLiveBytes() as live:
+        loss = linear_cross_entropy(hidden, weight, target, bias)
+    assert torch.equal(loss, expected)
+    assert flops.get_total_flops() == 2 * 64 * 32 * 200
+    assert live.live_bytes == loss.nbytes
+
+
 def test_repeatable_and_retained():
     hidden, weight, target, bias = inputs(dtype=torch.float32)
     losses_ = [linear_cross_entropy(hidden, weight, target, bias) for _ in range(2)]
