@@ -16,7 +16,7 @@ import peft
 
 from dropbp_kernels.measure import saved_bytes
 from dropbp_kernels.paca import PacaConfig, convert_to_lora
-from dropbp_kernels.paca.layer import out_by_in
+from dropbp_kernels.paca.base_layer import out_by_in
 
 IN, OUT, R = 128, 64, 4
 

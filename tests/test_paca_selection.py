@@ -72,3 +72,8 @@ def test_unchosen_columns_can_be_saved_and_loaded(tmp_path):
     assert loaded.base_model.model.model.layers[0].self_attn.q_proj.chosen["default"][0] == NOT_CHOSEN
     with pytest.raises(RuntimeError, match="its columns are not chosen yet"):
         convert_to_lora(loaded)
+    unchosen = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    select_columns(loaded.train(), lambda: loaded(**tiny_batch()).loss.backward())
+    loaded.load_state_dict(unchosen)
+    with pytest.raises(RuntimeError, match="its columns are not chosen yet"):
+        convert_to_lora(loaded)

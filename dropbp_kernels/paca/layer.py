@@ -10,6 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..plain_linear import is_watched
+from .base_layer import features, is_plain, out_by_in
 from .config import PacaConfig
 from .linear import Columns, column_linear
 from .selection import NOT_CHOSEN, check_indices
@@ -104,8 +106,9 @@ class PacaLayer(BaseTunerLayer):
                     f"{prefix}paca_columns.{name}: expected shape {tuple(trained.shape)}, got {tuple(loaded.shape)}"
                 )
             indices = state_dict.get(f"{prefix}paca_indices.{name}")
-            if indices is not None and not (indices == NOT_CHOSEN).all():
-                check_indices(f"{prefix}paca_indices.{name}", indices, self.r[name], self.in_features)
+            if indices is not None:
+                if not (indices == NOT_CHOSEN).all():
+                    check_indices(f"{prefix}paca_indices.{name}", indices, self.r[name], self.in_features)
                 self.chosen[name] = tuple(indices.tolist())
 
     # ---- what the active adapters make of the weight
@@ -219,11 +222,8 @@ class Linear(nn.Module, PacaLayer):
             or type(base).forward not in self.known_forwards
             or "forward" in vars(base)
             or self.base_layer is not base
-            or base._forward_hooks
-            or base._forward_pre_hooks
-            or base._backward_hooks
-            or base._backward_pre_hooks
-            or not is_plain(base.weight)
+            or is_watched(base)
+            or not is_plain(base)
             or base.weight.requires_grad
         )
 
@@ -258,7 +258,7 @@ class Linear(nn.Module, PacaLayer):
     def _merge(self, name: str, safe_merge: bool) -> Any:
         """Merge one adapter; return what `_restore` needs."""
         base: Any = self.get_base_layer()
-        if not is_plain(base.weight):
+        if not is_plain(base):
             raise TypeError(f"merge: expected a dense weight or one of bitsandbytes, got {type(base.weight).__name__}")
         return self._write(self._weight(), name, safe_merge)
 
@@ -282,31 +282,3 @@ class Linear(nn.Module, PacaLayer):
 
     def __repr__(self) -> str:
         return "paca." + super().__repr__()
-
-
-def features(base: Any) -> tuple[int, int]:
-    """(in, out) of a linear layer. Errors: TypeError when it is none that PaCA can train columns of."""
-    if isinstance(base, Conv1D):
-        return base.weight.shape[0], base.weight.shape[1]
-    if isinstance(base, nn.Linear):
-        return base.in_features, base.out_features
-    raise TypeError(f"target_modules: expected nn.Linear or transformers' Conv1D, got {type(base).__name__}")
-
-
-def out_by_in(base: Any) -> Tensor:
-    """The values of a linear layer's weight as (out, in), without a graph; of a quantised one a new tensor."""
-    if is_quantised(base):
-        from .bnb import unpacked
-
-        return unpacked(base)
-    return base.weight.data.t() if isinstance(base, Conv1D) else base.weight.data
-
-
-def is_quantised(base: Any) -> bool:
-    """Whether bitsandbytes holds the weight; asked by name, so that bitsandbytes is not imported for the answer."""
-    return type(base.weight).__name__ in ("Params4bit", "Int8Params")
-
-
-def is_plain(weight: Any) -> bool:
-    """Whether a weight is a tensor like any other, or one of bitsandbytes: no subclass with products of its own."""
-    return type(weight).__name__ in ("Parameter", "Tensor", "FakeTensor", "Params4bit", "Int8Params")

@@ -8,8 +8,9 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from .base_layer import features, is_quantised, out_by_in
 from .config import PREFIX, PacaConfig
-from .layer import Linear, PacaLayer, features, is_quantised, out_by_in
+from .layer import Linear, PacaLayer
 from .selection import NOT_CHOSEN, largest_columns, norms, random_columns
 
 
