@@ -65,6 +65,14 @@ def test_exact_features_are_the_gradient_of_each_example(kind):
     torch.testing.assert_close(grads, torch.stack(expected).flatten(1), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("features", ["exact", "spsa"])
+def test_features_are_float32_under_autocast(features):
+    """The loss is autocast's; what is made of it is not rounded once more."""
+    with torch.autocast("cpu", torch.bfloat16):
+        _, grads = CoresetSelector(tiny_causal_lm(), features=features).score(ragged_batch(6))
+    assert (grads.bfloat16() != grads).float().mean() > 0.9
+
+
 @pytest.mark.parametrize("kind", ["llama", "lora", "gpt2"])
 def test_spsa_is_the_slope_along_its_directions_and_runs_the_first_blocks_once(kind):
     model = with_lora(tiny_causal_lm()) if kind == "lora" else tiny_gpt2() if kind == "gpt2" else tiny_causal_lm()

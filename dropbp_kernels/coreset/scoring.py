@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..gates import find_gates
+from ..lora import without_autocast
 from .projection import Projection
 
 IGNORED = -100
@@ -144,7 +145,8 @@ class Scorer:
                     f"{tuple(x.shape)} for {len(losses)} examples"
                 )
             rows = grad.float().reshape(len(losses), -1, grad.shape[-1])
-            features = features + rows.mT @ x.float().reshape(len(losses), -1, x.shape[-1])
+            with without_autocast(self.device.type):
+                features = features + rows.mT @ x.float().reshape(len(losses), -1, x.shape[-1])
         return losses.detach(), features.flatten(1)
 
     @torch.no_grad()

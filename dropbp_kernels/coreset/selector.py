@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..lora import without_autocast
 from ..ops.l1_distances import l1_distances
 from .budgets import num_kept, plan_budgets, source_id
 from .facility_location import facility_location
@@ -231,7 +232,8 @@ class CoresetSelector:
                 else:
                     losses[places], changes = scorer.spsa(inputs, directions, self.epsilon)
                     along = torch.stack([direction.flatten() for direction in directions])
-                    grads[places] = changes @ along / len(directions)
+                    with without_autocast(scorer.device.type):
+                        grads[places] = changes @ along / len(directions)
         wrong = (~torch.isfinite(losses)).nonzero().flatten().tolist()
         if wrong:
             raise ValueError(
