@@ -232,12 +232,10 @@ def extend(stream: Stream, norm: RMSNorm, gate: DropBP, branch: Callable[..., Te
         if stream.branch is not None:
             residual = add_branch(residual, stream.branch, stream.grad_scale)
         split = gate.split(residual)
-        if split is not None and gate.checkpoint is not None:
+        if split is None or gate.checkpoint is not None:  # the norm is then dropped, or computed again, with its branch
             return Stream(gate.residual_add(residual, lambda x, *args: branch(norm(x), *args), *args))
-        if split is not None:
-            rows = permuted_rms_norm(residual, norm.weight, *split.rows[:2], eps=norm.eps)
-            return Stream(gate.add_rows(split, rows, branch, *args))
-        stream = Stream(residual)  # kept or dropped as a whole
+        rows = permuted_rms_norm(residual, norm.weight, *split.rows[:2], eps=norm.eps)
+        return Stream(gate.add_rows(split, rows, branch, *args))
     normed, residual = enter(stream, norm, gate)
     return Stream(residual, gate.run(normed, branch, *args), gate.grad_scale)
 

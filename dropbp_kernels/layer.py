@@ -10,6 +10,7 @@ nothing, and x + constant gives the residual stream its gradient unchanged. The 
 a `DropBPHandler` draws the plan of a step and writes it into all gates of a model.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -37,8 +38,7 @@ checkpoint_branch: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
 def as_inference(device_type: str) -> AbstractContextManager[None]:
     """How a dropped branch runs: under no_grad, and without autocast's cache of cast weights.
 
-    A cast that was made under no_grad has no graph; found in the cache by a later kept run of the same weight, in the
-    same autocast region, it would silently take that weight's gradient away.
+    The cache would hold a copy of every trained weight of the branch until the autocast region ends, behind the loss.
     """
     # Asking whether autocast is on is an error on devices that have none, such as meta. Which have any is a question
     # that dynamo of torch 2.11 cannot trace.
@@ -259,13 +259,22 @@ class DropBP(nn.Module):
         records = {} if self.records is None else self.records()
         begin = {name: len(values) for name, values in records.items()}
         is_inference = self.dropped_runs == "inference"
-        with as_inference(split.batch.device.type) if is_inference else nullcontext():
-            args_dropped, kwargs_dropped = split.arguments((args, kwargs), split.dropped)
-            run = self.as_dropped(branch) if is_inference else branch
-            dropped = run(*parts[1], *args_dropped, **kwargs_dropped)
-        middle = {name: len(values) for name, values in records.items()}
-        args, kwargs = split.arguments((args, kwargs), split.kept)
-        kept = self.as_kept(branch)(*parts[0], *args, **kwargs)
+        try:
+            with as_inference(split.batch.device.type) if is_inference else nullcontext():
+                args_dropped, kwargs_dropped = split.arguments((args, kwargs), split.dropped)
+                run = self.as_dropped(branch) if is_inference else branch
+                dropped = run(*parts[1], *args_dropped, **kwargs_dropped)
+            middle = {name: len(values) for name, values in records.items()}
+            args, kwargs = split.arguments((args, kwargs), split.kept)
+            kept = self.as_kept(branch)(*parts[0], *args, **kwargs)
+        except RuntimeError as error:
+            if sys.version_info >= (3, 11):
+                error.add_note(
+                    f"The gate ran its branch by rows: {len(split.dropped)} dropped and {len(split.kept)} kept ones. "
+                    "What a branch needs of each sample (a mask, positions) is to be passed through the gate, as "
+                    "residual_add(x, branch, mask), not to be closed over."
+                )
+            raise
         for name, values in records.items():
             of_dropped, of_kept = values[begin[name] : middle[name]], values[middle[name] :]
             values[begin[name] :] = map(split.merge, of_kept, of_dropped)
@@ -339,7 +348,7 @@ class DropBP(nn.Module):
 
     @property
     def records_graph(self) -> bool:
-        """Whether autograd records the branch, or some of its rows, under the present plan."""
+        """Whether autograd records the branch, or may record some of its rows, under the present plan."""
         return bool(self.kept) or self.dropped_runs == "detach"
 
     def is_trainable(self) -> bool:

@@ -1,5 +1,7 @@
 """Branches by rows, behind norms that read rows through the permutation, against the dense model with detached rows."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from dropbp_kernels.by_rows import RowSplit
 from dropbp_kernels.measure import saved_bytes
 from dropbp_kernels.ops import permuted_layer_norm, permuted_rms_norm
 from dropbp_kernels.permutation import draw_permutation
-from dropbp_kernels.row_plan import Batch, Rows
+from dropbp_kernels.row_plan import Batch, ChosenRows, Rows
 
 BATCH, SEQ, WIDTH = 4, 3, 8
 
@@ -107,3 +109,15 @@ def test_each_branch_is_called_with_its_rows():
     assert output.flatten().tolist() == [0.0, 11.0, 22.0, 33.0]
     output.sum().backward()
     assert x.grad.flatten().tolist() == [1.0, 1.0, 6.0, 1.0]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions take notes since Python 3.11")
+def test_a_branch_that_closes_over_what_each_sample_needs_is_told_how_to_get_it():
+    gate = DropBP()
+    gate.kept = ChosenRows(torch.tensor([True, False, False, True]))
+    x, mask = torch.ones(4, 3, 2), torch.ones(4, 3, 1)
+    with pytest.raises(RuntimeError) as raised:
+        gate.residual_add(x, lambda x: x * mask)
+    (note,) = raised.value.__notes__
+    assert note.startswith("The gate ran its branch by rows: 2 dropped and 2 kept ones. What a branch needs of each ")
+    assert torch.equal(gate.residual_add(x, lambda x, mask: x * mask, mask), 2 * x)

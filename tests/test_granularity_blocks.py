@@ -9,6 +9,7 @@ from row_cases import BATCH, SEQ, assert_close, detach_rows, double, draw_masks,
 from benchmarks.tiny_models import tiny_causal_lm, tiny_inputs
 from dropbp_kernels import DropBPHandler, apply_dropbp, blocks, ownership
 from dropbp_kernels.integrations import fusing
+from dropbp_kernels.measure import saved_bytes
 
 
 class FusedStack(torch.nn.Module):
@@ -57,6 +58,20 @@ def test_own_blocks(tokens, checkpoint):
     for hook in hooks:
         hook.remove()
     assert_close(ours, expected, rtol=1e-4, atol=1e-4)  # norms that are not fused take statistics in float32
+
+
+def test_a_branch_none_of_whose_rows_is_kept_saves_nothing():
+    """As one that is dropped whole, its norm included."""
+    model = FusedStack()
+    handler = DropBPHandler(model, 0.5)
+    x, rope = torch.randn(2, SEQ, 32, requires_grad=True), blocks.rotary_embedding(SEQ, 8)
+    none = torch.tensor([False, False])
+    for entry in (False, none):
+        handler.set_plan([entry] * 4)
+        with saved_bytes() as saved:
+            stream = model.layers[1](model.layers[0](blocks.Stream(x), rope), rope)
+        assert stream.residual.requires_grad
+        assert saved.num_bytes == 0
 
 
 @pytest.mark.parametrize("tokens", [False, True], ids=["sample", "token"])

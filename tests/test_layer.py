@@ -9,7 +9,7 @@ import torch
 from models import ToyBlock, gradients
 
 from dropbp_kernels import DropBP, layer
-from dropbp_kernels.measure import num_autograd_nodes, saved_bytes
+from dropbp_kernels.measure import PeakLiveBytes, num_autograd_nodes, saved_bytes
 
 
 def run(block, x):
@@ -56,6 +56,16 @@ def test_what_a_dropped_branch_saves(dropped_runs):
         assert saved.num_tensors == 0
     else:  # the control: the branch saves while it runs, the detach frees it afterwards
         assert saved.num_bytes > 0
+
+
+def test_under_autocast_a_dropped_run_leaves_no_cast_weights_behind():
+    """Autocast keeps those that it casts until its region ends; a kept run needs its own for the backward."""
+    block = ToyBlock(64)
+    block.gate.kept = False
+    with torch.autocast("cpu", torch.bfloat16), PeakLiveBytes() as live:
+        out = block(torch.randn(2, 1, 64))
+        num_bytes = live.live_bytes
+    assert num_bytes < 4 * out.nbytes < block.up.weight.nbytes / 2
 
 
 def test_nothing_to_train_below_adds_no_node_at_all():
