@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import dropbp_kernels.ops  # noqa: F401  (registers them)
 from dropbp_kernels import _backend, reference
 
 # Error allowed on top of twice that of eager, by dtype: about a unit in the last place of the largest value.
