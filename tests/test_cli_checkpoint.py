@@ -55,6 +55,18 @@ def test_checkpoint_with_too_few_embeddings_or_of_another_family(tmp_path, capsy
     assert "found no residual branches in transformer.h.0 (Block)" in capsys.readouterr().err
 
 
+def test_weights_that_cannot_be_read_and_more_columns_than_there_are(tmp_path, capsys):
+    folder = write_checkpoint(tmp_path / "tiny-llama")
+    assert finetune("out", "--model", str(folder), "--adapter", "paca", "--lora-rank", "33") == 2
+    assert "--adapter paca on --model" in (line := capsys.readouterr().err)
+    assert "r: expected at most the 32 inputs" in line
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert finetune("out", "--model", str(folder)) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"dropbp-kernels: error: --model {folder}: ")
+
+
 def test_checkpoint_without_tokenizer(tmp_path, capsys):
     checkpoint_folder = write_checkpoint(tmp_path / "tiny-llama")
     (checkpoint_folder / "tokenizer.json").unlink()

@@ -235,6 +235,20 @@ def test_files_as_editors_leave_them(tmp_path):
     assert notes == [f"{tmp_path / 'b.txt'}: left out, since it is empty"]
 
 
+def test_examples_without_a_prompt_are_not_said_to_be_left_out(tmp_path):
+    """A tokenizer without a first token of its own: then the first token of a row has a label."""
+
+    class Plain(ByteTokenizer):
+        def encode(self, text, add_special_tokens=True):
+            return list(text.encode())
+
+    tokenizer = Plain()
+    path = write_lines(tmp_path / "a.jsonl", *[{"prompt": "", "completion": word} for word in ("one", "two", "three")])
+    notes = []
+    data = load_data(path, tokenizer, 16, 0, notes.append)
+    assert (len(data.train) + len(data.validation), notes) == (3, [])
+
+
 def test_halves_of_the_library_share_no_module():
     pretraining, finetuning = (dict(corpus.modules(half)) for half in (corpus.PRETRAINING, corpus.FINETUNING))
     assert not pretraining.keys() & finetuning.keys()

@@ -137,8 +137,7 @@ def print_table(results: dict[str, dict[str, Any]], settings: Settings) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    title = f"{in_words(settings)}, {settings.adapter}, {settings.dtype} on {settings.device}"
-    table = Table(title=title, title_justify="left")
+    table = Table()
     table.add_column("")
     for name in results:
         table.add_column(name, justify="right")
@@ -160,4 +159,6 @@ def print_table(results: dict[str, dict[str, Any]], settings: Settings) -> None:
     console = Console()
     if not console.is_terminal:  # a log has room, and rich would take it for 80 columns
         console = Console(width=120)
+    title = f"{in_words(settings)}, {settings.adapter}, {settings.dtype} on {settings.device}"
+    console.print(title, highlight=False, soft_wrap=True)
     console.print(table)

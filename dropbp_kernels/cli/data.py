@@ -118,7 +118,7 @@ def load_data(name: str, tokenizer: Any, seq_len: int, seed: int, note: Callable
         raise UserError(f"--data {name}: expected text, found none")
     rows = list(encode(documents, tokenizer, seq_len))
     num_examples = sum(document.kind != "text" for document in documents)
-    num_kept = sum(bool((row.labels[0] == IGNORED).item()) for row in rows)
+    num_kept = sum(row.labels is not row.ids for row in rows)  # of a text they are one tensor
     if num_examples > num_kept and len(rows) >= 2:
         note(f"{name}: {num_examples - num_kept} of {num_examples} examples left out, without a token to train on")
     if len(rows) < 2:

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def load_model(settings: Settings, data: Data) -> nn.Module:
     Full fine-tuning keeps float32 weights, under autocast; with LoRA the frozen weights are held in --dtype.
     Errors: UserError when it cannot be loaded or does not fit the data.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -53,7 +55,7 @@ def load_model(settings: Settings, data: Data) -> nn.Module:
     dtype = torch.float32 if settings.adapter == "full" else settings.torch_dtype()
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         raise UserError(f"--model {settings.model}: {_first_line(error)}") from error
     model.config.use_cache = False
     limit = getattr(model.config, "max_position_embeddings", None)
@@ -85,7 +87,10 @@ def _with_adapter(model: Any, settings: Settings) -> Any:
         config = LoraConfig(lora_alpha=LORA_ALPHA_PER_RANK * settings.lora_rank, **common)
     with warnings.catch_warnings():  # PEFT asks transformers by a name that is on its way out
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
-        return get_peft_model(model, config)
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:  # more columns than a layer has
+            raise UserError(f"--adapter {settings.adapter} on --model {settings.model}: {error}") from error
 
 
 def twin(model: nn.Module) -> nn.Module:

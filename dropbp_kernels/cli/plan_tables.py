@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-GiB = 2**30
+MiB, GiB = 2**20, 2**30
 
 
 def show(report: dict[str, Any]) -> None:
@@ -23,29 +23,30 @@ def show(report: dict[str, Any]) -> None:
         f"{report['model']}, {report['num_parameters'] / 1e9:.2f} billion parameters, {options['adapter']}: batch "
         f"{options['batch_size']} x {options['seq_len']} tokens, {_words(asked['setting'])}"
     )
+    unit, size = ("GiB", GiB) if asked["peak_bytes"] >= GiB / 4 else ("MiB", MiB)
     parts = Table()
     parts.add_column("live at the peak")
-    parts.add_column("GiB", justify="right")
+    parts.add_column(unit, justify="right")
     for tag, num_bytes in asked["bytes"].items():
-        parts.add_row(tag, f"{num_bytes / GiB:.2f}")
-    parts.add_row("peak", f"{asked['peak_bytes'] / GiB:.2f}", style="bold")
+        parts.add_row(tag, f"{num_bytes / size:.2f}")
+    parts.add_row("peak", f"{asked['peak_bytes'] / size:.2f}", style="bold")
     console.print(parts)
 
     say("Step time is by FLOPs, relative to dropping and checkpointing nothing.")
     is_bounded = "budget_bytes" in report
     table = Table()
     bounded = ("fits", "longest sequence", "largest batch") if is_bounded else ()
-    for name in ("drop rate", "checkpoint", "peak, GiB", "step time", *bounded):
+    for name in ("drop rate", "checkpoint", f"peak, {unit}", "step time", *bounded):
         table.add_column(name, justify="right")
     for row in report["settings"]:
         setting = row["setting"]
-        cells = [f"{setting['drop_rate']:g}", setting["checkpoint"], f"{row['peak_bytes'] / GiB:.2f}"]
+        cells = [f"{setting['drop_rate']:g}", setting["checkpoint"], f"{row['peak_bytes'] / size:.2f}"]
         cells.append(f"{row['relative_step_time']:.2f}")
         if is_bounded:
             cells += ["yes" if row["fits"] else "no", f"{row['longest_seq_len']:,}", f"{row['largest_batch_size']:,}"]
         table.add_row(*cells, style="bold" if row is asked else None)
     console.print(table)
-    for title, rows in _of_targets(report):
+    for title, rows in _of_targets(report, unit, size):
         say(title)
         table = Table()
         for name in rows[0]:
@@ -85,7 +86,7 @@ def _words(setting: dict[str, Any]) -> str:
     )
 
 
-def _of_targets(report: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, str]]]]:
+def _of_targets(report: dict[str, Any], unit: str, size: int) -> Iterator[tuple[str, list[dict[str, str]]]]:
     """The title and rows of a table for the data and one for target plans, where they were asked for."""
     if "data" in report:
         rows = [
@@ -106,7 +107,7 @@ def _of_targets(report: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, st
         rows = [
             {
                 "targets": "no plan" if (share := row["setting"]["target_share"]) is None else f"{share:.1%}",
-                "peak, GiB": f"{row['peak_bytes'] / GiB:.2f}",
+                f"peak, {unit}": f"{row['peak_bytes'] / size:.2f}",
                 "step time": f"{row['relative_step_time']:.2f}",
             }
             for row in report["target_plans"]
