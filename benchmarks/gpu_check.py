@@ -13,11 +13,11 @@ own time limit; a stage that fails does not stop the next ones. DIR receives fiv
 are: summary.json (stages, targets, machine), log.txt (what the stages printed), rows.zip (the CSV files) and two
 pictures. Exit code 0: every stage passed and every target was met.
 
-This file imports nothing but the standard library, so that it can report that the package does not import.
+This file, gpu_stages.py (how a stage runs) and gpu_targets.py (what is demanded) import nothing but the standard
+library, so that they can report that the package does not import.
 """
 
 import argparse
-import csv
 import hashlib
 import importlib.util
 import json
@@ -29,11 +29,17 @@ import sys
 import tempfile
 import time
 import zipfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+if not __package__:  # run by its path
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks.gpu_stages import PARTS, PICTURES_S, Check, Stage  # noqa: E402
+from benchmarks.gpu_targets import judged  # noqa: E402
+
 COPIED = (
     "dropbp_kernels",
     "csrc",
@@ -47,9 +53,6 @@ COPIED = (
 )
 NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.csv", "*.png", ".*")
 BUDGET_S = 465.0  # of the 8 minutes; the rest is for starting and writing
-# In the order of what a first run wants to know.
-PARTS = ("build", "boundary", "tests", "benchmarks", "step", "sanitizer", "cpu")
-PICTURES_S = 25.0  # kept for them, whatever the stages before took
 OP_TESTS = tuple(
     f"tests/test_{path.stem}.py"
     for path in sorted((ROOT / "dropbp_kernels" / "ops").glob("*.py"))
@@ -61,6 +64,7 @@ GPU_TESTS = tuple(
     for path in sorted((ROOT / "tests").glob("test_*.py"))
     if re.search(r"mark\.gpu|def test_\w+\([^)]*\b(backend|device)\b", path.read_text())
 )
+DRY_TESTS = ("tests/test_gated_residual_rms_norm.py",)  # those of all ops take as long to collect as a suite to run
 # A suite for each op and host overhead; the others run whole models.
 BOUNDARY_SUITES = ("gated_residual_rms_norm", "gated_residual_layer_norm", "gated_residual_add")
 MODEL_SUITES = ("sensitivity",)  # and those whose names end in step
@@ -69,8 +73,6 @@ OP_SUITES = tuple(
     for path in sorted((ROOT / "benchmarks").glob("bench_*.py"))
     if not path.stem.endswith(("step", *MODEL_SUITES, *BOUNDARY_SUITES))
 )
-# Share of the copy bandwidth measured in the same run, bfloat16, width of at least 4096 and 8 M elements.
-TARGET_FORWARD, TARGET_BACKWARD = 0.88, 0.70
 MACHINE_CODE = """
 import json, platform, sys, torch, dropbp_kernels
 from dropbp_kernels import _backend
@@ -86,86 +88,6 @@ print(json.dumps({
     "missing": {name: _backend.why_not(name, "gated_residual_add") for name in _backend.BACKENDS},
 }))
 """
-
-
-@dataclass
-class Stage:
-    """One subprocess and how it went."""
-
-    name: str
-    ok: bool
-    seconds: float
-    note: str = ""
-
-
-@dataclass
-class Target:
-    """A number and the bound it must keep; ok is None where it could not be judged."""
-
-    name: str
-    value: float | None
-    bound: float
-    ok: bool | None
-
-
-@dataclass
-class Check:
-    """The state of one run."""
-
-    out: Path
-    tree: Path
-    is_dry: bool
-    deadline: float
-    commit: str
-    parts: tuple[str, ...] = PARTS
-    stages: list[Stage] = field(default_factory=list)
-    machine: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def device(self) -> str:
-        return "cpu" if self.is_dry else "cuda"
-
-    def stage(self, name: str, command: list[str], limit_s: float, *, codes: tuple[int, ...] = (0,)) -> str:
-        """Run one stage in the copied tree, within its limit and the time left; return what it printed."""
-        limit_s = min(limit_s, self.left_s() - (0 if name == "pictures" else PICTURES_S))
-        if limit_s < 2:
-            self.stages.append(Stage(name, False, 0.0, "no time left"))
-            return ""
-        environment = {**os.environ, "PYTHONPATH": str(self.tree), "PYTHONUNBUFFERED": "1"}
-        environment["DROPBP_KERNELS_CUDA"] = "0" if self.is_dry else "1"
-        if capability := self.machine.get("capability"):
-            environment["TORCH_CUDA_ARCH_LIST"] = capability  # code for this GPU alone: a shorter build
-        started = time.monotonic()
-        process = subprocess.Popen(
-            command,
-            cwd=self.tree,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            output, _ = process.communicate(timeout=limit_s)
-            ok, note = process.returncode in codes, "" if process.returncode in codes else f"exit {process.returncode}"
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)  # its children too, compilers and workers
-            output, _ = process.communicate()
-            ok, note = False, f"stopped after {limit_s:.0f} s"
-        stage = Stage(name, ok, round(time.monotonic() - started, 1), note or _pytest_result(output))
-        self.stages.append(stage)
-        with (self.out / "log.txt").open("a") as log:
-            log.write(f"\n===== {name}: {' '.join(command)}\n{output}\n")
-        print(f"{'ok    ' if ok else 'FAILED'} {stage.seconds:6.1f} s  {name}  {stage.note}", flush=True)
-        if not ok:
-            print("\n".join(f"       | {line}" for line in output.strip().splitlines()[-12:]), flush=True)
-        return output
-
-    def left_s(self) -> float:
-        return self.deadline - time.monotonic()
-
-    def note(self, text: str) -> None:
-        self.stages[-1].note = "; ".join(filter(None, (self.stages[-1].note, text)))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -186,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
         deadline, parts = started + options.budget_s, tuple(options.only)
         check = Check(options.out.resolve(), tree, options.dry_run, deadline, commit, parts)
         counts = _run_stages(check, options.no_build)
-        targets = _targets(check, counts)
+        targets = judged(check.out, check.parts, counts, check.is_dry)
         _pack_rows(check.out)
         libraries = _libraries(tree)
 
@@ -246,7 +168,7 @@ def _run_stages(check: Check, no_build: bool) -> list[dict[str, Any]]:
         at_once = [*pytest, "-n", str(min(os.cpu_count() or 1, 16))]  # Triton compiles a kernel for each width
     if "tests" in check.parts:
         # On a CPU no test of the ops is marked gpu: pytest's exit code 5.
-        tests, codes = (OP_TESTS, (0, 5)) if check.is_dry else (GPU_TESTS, (0,))
+        tests, codes = (DRY_TESTS, (0, 5)) if check.is_dry else (GPU_TESTS, (0,))
         limit_s = 130 if len(check.parts) > 3 else 300
         check.stage("GPU tests", [*at_once, "-m", "gpu", *tests, "-k", "not 2_31"], limit_s, codes=codes)
         if not check.is_dry:  # one after the other: each wants a third of the memory
@@ -267,18 +189,12 @@ def _run_stages(check: Check, no_build: bool) -> list[dict[str, Any]]:
         quick = [python, "tests/sanitize.py", "--only", "gpu", "--quick"]
         check.stage("compute-sanitizer memcheck", quick, 90, codes=(1,) if check.is_dry else (0,))
     if "cpu" in check.parts:
-        few = ["-k", "cpp and empty"] if check.is_dry else ["-k", "cpp"]
-        check.stage("CPU tests of the ops", [*at_once, "-m", "not gpu", *OP_TESTS, *few], 60)
+        some = [*DRY_TESTS, "-k", "cpp and empty"] if check.is_dry else [*OP_TESTS, "-k", "cpp"]
+        check.stage("CPU tests of the ops", [*at_once, "-m", "not gpu", *some], 60)
     if {"benchmarks", "step"} & set(check.parts):
         check.stage("pictures", [python, "-m", "benchmarks.plots", "--rows", str(check.out), *out], PICTURES_S)
     counts = check.tree / "boundary.json"
     return json.loads(counts.read_text()) if counts.exists() else []
-
-
-def _pytest_result(output: str) -> str:
-    """Pytest's last line, such as "12 passed, 3 skipped in 4.56s"; "" for any other output."""
-    lines = output.strip().splitlines()
-    return lines[-1].strip("= ") if lines and re.search(r"\d (passed|failed|deselected|skipped)", lines[-1]) else ""
 
 
 def _machine(check: Check, name: str) -> dict[str, Any]:
@@ -290,73 +206,6 @@ def _machine(check: Check, name: str) -> dict[str, Any]:
     machine = json.loads(lines[-1])
     check.note(f"{machine['device']}, torch {machine['torch']}, Python {machine['python']}")
     return machine
-
-
-def _targets(check: Check, counts: list[dict[str, Any]]) -> list[Target]:
-    """The targets, judged from the rows and the counts of this run."""
-    costs = [
-        c["saved_bytes"] + c["backward_kernels"] + c["backward_allocated_bytes"] for c in counts if c["must_be_free"]
-    ]
-    worst = max(costs, default=None)
-    name = "dropped boundary: kernels + bytes saved + bytes allocated in backward"
-    targets = []
-    if "boundary" in check.parts:
-        targets.append(Target(name, worst, 0, None if worst is None else worst == 0))
-    if "benchmarks" in check.parts:
-        targets += _bandwidths(check)
-    if "step" in check.parts:
-        targets += _steps(check)
-    return targets
-
-
-def _bandwidths(check: Check) -> list[Target]:
-    norms = _rows(check.out / "gated_residual_rms_norm.csv")
-    layer_norms = _rows(check.out / "gated_residual_layer_norm.csv")
-    adds = _rows(check.out / "gated_residual_add.csv")
-    return [
-        _bandwidth("fused forward", norms, "fwd", "weight frozen", TARGET_FORWARD),
-        _bandwidth("fused backward, weight frozen", norms, "bwd", "weight frozen", TARGET_BACKWARD),
-        _bandwidth("fused backward, weight trained", norms, "bwd", "weight trained", TARGET_BACKWARD),
-        _bandwidth("fused LayerNorm forward", layer_norms, "fwd", "weight frozen", TARGET_FORWARD),
-        _bandwidth("fused LayerNorm backward, weight frozen", layer_norms, "bwd", "weight frozen", TARGET_BACKWARD),
-        _bandwidth("add", adds, "fwd", "sum", TARGET_FORWARD),
-    ]
-
-
-def _steps(check: Check) -> list[Target]:
-    targets = []
-    steps = [row for row in _rows(check.out / "step.csv") if row["method"] == "ours"]
-    for rate in ("0.5", "0.75", "0.875"):
-        row = next((row for row in reversed(steps) if row["drop_rate"] == rate), None)
-        over = None if row is None else float(row["step_over_ideal"])
-        ok = None if over is None or check.is_dry or rate != "0.75" else over <= 1.05
-        if rate == "0.75":
-            targets.append(Target("step at 0.75 over forward + 0.25 backward", over, 1.05, ok))
-        peak = None if row is None else int(row["peak_live_bytes"]) / int(row["ideal_peak_bytes"])
-        ok = None if peak is None or check.is_dry else peak <= 1
-        targets.append(Target(f"peak live bytes at {rate} over the ideal", peak, 1.0, ok))
-    return targets
-
-
-def _bandwidth(what: str, rows: list[dict[str, str]], direction: str, case: str, bound: float) -> Target:
-    """The smallest share of copy bandwidth among this package's rows that the target speaks of."""
-    shares = [
-        float(row["copy_fraction"])
-        for row in rows
-        if row["backend"] in ("cuda", "triton")
-        and (row["direction"], row["case"], row["dtype"]) == (direction, case, "bfloat16")
-        and int(row["width"]) >= 4096
-        and int(row["rows"]) * int(row["width"]) >= 1 << 23
-    ]
-    worst = min(shares, default=None)
-    return Target(f"{what}: share of copy bandwidth", worst, bound, None if worst is None else worst >= bound)
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def _pack_rows(out: Path) -> None:

@@ -1,5 +1,6 @@
 """benchmarks/gpu_check.py: what it judges by hand, and the whole of it on a CPU."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ if not (ROOT / "benchmarks").is_dir():
     pytest.skip("the benchmarks are not part of an installed package", allow_module_level=True)
 sys.path.append(str(ROOT))
 
-from benchmarks import gpu_check, run  # noqa: E402
+from benchmarks import gpu_check, gpu_stages, gpu_targets, run  # noqa: E402
 
 
 @pytest.mark.slow
@@ -52,11 +53,17 @@ def test_gpu_check_measures_and_tests_every_op():
     assert {*tests, "tests/test_on_gpu.py", "tests/test_op_properties.py"} <= set(gpu_check.GPU_TESTS)
 
 
+def test_gpu_check_runs_without_any_package():
+    command = [sys.executable, "-I", "-S", "benchmarks/gpu_check.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture
 def check(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    return gpu_check.Check(out, tmp_path, is_dry=False, deadline=time.monotonic() + 60, commit="")
+    return gpu_stages.Check(out, tmp_path, is_dry=False, deadline=time.monotonic() + 60, commit="")
 
 
 def test_a_failing_stage_is_noted_and_the_next_one_runs(check, capsys):
@@ -69,14 +76,14 @@ def test_a_failing_stage_is_noted_and_the_next_one_runs(check, capsys):
     assert "why" in log
     assert "waiting" in log
     assert "FAILED" in capsys.readouterr().out
-    check.deadline = time.monotonic() + gpu_check.PICTURES_S  # kept for the pictures
+    check.deadline = time.monotonic() + gpu_stages.PICTURES_S  # kept for the pictures
     check.stage("pictures", ["true"], 30)
     assert check.stages[-1].ok
     check.stage("late", ["true"], 30)
     assert check.stages[-1].note == "no time left"
 
 
-def test_targets_are_judged_by_the_worst_row(check):
+def test_targets_are_judged_by_the_worst_row(tmp_path):
     columns = "backend,direction,case,dtype,rows,width,copy_fraction"
     lines = [
         "triton,fwd,weight frozen,bfloat16,16384,4096,0.9",
@@ -85,9 +92,10 @@ def test_targets_are_judged_by_the_worst_row(check):
         "eager,fwd,weight frozen,bfloat16,8192,8192,0.2",
         "triton,bwd,weight frozen,bfloat16,8192,8192,0.7",
     ]
-    (check.out / "gated_residual_rms_norm.csv").write_text("\n".join([columns, *lines]) + "\n")
+    (tmp_path / "gated_residual_rms_norm.csv").write_text("\n".join([columns, *lines]) + "\n")
+    judged = functools.partial(gpu_targets.judged, tmp_path, gpu_stages.PARTS, is_dry=False)
     free = {"saved_bytes": 0, "backward_kernels": 0, "backward_allocated_bytes": 0, "must_be_free": True}
-    verdicts = {target.name: target for target in gpu_check._targets(check, [free])}
+    verdicts = {target.name: target for target in judged([free])}
     forward = verdicts["fused forward: share of copy bandwidth"]
     assert (forward.value, forward.ok) == (0.8, False)
     assert verdicts["fused backward, weight frozen: share of copy bandwidth"].ok is True
@@ -95,6 +103,6 @@ def test_targets_are_judged_by_the_worst_row(check):
     (boundary_target,) = (target for name, target in verdicts.items() if name.startswith("dropped boundary"))
     assert boundary_target.ok is True
     busy = {**free, "backward_kernels": 1}
-    assert gpu_check._targets(check, [free, busy])[0].ok is False
-    check.parts = ("benchmarks",)  # what was not asked for is not missed
-    assert not any(target.name.startswith("dropped") for target in gpu_check._targets(check, []))
+    assert judged([free, busy])[0].ok is False
+    asked = gpu_targets.judged(tmp_path, ("benchmarks",), [], is_dry=False)
+    assert not any(target.name.startswith("dropped") for target in asked)  # what was not asked for is not missed
