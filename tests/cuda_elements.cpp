@@ -2,7 +2,10 @@
 // another, so that sanitizers see each access. Results are compared with plain loops in double.
 // What this cannot show: races, memory spaces, speed. Built and run by test_cuda_rows.py.
 #include <math.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
+#include <csignal>
 #include <cstdint>
 #include <cstdio>
 #include <random>
@@ -144,11 +147,17 @@ void check_glu() {
   constexpr int64_t kRows = 5, kWidth = 2 * N, kCount = kRows * kWidth;
   constexpr double kStep = 1e-5;
   const auto value = [](double x) { return activation_of<kActivation>(x); };
-  const auto slope = [&](double x) { return (value(x + kStep) - value(x - kStep)) / (2 * kStep); };
+  const auto slope = [&](double x) {
+    if (fabs(x) > 1e3) return x > 0 ? 1.0 : 0.0;  // straight
+    return (value(x + kStep) - value(x - kStep)) / (2 * kStep);
+  };
   const double forward = 2 * kRounding<T>, backward = 4 * kRounding<T> + 1e-8;
 
   const int64_t odd = kCount - (N > 1);
-  const auto gate = random_values<T>(odd), up = random_values<T>(odd), grad = random_values<T>(odd);
+  auto gates_of_each_size = random_values<T>(odd);
+  const double large = std::is_same_v<T, Half> ? 1e4 : 1e25;  // float cannot hold its square
+  gates_of_each_size[0] = narrow<T>(large), gates_of_each_size[1] = narrow<T>(-large);
+  const auto gate = gates_of_each_size, up = random_values<T>(odd), grad = random_values<T>(odd);
   auto output = unwritten<T>(odd), grad_gate = output, grad_up = output;
   const auto dense = [odd](auto& values) {
     return Rows<std::remove_pointer_t<decltype(values.data())>>{values.data(), odd};
@@ -296,6 +305,38 @@ void check_channels() {
   }
 }
 
+// Whether `run`, in a process of its own, is stopped by a failed assertion.
+template <class Run>
+bool is_stopped(const Run& run) {
+  std::fflush(stdout);
+  const pid_t child = fork();
+  if (child == 0) {
+    fclose(stdout), fclose(stderr);
+    run();
+    _exit(0);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  return WIFSIGNALED(status) && WTERMSIG(status) == SIGABRT;
+}
+
+void check_wrong_indices() {
+  constexpr int64_t kWidth = 9;
+  const std::vector<float> input(kWidth);
+  for (const int64_t wrong : {int64_t{-1}, kWidth}) {
+    float output;
+    const bool stopped = is_stopped([&] {
+      launch([&] {
+        dropbp::partial_gather_kernel<float>(&output, input.data(), &wrong, kWidth, kWidth, 1, 1);
+      });
+    });
+    if (stopped) continue;
+    std::printf("index %lld of %lld: nothing stopped\n", static_cast<long long>(wrong),
+                static_cast<long long>(kWidth));
+    ++num_failed;
+  }
+}
+
 template <class T, int N>
 void check_activations() {
   check_glu<Activation::kSilu, T, N>();
@@ -329,6 +370,7 @@ int main() {
   check_channels<BFloat16>();
   check_channels<float>();
   check_channels<double>();
+  check_wrong_indices();
   std::printf(num_failed ? "%d failed\n" : "checked\n", num_failed);
   return num_failed > 0;
 }

@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <limits>
 #include <random>
 #include <vector>
 
@@ -29,6 +30,7 @@ struct Fibre {
   std::vector<char> stack = std::vector<char>(64 << 10);
   uint3 thread;
   bool is_done = false;
+  int block_round = -1;  // of the block's meeting that it waits for
 };
 struct Meeting {
   int num_here = 0, round = 0;
@@ -52,7 +54,11 @@ static void meet(Meeting& meeting, int num_expected) {
   while (meeting.round == round) wait_for_others();
 }
 
-static void __syncthreads() { meet(block_meeting, static_cast<int>(fibres.size())); }
+static void __syncthreads() {
+  fibres[current].block_round = block_meeting.round;
+  meet(block_meeting, static_cast<int>(fibres.size()));
+  fibres[current].block_round = -1;
+}
 
 template <class W>
 W __shfl_xor_sync(unsigned, W value, int distance) {
@@ -64,21 +70,47 @@ W __shfl_xor_sync(unsigned, W value, int distance) {
   return other;
 }
 
+// Shared memory whose size the launch says, and bytes behind it that nobody may write. NaN at
+// first.
+static std::vector<unsigned char> shared;
+constexpr size_t kBehind = 64;
+static int num_failed = 0;
+
+namespace dropbp {
+void* shared_memory() { return shared.data(); }
+}  // namespace dropbp
+
 static void fibre_main() {
   body();
   fibres[current].is_done = true;
   wait_for_others();
 }
 
-static void launch(unsigned num_blocks, dim3 block, std::function<void()> kernel) {
+// Lets each thread of a warp go on that does not wait for the block; whether there was one.
+static bool run_warp(size_t warp) {
+  bool has_run = false;
+  for (current = warp * 32; current < std::min(warp * 32 + 32, fibres.size()); ++current) {
+    const Fibre& fibre = fibres[current];
+    if (fibre.is_done || fibre.block_round == block_meeting.round) continue;
+    has_run = true;
+    threadIdx = fibre.thread;
+    swapcontext(&scheduler, &fibres[current].context);
+  }
+  return has_run;
+}
+
+static void launch(unsigned num_blocks, dim3 block, std::function<void()> kernel,
+                   size_t shared_bytes = 0) {
   gridDim = dim3(num_blocks);
   blockDim = block;
   body = std::move(kernel);
   for (unsigned b = 0; b < num_blocks; ++b) {
     blockIdx = uint3{b, 0, 0};
+    shared.assign(shared_bytes + kBehind, 0xff);
     fibres.resize(block.x * block.y);  // stacks are used again
     for (size_t i = 0; i < fibres.size(); ++i) {
       fibres[i].is_done = false;
+      fibres[i].block_round = -1;
       fibres[i].thread =
           uint3{static_cast<unsigned>(i) % block.x, static_cast<unsigned>(i) / block.x, 0};
       getcontext(&fibres[i].context);
@@ -86,15 +118,21 @@ static void launch(unsigned num_blocks, dim3 block, std::function<void()> kernel
       fibres[i].context.uc_stack.ss_size = fibres[i].stack.size();
       makecontext(&fibres[i].context, fibre_main, 0);
     }
-    for (size_t num_done = 0; num_done < fibres.size();) {
-      num_done = 0;
-      for (current = 0; current < fibres.size(); ++current) {
-        if (!fibres[current].is_done) {
-          threadIdx = fibres[current].thread;
-          swapcontext(&scheduler, &fibres[current].context);
-        }
-        num_done += fibres[current].is_done;
+    // A warp runs until all of it waits for the block, and only then the next: what one warp writes
+    // without a barrier before it, it writes before another one has read what was there.
+    const size_t num_warps = (fibres.size() + 31) / 32;
+    for (size_t num_waiting = 0; num_waiting < num_warps;) {
+      num_waiting = 0;
+      for (size_t warp = 0; warp < num_warps; ++warp) {
+        bool has_run = run_warp(warp);
+        num_waiting += !has_run;
+        while (has_run) has_run = run_warp(warp);
       }
+    }
+    for (size_t i = shared_bytes; i < shared.size(); ++i) {
+      if (shared[i] == 0xff) continue;
+      std::printf("%zu bytes of shared memory: one more was written\n", shared_bytes);
+      ++num_failed;
     }
   }
 }
@@ -111,8 +149,6 @@ using dropbp::narrow;
 using dropbp::Weight;
 using dropbp::widen;
 
-static int num_failed = 0;
-
 template <class T>
 std::vector<T> random_values(size_t count, double mean = 0) {
   static std::mt19937 generator(0);
@@ -120,6 +156,11 @@ std::vector<T> random_values(size_t count, double mean = 0) {
   std::vector<T> values(count);
   for (T& value : values) value = narrow<T>(normal(generator));
   return values;
+}
+
+template <class W>
+std::vector<W> unwritten(size_t count) {
+  return std::vector<W>(count, std::numeric_limits<W>::quiet_NaN());
 }
 
 template <class T>
@@ -151,22 +192,25 @@ void check(ElementType type, int width, dim3 block, double tolerance) {
     const bool is_layer = kind == 2, gemma = kind == 1;
     const char* name = is_layer ? "layer_norm" : gemma ? "rms_norm, gemma" : "rms_norm";
     std::vector<T> normed(count), sum(count), grad(count), frozen(count);
-    std::vector<W> mean(kRows), rstd(kRows), partial(kBlocks * width),
-        bias_partial(kBlocks * width);
+    std::vector<W> mean(kRows), rstd(kRows);
+    std::vector<W> partial = unwritten<W>(kBlocks * width), bias_partial = partial;
     std::vector<T> grad_weight(width), grad_bias(width);
-    const auto backward = [&](auto column_sums, T* out, W* weights, W* biases) {
+    const auto backward = [&](auto column_sums, T* out, W* weights, W* biases,
+                              bool in_shared = false) {
       constexpr bool kSums = decltype(column_sums)::value;
-      launch(kBlocks, block, [&, out, weights, biases] {
+      const size_t num_sums = in_shared ? (weights != nullptr) + (is_layer && biases) : 0;
+      const auto kernel = [&, out, weights, biases] {
         if (is_layer) {
           dropbp::gated_residual_layer_norm_backward_kernel<T, T, W, N, kHeld, kSums>(
               grad_normed.data(), grad_new.data(), sum.data(), factor, mean.data(), rstd.data(),
-              out, weights, biases, kRows, width);
+              out, weights, biases, in_shared, kRows, width);
         } else {
           dropbp::gated_residual_rms_norm_backward_kernel<T, T, W, N, kHeld, kSums>(
               grad_normed.data(), grad_new.data(), sum.data(), factor, gemma, rstd.data(), out,
-              weights, kRows, width);
+              weights, in_shared, kRows, width);
         }
-      });
+      };
+      launch(kBlocks, block, kernel, num_sums * width * sizeof(W));
     };
     launch(kRows / 2, block, [&] {
       if (is_layer) {
@@ -181,6 +225,17 @@ void check(ElementType type, int width, dim3 block, double tolerance) {
     });
     backward(std::true_type{}, grad.data(), partial.data(), bias_partial.data());
     backward(std::false_type{}, frozen.data(), nullptr, nullptr);
+    if (kHeld == 0) {  // the same sums, taken in shared memory: of both, and of the bias alone
+      std::vector<W> in_shared = unwritten<W>(partial.size()), biases = in_shared,
+                     bias_alone = in_shared;
+      backward(std::true_type{}, grad.data(), in_shared.data(), biases.data(), true);
+      if (is_layer) backward(std::true_type{}, grad.data(), nullptr, bias_alone.data(), true);
+      const bool is_same = !is_layer || (biases == bias_partial && bias_alone == bias_partial);
+      if (in_shared != partial || !is_same) {
+        std::printf("%s, width %d: other sums in shared memory\n", name, width);
+        ++num_failed;
+      }
+    }
     const dim3 sum_block(dropbp::kColumns, dropbp::kParts);
     const unsigned sum_blocks = (width + dropbp::kColumns - 1) / dropbp::kColumns;
     for (auto [to, from] :
@@ -272,9 +327,10 @@ void check_permuted(ElementType type, int width, dim3 block) {
     const bool is_layer = kind == 2, gemma = kind == 1;
     std::vector<T> normed(count), sum(count), kept(kept_count), dropped(kept_count), kept_x(count);
     std::vector<T> wanted_grad(kept_count), grad = grad_residual;
-    std::vector<W> mean(kRows), rstd(kRows), kept_mean(kKept), kept_rstd(kKept);
+    std::vector<W> mean(kRows), rstd(kRows), kept_mean = unwritten<W>(kKept), kept_rstd(kKept);
     const size_t size = kBlocks * width;
-    std::vector<W> weights(size), biases(size), wanted_weights(size), wanted_biases(size);
+    std::vector<W> weights = unwritten<W>(size), biases = weights, wanted_weights = weights,
+                   wanted_biases = weights;
     launch(kRows / 2, block, [&] {
       if (is_layer) {
         dropbp::gated_residual_layer_norm_kernel<T, T, W, N, kHeld>(
@@ -300,19 +356,21 @@ void check_permuted(ElementType type, int width, dim3 block) {
       if (is_layer) {
         dropbp::gated_residual_layer_norm_backward_kernel<T, T, W, N, kHeld, true>(
             grad_kept.data(), grad_x.data(), x.data(), factor, mean.data(), rstd.data(),
-            wanted_grad.data(), wanted_weights.data(), wanted_biases.data(), kKept, width);
+            wanted_grad.data(), wanted_weights.data(), wanted_biases.data(), false, kKept, width);
       } else {
         dropbp::gated_residual_rms_norm_backward_kernel<T, T, W, N, kHeld, true>(
             grad_kept.data(), grad_x.data(), x.data(), factor, gemma, rstd.data(),
-            wanted_grad.data(), wanted_weights.data(), kKept, width);
+            wanted_grad.data(), wanted_weights.data(), false, kKept, width);
       }
     });
-    launch(kBlocks, block, [&] {
+    const bool in_shared = kHeld == 0;
+    const auto permuted = [&] {
       dropbp::permuted_norm_backward_kernel<T, T, W, N, kHeld, true>(
           grad_kept.data(), kept_x.data(), factor, kept_mean.data(), kept_rstd.data(), permutation,
-          is_layer, gemma, grad.data(), weights.data(), is_layer ? biases.data() : nullptr, kKept,
-          width);
-    });
+          is_layer, gemma, grad.data(), weights.data(), is_layer ? biases.data() : nullptr,
+          in_shared, kKept, width);
+    };
+    launch(kBlocks, block, permuted, in_shared ? (1 + is_layer) * width * sizeof(W) : 0);
     const std::vector<T> moved = gathered(grad);
     same("grad of kept rows", moved, wanted_grad, kept_count, 1e-5);
     same("grad of dropped rows", std::vector<T>(moved.begin() + kept_count, moved.end()),
@@ -322,9 +380,10 @@ void check_permuted(ElementType type, int width, dim3 block) {
   }
   std::vector<T> sum(count);
   const auto branch = random_values<T>(count);
+  const std::vector<T> rest(branch.begin() + kept_count, branch.end());
   launch(2, dim3(64), [&] {
     dropbp::permuted_residual_add_kernel<T, T, N>(sum.data(), residual.data(), branch.data(),
-                                                  branch.data() + kept_count, entries.data(), 4, 2,
+                                                  rest.data(), entries.data(), 4, 2,
                                                   int64_t{kRowsPerEntry} * width, count);
   });
   std::vector<T> wanted(count);
@@ -334,7 +393,21 @@ void check_permuted(ElementType type, int width, dim3 block) {
   same("permuted add", gathered(sum), wanted, count);
 }
 
+// More partial sums than threads of a column, and a last block of columns that is not full.
+static void check_sum_of_partials() {
+  constexpr int kPartials = 2 * dropbp::kParts + 3, kWidth = dropbp::kColumns + 8;
+  const auto partial = random_values<float>(kPartials * kWidth);
+  std::vector<float> sums = unwritten<float>(kWidth);
+  launch(2, dim3(dropbp::kColumns, dropbp::kParts), [&] {
+    dropbp::sum_partials_kernel<float, float>(sums.data(), partial.data(), kPartials, kWidth);
+  });
+  std::vector<double> wanted(kWidth);
+  for (size_t i = 0; i < partial.size(); ++i) wanted[i % kWidth] += partial[i];
+  expect("sum of partials", kWidth, sums, wanted, 1e-5);
+}
+
 int main() {
+  check_sum_of_partials();
   constexpr auto kBFloat16 = ElementType::kBFloat16;
   check<__nv_bfloat16, float, 8, 2>(kBFloat16, 64, dim3(32, 4), 0.02);   // a warp a row, not full
   check<__nv_bfloat16, float, 8, 2>(kBFloat16, 512, dim3(32, 4), 0.02);  // a warp a row, full

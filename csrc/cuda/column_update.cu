@@ -11,6 +11,7 @@ namespace {
 // index, contiguous, must outlive the launch.
 Columns columns_of(const Tensor& weight, const Tensor& index) {
   if (weight.dim() != 2) fail("weight: expected 2 dimensions, got ", weight.dim());
+  check_own_elements("weight", weight);
   check_dtype("index", index, ScalarType::Long);
   return {input<int64_t>(index), weight.size(0),   index.numel(),
           weight.size(1),        weight.stride(0), weight.stride(1)};

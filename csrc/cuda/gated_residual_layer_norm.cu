@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_layer_norm(Tensor resi
         [&](auto pack, auto held, dim3 block) {
           launch_rows("gated_residual_layer_norm",
                       gated_residual_layer_norm_kernel<R, B, W, pack.value, held.value>,
-                      blocks_for_all(num_rows, block), block, residual, res, add, factor, shift,
+                      grid_for_all(num_rows, block), residual, res, add, factor, shift,
                       static_cast<W>(eps), out, sum, output<W>(mean), output<W>(rstd), num_rows,
                       static_cast<int>(width));
         });
@@ -82,14 +82,16 @@ std::tuple<Tensor, Tensor, Tensor> gated_residual_layer_norm_backward(
         const auto run = [&](auto pack, auto held, dim3 block, auto sums) {
           const auto kernel = gated_residual_layer_norm_backward_kernel<R, B, W, pack.value,
                                                                         held.value, sums.value>;
-          const int64_t blocks = blocks_at_once(kName, kernel, num_rows, block, new_residual);
+          const int num_sums = held.value > 0 ? 0 : weight_grad + bias_grad;
+          const Grid grid =
+              grid_at_once<W>(kName, kernel, num_rows, width, block, num_sums, new_residual);
           if (weight_grad)
-            weight_partial = new_partial(blocks, width, wide_dtype(new_residual), weight);
+            weight_partial = new_partial(grid.blocks, width, wide_dtype(new_residual), weight);
           if (bias_grad)
-            bias_partial = new_partial(blocks, width, wide_dtype(new_residual), weight);
-          launch_rows(kName, kernel, blocks, block, new_residual, grad, grad_new, x, factor,
-                      input<W>(mean), input<W>(rstd), out, pointer(weight_partial),
-                      pointer(bias_partial), num_rows, static_cast<int>(width));
+            bias_partial = new_partial(grid.blocks, width, wide_dtype(new_residual), weight);
+          launch_rows(kName, kernel, grid, new_residual, grad, grad_new, x, factor, input<W>(mean),
+                      input<W>(rstd), out, pointer(weight_partial), pointer(bias_partial),
+                      grid.shared_bytes > 0, num_rows, static_cast<int>(width));
         };
         visit_team<R, B, kBackwardPacks, kBackwardThreads>(
             width, {grad, grad_new, x, out, factor.values}, [&](auto pack, auto held, dim3 block) {

@@ -72,10 +72,11 @@ __global__ void __launch_bounds__(kForwardThreads)
 // With n = (x - mean) * rstd and g = grad_normed * weight: grad_residual = rstd * (g - mean(g) -
 // n * mean(g * n)) + grad_new_residual, which may be null. A block strides over the rows;
 // kColumnSums: it leaves the sums of grad_normed * n and of grad_normed over its rows in
-// weight_partial and bias_partial, each of which may be null all the same.
+// weight_partial and bias_partial, each of which may be null all the same; sums_in_shared: of rows
+// that are not held, by way of shared memory.
 // I/O: read grad_normed + x + grad_new_residual, write grad_residual.
 template <class R, class B, class W, int N, int kHeld, bool kColumnSums>
-__global__ void __launch_bounds__(kBackwardThreads)
+__global__ void __launch_bounds__(kHeld > 0 ? kBackwardThreads : kWideThreads)
     gated_residual_layer_norm_backward_kernel(const B* grad_normed,        // (num_rows, width)
                                               const R* grad_new_residual,  // (num_rows, width)
                                               const R* x,                  // (num_rows, width)
@@ -85,9 +86,11 @@ __global__ void __launch_bounds__(kBackwardThreads)
                                               R* grad_residual,      // (num_rows, width)
                                               W* weight_partial,     // (gridDim.x, width)
                                               W* bias_partial,       // (gridDim.x, width)
-                                              int64_t num_rows, int width) {
+                                              bool sums_in_shared, int64_t num_rows, int width) {
   const bool sums_weight = kColumnSums && weight_partial, sums_bias = kColumnSums && bias_partial;
   const int64_t at_block = static_cast<int64_t>(blockIdx.x) * width;
+  W* wide_weights = wide_sums(weight_partial + at_block, sums_in_shared, 0, width);
+  W* wide_biases = wide_sums(bias_partial + at_block, sums_in_shared, sums_weight, width);
   W weight_sums[kColumnSums ? kSlots<kHeld> : 1][N] = {};
   W bias_sums[kColumnSums ? kSlots<kHeld> : 1][N] = {};
   for (int64_t row = first_row(); row < num_rows; row += row_stride()) {
@@ -131,8 +134,8 @@ __global__ void __launch_bounds__(kBackwardThreads)
       }
       if constexpr (kColumnSums && kHeld == 0) {
         const bool is_first = row == first_row();
-        if (sums_weight) add_to_sums(weight_partial + at_block, product, column, is_first);
-        if (sums_bias) add_to_sums(bias_partial + at_block, gradient, column, is_first);
+        if (sums_weight) add_to_sums(wide_weights, product, column, is_first);
+        if (sums_bias) add_to_sums(wide_biases, gradient, column, is_first);
       }
       R result[N];
       if (grad_new_residual) {
@@ -148,6 +151,9 @@ __global__ void __launch_bounds__(kBackwardThreads)
   if constexpr (kColumnSums && kHeld > 0) {
     if (sums_weight) store_sums<N, kHeld>(weight_partial + at_block, weight_sums, width);
     if (sums_bias) store_sums<N, kHeld>(bias_partial + at_block, bias_sums, width);
+  } else if constexpr (kColumnSums) {
+    if (sums_weight) store_wide_sums<N>(weight_partial + at_block, wide_weights, width);
+    if (sums_bias) store_wide_sums<N>(bias_partial + at_block, wide_biases, width);
   }
 }
 

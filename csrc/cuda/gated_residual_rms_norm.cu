@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_residual_rms_norm(Tensor residual, Tens
         width, {res, add, out, sum, factor.values}, [&](auto pack, auto held, dim3 block) {
           launch_rows("gated_residual_rms_norm",
                       gated_residual_rms_norm_kernel<R, B, W, pack.value, held.value>,
-                      blocks_for_all(num_rows, block), block, residual, res, add, factor,
+                      grid_for_all(num_rows, block), residual, res, add, factor,
                       static_cast<W>(eps), gemma, out, sum, output<W>(rstd), num_rows,
                       static_cast<int>(width));
         });
@@ -72,11 +72,14 @@ std::tuple<Tensor, Tensor> gated_residual_rms_norm_backward(Tensor grad_normed,
         const auto run = [&](auto pack, auto held, dim3 block, auto sums) {
           const auto kernel =
               gated_residual_rms_norm_backward_kernel<R, B, W, pack.value, held.value, sums.value>;
-          const int64_t blocks = blocks_at_once(kName, kernel, num_rows, block, new_residual);
-          if (weight_grad) partial = new_partial(blocks, width, wide_dtype(new_residual), weight);
-          launch_rows(kName, kernel, blocks, block, new_residual, grad, grad_new, x, factor, gemma,
-                      input<W>(rstd), out, partial ? output<W>(*partial) : nullptr, num_rows,
-                      static_cast<int>(width));
+          const int num_sums = held.value > 0 ? 0 : weight_grad;
+          const Grid grid =
+              grid_at_once<W>(kName, kernel, num_rows, width, block, num_sums, new_residual);
+          if (weight_grad)
+            partial = new_partial(grid.blocks, width, wide_dtype(new_residual), weight);
+          launch_rows(kName, kernel, grid, new_residual, grad, grad_new, x, factor, gemma,
+                      input<W>(rstd), out, partial ? output<W>(*partial) : nullptr,
+                      grid.shared_bytes > 0, num_rows, static_cast<int>(width));
         };
         visit_team<R, B, kBackwardPacks, kBackwardThreads>(
             width, {grad, grad_new, x, out, factor.values}, [&](auto pack, auto held, dim3 block) {

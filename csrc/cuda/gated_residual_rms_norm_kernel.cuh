@@ -55,10 +55,11 @@ __global__ void __launch_bounds__(kForwardThreads)
 
 // With n = x * rstd and g = grad_normed * factor: grad_residual = rstd * (g - n * mean(g * n)) +
 // grad_new_residual, which may be null. A block strides over the rows; kWeightGrad: it leaves the
-// sum of grad_normed * n over its rows in partial, which may be null all the same.
+// sum of grad_normed * n over its rows in partial, which may be null all the same; sums_in_shared:
+// of rows that are not held, by way of shared memory.
 // I/O: read grad_normed + x + grad_new_residual, write grad_residual.
 template <class R, class B, class W, int N, int kHeld, bool kWeightGrad>
-__global__ void __launch_bounds__(kBackwardThreads)
+__global__ void __launch_bounds__(kHeld > 0 ? kBackwardThreads : kWideThreads)
     gated_residual_rms_norm_backward_kernel(const B* grad_normed,        // (num_rows, width)
                                             const R* grad_new_residual,  // (num_rows, width)
                                             const R* x,                  // (num_rows, width)
@@ -66,9 +67,10 @@ __global__ void __launch_bounds__(kBackwardThreads)
                                             const W* rstd,     // (num_rows)
                                             R* grad_residual,  // (num_rows, width)
                                             W* partial,        // (gridDim.x, width)
-                                            int64_t num_rows, int width) {
+                                            bool sums_in_shared, int64_t num_rows, int width) {
   const bool sums_weight = kWeightGrad && partial;
   W* block_sums = partial + static_cast<int64_t>(blockIdx.x) * width;
+  W* wide = wide_sums(block_sums, sums_in_shared, 0, width);
   W sums[kWeightGrad ? kSlots<kHeld> : 1][N] = {};
   for (int64_t row = first_row(); row < num_rows; row += row_stride()) {
     const int64_t start = row * width;
@@ -111,7 +113,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
           for (int j = 0; j < N; ++j) {
             product[j] = widen<W>(grad[slot][j]) * (widen<W>(value[slot][j]) * scale);
           }
-          add_to_sums(block_sums, product, column, row == first_row());
+          add_to_sums(wide, product, column, row == first_row());
         }
       }
       R result[N];
@@ -127,6 +129,8 @@ __global__ void __launch_bounds__(kBackwardThreads)
   }
   if constexpr (kWeightGrad && kHeld > 0) {
     if (sums_weight) store_sums<N, kHeld>(block_sums, sums, width);
+  } else if constexpr (kWeightGrad) {
+    if (sums_weight) store_wide_sums<N>(block_sums, wide, width);
   }
 }
 

@@ -60,10 +60,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> permuted_norm(
         width, {from, first, rest, x, factor.values, shift.values},
         [&](auto pack, auto held, dim3 block) {
           launch_rows("permuted_norm", permuted_norm_kernel<R, B, W, pack.value, held.value>,
-                      blocks_for_all(num_entries * rows_per_entry, block), block, residual, from,
-                      factor, shift, permutation_of(permutation, rows_per_entry),
-                      static_cast<W>(eps), centered, gemma, first, rest, x, output<W>(mean),
-                      output<W>(rstd), num_kept * rows_per_entry, static_cast<int>(width));
+                      grid_for_all(num_entries * rows_per_entry, block), residual, from, factor,
+                      shift, permutation_of(permutation, rows_per_entry), static_cast<W>(eps),
+                      centered, gemma, first, rest, x, output<W>(mean), output<W>(rstd),
+                      num_kept * rows_per_entry, static_cast<int>(width));
         });
   });
   return {kept, dropped, kept_x, mean, rstd};
@@ -112,12 +112,13 @@ std::tuple<Tensor, Tensor> permuted_norm_backward_(Tensor grad_residual, Tensor 
     const auto run = [&](auto pack, auto held, dim3 block, auto sums) {
       const auto kernel =
           permuted_norm_backward_kernel<R, B, W, pack.value, held.value, sums.value>;
-      const int64_t blocks = blocks_at_once(kName, kernel, num_rows, block, target);
-      if (weight_grad) weight_partial = new_partial(blocks, width, wide_dtype(kept_x), weight);
-      if (bias_grad) bias_partial = new_partial(blocks, width, wide_dtype(kept_x), weight);
-      launch_rows(kName, kernel, blocks, block, target, grad, x, factor, input<W>(mean),
-                  input<W>(rstd), permutation_of(permutation, rows_per_entry), centered, gemma, out,
-                  pointer(weight_partial), pointer(bias_partial), num_rows,
+      const int num_sums = held.value > 0 ? 0 : weight_grad + bias_grad;
+      const Grid grid = grid_at_once<W>(kName, kernel, num_rows, width, block, num_sums, target);
+      if (weight_grad) weight_partial = new_partial(grid.blocks, width, wide_dtype(kept_x), weight);
+      if (bias_grad) bias_partial = new_partial(grid.blocks, width, wide_dtype(kept_x), weight);
+      launch_rows(kName, kernel, grid, target, grad, x, factor, input<W>(mean), input<W>(rstd),
+                  permutation_of(permutation, rows_per_entry), centered, gemma, out,
+                  pointer(weight_partial), pointer(bias_partial), grid.shared_bytes > 0, num_rows,
                   static_cast<int>(width));
     };
     visit_team<R, B, kBackwardPacks, kBackwardThreads>(

@@ -89,10 +89,11 @@ __global__ void __launch_bounds__(kForwardThreads)
 // With n = (x - mean) * rstd and g = grad_kept * factor: the kept rows of grad_residual gain
 // rstd * (g - n * mean(g * n) - mean(g)), the last term if centered. A block strides over the kept
 // rows; kColumnSums: it leaves the sums of grad_kept * n and of grad_kept over its rows in
-// weight_partial and bias_partial, each of which may be null all the same.
+// weight_partial and bias_partial, each of which may be null all the same; sums_in_shared: of rows
+// that are not held, by way of shared memory.
 // I/O, of kept rows: read grad_kept + x + grad_residual, write grad_residual.
 template <class R, class B, class W, int N, int kHeld, bool kColumnSums>
-__global__ void __launch_bounds__(kBackwardThreads)
+__global__ void __launch_bounds__(kHeld > 0 ? kBackwardThreads : kWideThreads)
     permuted_norm_backward_kernel(const B* grad_kept,  // (num_kept, width)
                                   const R* kept_x,     // (num_kept, width)
                                   Weight weight,
@@ -102,9 +103,11 @@ __global__ void __launch_bounds__(kBackwardThreads)
                                   R* grad_residual,   // (num_entries * rows_per_entry, width)
                                   W* weight_partial,  // (gridDim.x, width)
                                   W* bias_partial,    // (gridDim.x, width)
-                                  int64_t num_kept, int width) {
+                                  bool sums_in_shared, int64_t num_kept, int width) {
   const bool sums_weight = kColumnSums && weight_partial, sums_bias = kColumnSums && bias_partial;
   const int64_t at_block = static_cast<int64_t>(blockIdx.x) * width;
+  W* wide_weights = wide_sums(weight_partial + at_block, sums_in_shared, 0, width);
+  W* wide_biases = wide_sums(bias_partial + at_block, sums_in_shared, sums_weight, width);
   W weight_sums[kColumnSums ? kSlots<kHeld> : 1][N] = {};
   W bias_sums[kColumnSums ? kSlots<kHeld> : 1][N] = {};
   for (int64_t row = first_row(); row < num_kept; row += row_stride()) {
@@ -153,8 +156,8 @@ __global__ void __launch_bounds__(kBackwardThreads)
       }
       if constexpr (kColumnSums && kHeld == 0) {
         const bool is_first = row == first_row();
-        if (sums_weight) add_to_sums(weight_partial + at_block, product, column, is_first);
-        if (sums_bias) add_to_sums(bias_partial + at_block, gradient, column, is_first);
+        if (sums_weight) add_to_sums(wide_weights, product, column, is_first);
+        if (sums_bias) add_to_sums(wide_biases, gradient, column, is_first);
       }
       store(target + column, total);
     });
@@ -162,6 +165,9 @@ __global__ void __launch_bounds__(kBackwardThreads)
   if constexpr (kColumnSums && kHeld > 0) {
     if (sums_weight) store_sums<N, kHeld>(weight_partial + at_block, weight_sums, width);
     if (sums_bias) store_sums<N, kHeld>(bias_partial + at_block, bias_sums, width);
+  } else if constexpr (kColumnSums) {
+    if (sums_weight) store_wide_sums<N>(weight_partial + at_block, wide_weights, width);
+    if (sums_bias) store_wide_sums<N>(bias_partial + at_block, wide_biases, width);
   }
 }
 

@@ -47,7 +47,7 @@ struct Team {
     const int64_t threads = held > 0 ? (packs + held - 1) / held : packs;
     const int64_t wanted = std::max<int64_t>((threads + kWarp - 1) / kWarp, 1) * kWarp;
     is_held = held > 0 && wanted <= max_threads;
-    block = dim3(static_cast<unsigned>(std::min<int64_t>(wanted, max_threads)));
+    block = dim3(static_cast<unsigned>(std::min<int64_t>(wanted, kWideThreads)));
     if (is_held && wanted == kWarp) block.y = kTeamsOfWarps;
   }
   bool is_held;
@@ -72,30 +72,60 @@ void visit_team(int64_t width, std::initializer_list<const void*> pointers,
   visitor(std::integral_constant<int, 1>{}, None{}, Team(width, 1, 0, kMaxThreads).block);
 }
 
+struct Grid {
+  int64_t blocks;
+  dim3 block;
+  size_t shared_bytes = 0;
+};
+
 // Blocks for all rows at once, as many as a grid can have.
-inline int64_t blocks_for_all(int64_t num_rows, dim3 block) {
-  return std::min<int64_t>((num_rows + block.y - 1) / block.y, std::numeric_limits<int>::max());
+inline Grid grid_for_all(int64_t num_rows, dim3 block) {
+  return {std::min<int64_t>((num_rows + block.y - 1) / block.y, std::numeric_limits<int>::max()),
+          block};
+}
+
+// Shared memory for `num_sums` sums of W over columns; none where a block cannot have so much.
+template <class W, class... Parameters>
+size_t shared_bytes_of(const char* name, void (*kernel)(Parameters...), int num_sums, int64_t width,
+                       const Tensor& tensor) {
+  constexpr int64_t kOfTeams = 2 * 32 * sizeof(double);  // what sum_over_team has at most
+  const int64_t bytes = num_sums * width * static_cast<int64_t>(sizeof(W));
+  int most;
+  check_cuda(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                    tensor.get_device_index()),
+             name);
+  if (bytes == 0 || bytes + kOfTeams > most) return 0;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(bytes)),
+             name);
+  return static_cast<size_t>(bytes);
 }
 
 // Blocks that run at the same time and stride over the rows: each leaves a partial sum, so their
-// number depends on the GPU and not on the number of rows.
-template <class... Parameters>
-int64_t blocks_at_once(const char* name, void (*kernel)(Parameters...), int64_t num_rows,
-                       dim3 block, const Tensor& tensor) {
+// number depends on the GPU and not on the number of rows. num_sums: sums of W over the columns of
+// rows that are not held.
+template <class W, class... Parameters>
+Grid grid_at_once(const char* name, void (*kernel)(Parameters...), int64_t num_rows, int64_t width,
+                  dim3 block, int num_sums, const Tensor& tensor) {
+  Grid grid = grid_for_all(num_rows, block);
+  if (num_sums > 0) grid.shared_bytes = shared_bytes_of<W>(name, kernel, num_sums, width, tensor);
   int per_multiprocessor = 0;
-  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel,
-                                                           static_cast<int>(block.x * block.y), 0),
-             name);
+  check_cuda(
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+          &per_multiprocessor, kernel, static_cast<int>(block.x * block.y), grid.shared_bytes),
+      name);
   const int64_t at_once =
       int64_t{num_multiprocessors(tensor, name)} * std::max(per_multiprocessor, 1);
-  return std::min(at_once, blocks_for_all(num_rows, block));
+  grid.blocks = std::min(at_once, grid.blocks);
+  return grid;
 }
 
 template <class... Parameters, class... Arguments>
-void launch_rows(const char* name, void (*kernel)(Parameters...), int64_t blocks, dim3 block,
+void launch_rows(const char* name, void (*kernel)(Parameters...), const Grid& grid,
                  const Tensor& tensor, Arguments... arguments) {
-  if (blocks == 0) return;
-  kernel<<<static_cast<unsigned>(blocks), block, 0, current_stream(tensor)>>>(arguments...);
+  if (grid.blocks == 0) return;
+  kernel<<<static_cast<unsigned>(grid.blocks), grid.block, grid.shared_bytes,
+           current_stream(tensor)>>>(arguments...);
   check_cuda(cudaGetLastError(), name);
 }
 
@@ -105,8 +135,8 @@ void launch_sum_partials(const char* name, const Tensor& sums, const Tensor& par
   const int64_t width = sums.numel();
   visit_dtype("weight", sums.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    launch_rows(name, sum_partials_kernel<T, W>, (width + kColumns - 1) / kColumns,
-                dim3(kColumns, kParts), sums, output<T>(sums), input<W>(partial),
+    const Grid grid{(width + kColumns - 1) / kColumns, dim3(kColumns, kParts)};
+    launch_rows(name, sum_partials_kernel<T, W>, grid, sums, output<T>(sums), input<W>(partial),
                 static_cast<int>(partial.size(0)), static_cast<int>(width));
   });
 }

@@ -16,6 +16,12 @@ constexpr int kTeamsOfWarps = 4;
 // to hold as well: half the packs, and twice the registers a thread.
 constexpr int kForwardPacks = 4, kForwardThreads = 1024;
 constexpr int kBackwardPacks = 2, kBackwardThreads = 512;
+// Of rows that are not held. Little is in registers then, and loads in flight are what hides the
+// latency of memory: 32 KiB for 1024 threads, and the 30 KiB that an H200 needs on each
+// multiprocessor (4 TB/s times 1 us, over 132). Their column sums are in shared memory where they
+// fit, 64 KiB for 16384 columns: in global memory they would move as many bytes, through an L2
+// cache that passes rows at little more than memory's speed, as the row does in 16 bits.
+constexpr int kWideThreads = 1024;
 
 enum class ElementType { kFloat, kHalf, kBFloat16, kDouble };
 
@@ -138,14 +144,43 @@ __device__ void store_sums(W* block_sums, const W (&sums)[kHeld][N], int width) 
   }
 }
 
-// The same for rows that are not held: a block has one team then, and adds row by row.
+// The same for rows that are not held: a block has one team then, and adds row by row. Each element
+// of sums is one thread's.
 template <int N, class W>
-__device__ void add_to_sums(W* block_sums, const W (&values)[N], int column, bool is_first_row) {
+__device__ void add_to_sums(W* sums, const W (&values)[N], int column, bool is_first_row) {
   W total[N] = {};
-  if (!is_first_row) load(total, block_sums + column);  // stored by this very thread
+  if (!is_first_row) load(total, sums + column);
 #pragma unroll
   for (int j = 0; j < N; ++j) total[j] += values[j];
-  store(block_sums + column, total);
+  store(sums + column, total);
+}
+
+#ifdef __CUDACC__
+// As much shared memory as the launch has asked for.
+__device__ inline void* shared_memory() {
+  extern __shared__ uint4 memory[];
+  return memory;
+}
+#else
+void* shared_memory();  // of a test on a CPU
+#endif
+
+// Sums of rows that are not held: number `place` of those in shared memory, or block_sums.
+template <class W>
+__device__ W* wide_sums(W* block_sums, bool in_shared, int place, int width) {
+  if (!in_shared) return block_sums;
+  return static_cast<W*>(shared_memory()) + static_cast<int64_t>(place) * width;
+}
+
+// block_sums (width) = those sums, after the last row.
+template <int N, class W>
+__device__ void store_wide_sums(W* block_sums, const W* sums, int width) {
+  if (sums == block_sums) return;
+  for_each_pack<N, 0>(width, [&](int, int column) {
+    W total[N];
+    load(total, sums + column);
+    store(block_sums + column, total);
+  });
 }
 
 constexpr int kColumns = 32, kParts = 32;
