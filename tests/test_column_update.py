@@ -131,6 +131,18 @@ def test_wrong_index_on_a_cpu_leaves_the_weight_untouched(bad):
             assert torch.equal(weight, torch.zeros(2, 5))
 
 
+def test_rows_that_share_elements_are_refused():
+    for backend in ("reference", "cpp"):
+        if _backend.why_not(backend, "column_update") is None:
+            weight, columns, index = torch.zeros(1, 5).expand(3, 5), torch.ones(3, 2), torch.tensor([0, 4])
+            with _backend.use_backend(backend):
+                with pytest.raises(RuntimeError, match=r"memory of their own|single memory location"):
+                    column_update(weight, columns, index)
+                with pytest.raises(RuntimeError, match=r"memory of their own|single memory location"):
+                    column_restore(weight, columns, index)
+            assert torch.equal(weight, torch.zeros(3, 5))
+
+
 # The public functions.
 
 

@@ -14,6 +14,7 @@ struct Columns {
   Columns(const Tensor& weight, Tensor index_tensor) : index(dense(index_tensor)) {
     check_dtype("index", index, ScalarType::Long);
     if (weight.dim() != 2) fail("weight: expected 2 dimensions, got ", weight.dim());
+    check_own_elements("weight", weight);
     num_rows = weight.size(0), count = index.numel();
     row_stride = weight.stride(0), column_stride = weight.stride(1);
     entries = checked_own_indices("index", index, weight.size(1));

@@ -20,7 +20,7 @@ def check(residual: Tensor, branch: Tensor, weight: Tensor, grad_scale: float) -
     shape, dtype, device = residual.shape, residual.dtype, residual.device
     if shape != branch.shape or dtype is not branch.dtype or dtype not in DTYPES:
         _check_sum(residual, branch)
-    if not shape or weight.shape != shape[-1:]:
+    if not shape or weight.shape != (shape[-1],):  # a slice of a shape takes as long as the other checks of it
         raise ValueError(f"weight: expected shape {tuple(shape[-1:])}, got {tuple(weight.shape)}")
     if weight.dtype is not dtype:
         check_dtype("weight", weight.dtype)

@@ -120,9 +120,10 @@ class _GatedResidualAdd(Function):
 
 
 def _check(residual: Tensor, branch: Tensor, rows: Tensor | None) -> None:
-    check_dtype("residual", residual.dtype)
-    check_dtype("branch", branch.dtype)
-    check_holds(residual.dtype, "branch", branch.dtype)
+    if residual.dtype is not branch.dtype or residual.dtype not in DTYPES:
+        check_dtype("residual", residual.dtype)
+        check_dtype("branch", branch.dtype)
+        check_holds(residual.dtype, "branch", branch.dtype)
     if rows is None:
         if residual.shape != branch.shape:
             raise ValueError(f"branch: expected residual's shape {tuple(residual.shape)}, got {tuple(branch.shape)}")
