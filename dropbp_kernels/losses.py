@@ -41,8 +41,9 @@ def linear_cross_entropy(
 
     Shapes: hidden (..., D), weight (C, D), target (...) of int64 in [0, C) or ignore_index, bias (C,); result (). With
             no row left, "mean" is NaN, as in F.cross_entropy, and "sum" is 0.
-    Dtypes: float32, float64, float16, bfloat16, hidden, weight and bias alike; the products in that dtype, softmax and
-            loss in float32 (float64 for float64), gradients of weight and bias summed in that too. Result: the latter.
+    Dtypes: float32, float64, float16, bfloat16, hidden, weight and bias alike, or under autocast any, which are cast as
+            for a linear layer; the products in that dtype, softmax and loss in float32 (float64 for float64), gradients
+            of weight and bias summed in that too. Result: the latter.
     Errors: ValueError when shapes do not fit, dtypes differ or reduction is unknown; TypeError for a target that is not
             int64; RuntimeError on a second derivative. A target out of range fails as in torch.gather.
     Cost:   the products of the unfused loss, for the rows that count; memory: one slice of logits (in float32 at most
@@ -51,6 +52,10 @@ def linear_cross_entropy(
     Source: oracle torch.nn.functional.cross_entropy; the idea of taking gradients in the forward: Liger Kernel
             (arXiv 2410.10989). torch.nn.functional.linear_cross_entropy rounds the loss to the dtype of hidden.
     """
+    device_type = hidden.device.type  # on meta there is no autocast to ask about
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.get_autocast_dtype(device_type)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
     _check(hidden, weight, target, bias, reduction)
     hidden, target = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
     if not isinstance(target, FakeTensor):  # in a simulation nobody knows which rows count: all do

@@ -120,6 +120,20 @@ def test_only_what_is_asked_for_is_computed():
 
 
 @pytest.mark.usefixtures("small_slices")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_under_autocast_it_is_a_linear_layer(dtype):
+    """Of float32 weights; the input may be in autocast's dtype already. Float64 stays what it is."""
+    hidden, weight, target, bias = inputs(40, 16, 20, dtype=torch.promote_types(dtype, torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = linear_cross_entropy(hidden.to(dtype), weight, target, bias)
+        expected = F.cross_entropy(F.linear(hidden.to(dtype), weight, bias), target)
+    assert ours.dtype == expected.dtype
+    torch.testing.assert_close(ours, expected)
+    grads = zip(gradients(ours, hidden, weight, bias), gradients(expected, hidden, weight, bias), strict=True)
+    for grad, other in grads:
+        torch.testing.assert_close(grad, other, atol=1e-4, rtol=2e-2)
+
+
 def test_without_autograd_no_gradient_is_computed():
     hidden, weight, target, bias = inputs(64, 32, 200)
     expected = linear_cross_entropy(hidden, weight, target, bias)
