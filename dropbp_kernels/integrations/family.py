@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..flops import attention_core_flops, attention_shape, linear_flops
 from ..layer import DropBP
+from . import fused_lora
 from .gating import ModuleGate
 from .swapping import class_as_built
 
@@ -75,6 +76,7 @@ class _BlockGate(DropBP):
 
     def refresh(self) -> None:
         (block,) = self._block
+        fused_lora.refresh(block)
         self.modules_of_branch = tuple(block.get_submodule(path) for path in self.paths)
 
 

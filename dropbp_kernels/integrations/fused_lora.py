@@ -7,6 +7,7 @@ more than base + scaling * B A (DoRA, several adapters at once, an adapter's bia
 
 import functools
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,28 +20,50 @@ from ..plain_linear import is_watched, weight_and_bias
 from .swapping import is_swapped, subclass, swap, swap_back
 
 _ORIGINAL = "_dropbp_original_lora"  # of its own: gating may make a class of the one that is made here
+_PLACES = "_dropbp_lora_places"
 
 
-def install(model: nn.Module, fused: bool | str) -> None:
-    """Fuse the LoRA layers that `model` has, unless `fused` is False. Before its branches are gated."""
-    if fused is False or "peft" not in sys.modules:
+def install(block: nn.Module, fused: bool | str) -> None:
+    """Let `refresh` fuse the LoRA layers that `block` has, and those that it gets later, unless `fused` is False."""
+    if fused is not False:
+        vars(block)[_PLACES] = list(_places(block))
+
+
+def refresh(block: nn.Module) -> None:
+    """Fuse the LoRA layers that `block` has got since the last time. Before its branches are gated."""
+    if _PLACES not in vars(block) or not (kinds := _kinds()):
         return
-    kinds = _kinds()
-    for module in list(model.modules()):
+    for parent, name in vars(block)[_PLACES]:
+        module = parent._modules.get(name)
         if type(module) in kinds:
             swap(module, _fused_class)
 
 
 def uninstall(model: nn.Module) -> None:
-    """Undo `install`. After its branches were released."""
+    """Undo `install` and `refresh`. After the model's branches were released."""
     for module in model.modules():
+        vars(module).pop(_PLACES, None)
         if is_swapped(module, _ORIGINAL):
             swap_back(module, _ORIGINAL)
 
 
-@functools.cache
+def _places(parent: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Where below `parent` PEFT puts its layers, or has put them: around modules that have none of their own."""
+    for name, child in parent.named_children():
+        if type(child) in _kinds() or not any(True for _ in child.children()):
+            yield parent, name
+        else:
+            yield from _places(child)
+
+
 def _kinds() -> tuple[type, ...]:
-    """PEFT's LoRA layers on a linear layer: plain, and of bitsandbytes where that is installed."""
+    """PEFT's LoRA layers on a linear layer; none as long as nobody has imported PEFT."""
+    return _kinds_of_peft() if "peft" in sys.modules else ()
+
+
+@functools.cache
+def _kinds_of_peft() -> tuple[type, ...]:
+    """Plain, and of bitsandbytes where that is installed."""
     from peft.tuners.lora import bnb, layer
 
     names = ("Linear4bit", "Linear8bitLt")

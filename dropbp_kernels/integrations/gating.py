@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 from ..by_rows import RowSplit
 from ..layer import DropBP, as_inference
 from ..row_plan import Rows
+from . import fused_lora
 from .swapping import is_swapped, subclass, swap, swap_back
 
 
@@ -56,6 +57,7 @@ class ModuleGate(DropBP):
         if not self._block:
             return
         (block,) = self._block
+        fused_lora.refresh(block)
         modules = tuple(block.get_submodule(path) for path in self.paths)
         if len(modules) == len(self.modules_of_branch) and all(map(_is, modules, self.modules_of_branch)):
             return

@@ -63,9 +63,9 @@ def apply_dropbp(
     families: the names or entries to look for, in place of all known. A model without known blocks is traced by a
         forward on `inputs` (default: four tokens), and what is found is proved (see `discovery`).
     fused: whether adds wait for the norms behind them and both are one kernel, where the family's norms allow it (see
-        `fusing`), a gated MLP's activation and product are (see `fused_mlp`), and adapters that PEFT's LoRA has put on
-        the model by now add into their base layers' results (see `fused_lora`); "auto": where something faster than
-        plain PyTorch serves the op.
+        `fusing`), a gated MLP's activation and product are (see `fused_mlp`), and adapters of PEFT's LoRA, those that
+        come later from the handler's next step on, add into their base layers' results (see `fused_lora`); "auto":
+        where something faster than plain PyTorch serves the op.
     fused_loss: how cross entropy is taken of the output head's logits in training: "chunked", a slice of the rows at a
         time, so that they never exist as a whole; "torch" or "liger", by their operators; "off"; "auto", chunked where
         that needs less memory, nothing where the head is no plain linear. Logits are then computed when they are read.
@@ -121,9 +121,9 @@ def apply_dropbp(
         )
     with ExitStack() as undo:
         undo.callback(_unpatch, model)
-        fused_lora.install(model, fused)
         fused_mlp.install(model, fused)
         for block, family in blocks:
+            fused_lora.install(block, fused)
             _patch(block, family)
         if traced is not None:
             prove(model, traced, {block: list(find_gates(block).values()) for block, _ in blocks})
