@@ -168,12 +168,18 @@ def test_bfloat16_is_as_exact_as_the_unpatched_model(model_type):
     assert (ours - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-3
 
 
-def test_norms_cast_as_the_table_says_bit_for_bit():
-    """A later transformers may write them otherwise; then their names have to go."""
-    classes = named_classes(fusing._CASTINGS)
-    assert set(classes) == set(fusing._CASTINGS)
+def test_norms_are_known_by_what_they_compute_bit_for_bit():
+    castings = {
+        **dict.fromkeys(("LlamaRMSNorm", "Qwen3RMSNorm", "Qwen2_5_VLRMSNorm", "LongcatFlashRMSNorm"), "llama"),
+        **dict.fromkeys(("GemmaRMSNorm", "Gemma3RMSNorm", "Qwen3NextRMSNorm"), "gemma"),
+        **dict.fromkeys(("GptOssRMSNorm", "HeliumRMSNorm"), None),  # the product is in float32
+    }
+    classes = named_classes(castings)
     x = torch.randn(50, 64).to(torch.bfloat16)
-    for name, casting in fusing._CASTINGS.items():
+    for name, casting in castings.items():
+        assert fusing._casting_of(classes[name]) == casting, name
+        if casting is None:
+            continue
         norm = classes[name](64, eps=1e-3).to(torch.bfloat16)
         with torch.no_grad(), use_backend("reference"):
             norm.weight.add_(torch.randn(64))
@@ -182,6 +188,20 @@ def test_norms_cast_as_the_table_says_bit_for_bit():
                 torch.zeros_like(x), x, norm.weight, eps=fusing._eps(norm), casting=casting
             )
             assert torch.equal(normed, norm(x)), name
+
+
+def test_a_norm_of_a_known_name_that_computes_otherwise_is_called(counts):
+    class LlamaRMSNorm(torch.nn.RMSNorm):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    batch, models = tiny_batch(), [build(), build()]
+    for model in models:
+        for block in model.model.layers:
+            block.post_attention_layernorm = LlamaRMSNorm(32)
+    expected = backward(patched(MIXED, False, models[0]), batch)
+    assert_close(backward(patched(MIXED, True, models[1]), batch), expected)
+    assert counts["fused"] == 3  # those before attentions and the final norm
 
 
 def test_dropped_boundaries_save_nothing_and_kept_ones_less_than_unfused():

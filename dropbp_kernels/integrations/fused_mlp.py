@@ -8,6 +8,7 @@ are equal up to rounding.
 
 import functools
 import inspect
+import sys
 from typing import Any
 
 import torch
@@ -19,34 +20,21 @@ from ..ops.glu import APPROXIMATIONS, glu
 from ..plain_linear import is_watched
 from .fused_lora import trained_linear
 from .fusing import has_kernel
+from .same_code import is_same_code
 from .swapping import is_swapped, subclass, swap, swap_back
 
 _ORIGINAL = "_dropbp_original_mlp"  # of its own: gating may make a class of the one that is made here
-# MLPs by class name that compute down_proj(act(gate_proj(x)) * up_proj(x)), and the name of their activation;
-_SEPARATE = {
-    **dict.fromkeys(("LlamaMLP", "MistralMLP", "MinistralMLP", "GraniteMLP", "SmolLM3MLP", "StableLmMLP"), "act_fn"),
-    **dict.fromkeys(("Qwen2MLP", "Qwen2MoeMLP", "Qwen3MLP", "Qwen3MoeMLP", "CohereMLP", "Cohere2MLP"), "act_fn"),
-    **dict.fromkeys(("GemmaMLP", "Gemma2MLP", "Gemma3MLP", "DeepseekV2MLP", "DeepseekV3MLP"), "act_fn"),
-    **dict.fromkeys(("OlmoMLP", "Olmo2MLP", "Olmo3MLP", "AXK1MLP", "AriaSharedExpertsMLP", "CwmMLP"), "act_fn"),
-    **dict.fromkeys(("DeepseekV32MLP", "DiffLlamaMLP", "Dots1MLP", "Dots3NoteTextMLP", "Emu3MLP"), "act_fn"),
-    **dict.fromkeys(("Ernie4_5MLP", "Ernie4_5_MoeMLP", "ExaoneMoeMLP", "Glm4MoeMLP", "Glm4MoeLiteMLP"), "act_fn"),
-    **dict.fromkeys(("GraniteSWAMLP", "HYV3MLP", "HunYuanDenseV1MLP", "HunYuanMoEV1MLP", "HyperCLOVAXMLP"), "act_fn"),
-    **dict.fromkeys(("Kolibri1MLP", "LagunaMLP", "MiMoV2FlashMLP", "MiniCPM3MLP", "Ministral3MLP"), "act_fn"),
-    **dict.fromkeys(("SolarOpenMLP", "VaultGemmaMLP", "YoutuMLP"), "act_fn"),
-}
-# and those whose gate_up_proj holds both, gate first.
-_PACKED = dict.fromkeys(("Phi3MLP", "Phi4MultimodalMLP", "GlmMLP", "Glm4MLP"), "activation_fn")
 # Activations by class name; nn.GELU tells the rest by its attributes.
 _ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh", "GELUActivation": "gelu"}
 
 
 def install(model: nn.Module, fused: bool | str) -> None:
     """Fuse the MLPs of `model` that are known, as `fused` of apply_dropbp says. Before its branches are gated."""
-    if fused is False:
+    if fused is False or "transformers" not in sys.modules:
         return
     for module in model.modules():
-        name = type(module).__name__
-        if name in _SEPARATE or name in _PACKED:
+        kind: Any = type(module)
+        if _parts(kind) is not None:
             swap(module, _fused_class, fused)
 
 
@@ -59,15 +47,17 @@ def uninstall(model: nn.Module) -> None:
 
 @functools.cache
 def _fused_class(original: Any, fused: bool | str) -> Any:
-    is_packed = original.__name__ in _PACKED
-    activation_name = (_PACKED if is_packed else _SEPARATE)[original.__name__]
+    parts = _parts(original)
+    assert parts is not None  # or `install` had left it
+    names, activation_name = parts
+    is_packed = len(names) == 1
 
     def forward(self: Any, x: Tensor) -> Tensor:
         activation = getattr(self, activation_name)
         known = _known(activation)
         if known is None or torch.compiler.is_compiling() or not (fused is True or has_kernel(x.device.type, "glu")):
             return original.forward(self, x)  # type: ignore[no-any-return]
-        makers = (self.gate_up_proj,) if is_packed else (self.gate_proj, self.up_proj)
+        makers = [getattr(self, name) for name in names]
         made = [maker(x) for maker in makers]
         gate, up = made[0].chunk(2, dim=-1) if is_packed else made
         if gate.dtype not in DTYPES or gate.dtype is not up.dtype:
@@ -85,10 +75,28 @@ def _fused_class(original: Any, fused: bool | str) -> Any:
     return subclass(original, (_fused_class, fused), _ORIGINAL, forward=forward)
 
 
+@functools.cache
+def _parts(mlp: Any) -> tuple[tuple[str, ...], str] | None:
+    """Of MLPs of this class the names of the layers that make gate and up, or of the one that makes both, gate first,
+    and of the activation; None where the forward is not known.
+    """
+    from transformers.models.llama.modeling_llama import LlamaMLP
+    from transformers.models.phi3.modeling_phi3 import Phi3MLP
+
+    if is_same_code(mlp.forward, LlamaMLP.forward) or is_same_code(mlp.forward, _in_a_line):
+        return ("gate_proj", "up_proj"), "act_fn"
+    return (("gate_up_proj",), "activation_fn") if is_same_code(mlp.forward, Phi3MLP.forward) else None
+
+
+def _in_a_line(self: Any, x: Tensor) -> Any:
+    """Llama's MLP as other models write it (Qwen2.5-VL)."""
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
 def _known(activation: Any) -> str | None:
     """The name by which `ops.glu` has an activation that nobody watches; None where it has none."""
-    name = type(activation).__name__
-    if is_watched(activation) or "forward" in vars(activation):
+    name, is_module = type(activation).__name__, isinstance(activation, nn.Module)
+    if not is_module or is_watched(activation) or "forward" in vars(activation):
         return None
     if name == "GELU":
         return APPROXIMATIONS[activation.approximate]

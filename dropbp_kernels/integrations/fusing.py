@@ -14,6 +14,7 @@ is either, so that a value does not depend on what is checkpointed.
 
 import functools
 import inspect
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,31 +30,10 @@ from ..ops.gated_residual_rms_norm import gated_residual_rms_norm
 from ..ops.permuted_norm import permuted_layer_norm, permuted_rms_norm
 from ..plain_linear import is_watched
 from ..row_plan import Rows
+from .same_code import is_same_code
 from .swapping import subclass, swap
 
 FUSED = (True, False, "auto")
-# RMSNorms by class name: how they cast. "llama" rounds before the product with the weight, "gemma" scales by
-# 1 + weight.
-_CASTINGS = {
-    **dict.fromkeys(
-        (
-            *("LlamaRMSNorm", "MistralRMSNorm", "MixtralRMSNorm", "Qwen2RMSNorm", "Qwen2MoeRMSNorm", "Qwen3RMSNorm"),
-            *("Qwen3MoeRMSNorm", "Phi3RMSNorm", "GraniteRMSNorm", "DeepseekV2RMSNorm", "DeepseekV3RMSNorm"),
-            *("AXK1RMSNorm", "ApertusRMSNorm", "ArceeRMSNorm", "AriaTextRMSNorm", "BitNetRMSNorm", "CwmRMSNorm"),
-            *("DeepseekV32RMSNorm", "DiffLlamaRMSNorm", "Dots1RMSNorm", "Dots3NoteRMSNorm", "Emu3RMSNorm"),
-            *("Ernie4_5RMSNorm", "Ernie4_5_MoeRMSNorm", "ExaoneMoeRMSNorm", "GlmRMSNorm", "Glm4RMSNorm"),
-            *("Glm4MoeRMSNorm", "Glm4MoeLiteRMSNorm", "GraniteMoeRMSNorm", "GraniteSWARMSNorm", "HYV3RMSNorm"),
-            *("HunYuanDenseV1RMSNorm", "HunYuanMoEV1RMSNorm", "HyperCLOVAXRMSNorm", "JetMoeRMSNorm", "Kolibri1RMSNorm"),
-            *("LagunaRMSNorm", "MellumRMSNorm", "MiMoV2FlashRMSNorm", "MiniCPM3RMSNorm", "MiniMaxM2RMSNorm"),
-            *("MinistralRMSNorm", "Ministral3RMSNorm", "OlmoeRMSNorm", "Phi4MultimodalRMSNorm", "SeedOssRMSNorm"),
-            *("SmolLM3RMSNorm", "SolarOpenRMSNorm", "YoutuRMSNorm"),
-        ),
-        "llama",
-    ),
-    **dict.fromkeys(
-        ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "MiniMaxM3VLRMSNorm", "VaultGemmaRMSNorm"), "gemma"
-    ),
-}
 # liger-kernel's norms tell by their settings: (offset, casting_mode).
 _LIGER_CASTINGS = {(0.0, "llama"): "llama", (1.0, "gemma"): "gemma"}
 _LAYER_NORM = "layer_norm"  # stands for nn.LayerNorm among the castings
@@ -294,7 +274,24 @@ def _known_casting(norm: Any) -> str | None:
     if isinstance(norm, nn.LayerNorm):
         is_plain = type(norm).forward in (nn.LayerNorm.forward, _final_norm_forward) and norm.weight is not None
         return _LAYER_NORM if is_plain and forward is None and len(norm.normalized_shape) == 1 else None
-    return _CASTINGS.get(name) if forward is None else None
+    if forward is not None or "transformers" not in sys.modules:
+        return None
+    found: Any = type(norm)
+    return _casting_of(getattr(found, "_dropbp_original", found))
+
+
+@functools.cache
+def _casting_of(norm: Any) -> str | None:
+    """How an RMSNorm of this class casts: "llama" rounds before the product with the weight, "gemma" scales by
+    1 + weight. None where its forward is neither Llama's nor Gemma's.
+    """
+    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    if is_same_code(norm.forward, LlamaRMSNorm.forward):
+        return "llama"
+    is_gemma = is_same_code(norm.forward, GemmaRMSNorm.forward)
+    return "gemma" if is_gemma and is_same_code(norm._norm, GemmaRMSNorm._norm) else None
 
 
 def _eps(norm: Any) -> float:
