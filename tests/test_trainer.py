@@ -222,14 +222,16 @@ def test_a_model_without_loss_needs_a_loss_function(tmp_path):
         return torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), labels.flatten())
 
     def run(callback):
-        arguments_ = arguments(tmp_path, max_steps=2)
+        arguments_ = arguments(tmp_path, max_steps=4)
         trainer = Trainer(
             tiny_causal_lm(), arguments_, train_dataset=data(), callbacks=[callback], compute_loss_func=loss_of
         )
         trainer.train()
 
+    callback = DropBPCallback(0.5, rates="sensitivity", calibrate_at=0.75)
     with pytest.raises(ValueError, match=r"loss: expected a function .* none in the model's CausalLMOutputWithPast"):
-        run(DropBPCallback(0.5, rates="sensitivity"))
+        run(callback)
+    assert callback.handler.num_steps == 1  # and not when it is needed, three steps later
     callback = DropBPCallback(
         0.5, rates="sensitivity", loss=lambda model, inputs: model(**inputs).logits.float().logsumexp(-1).mean()
     )
@@ -337,9 +339,10 @@ def test_ddp_that_does_not_look_for_unused_parameters_is_refused(option, checkpo
         parallel_mode=mode, fsdp=None, deepspeed=None, ddp_find_unused_parameters=option, torch_compile=False
     )
     with pytest.raises(ValueError, match="ddp_find_unused_parameters: expected True"):
-        trainer_module._check_parallel(args, model)
+        trainer_module._check_parallel(args, model, 0.5)
+    trainer_module._check_parallel(args, model, 0.0)  # as of a target plan alone: nothing is without a gradient
     args.ddp_find_unused_parameters = True
-    trainer_module._check_parallel(args, model)
+    trainer_module._check_parallel(args, model, 0.5)
 
 
 def test_replicas_are_refused():
@@ -347,7 +350,7 @@ def test_replicas_are_refused():
 
     args = SimpleNamespace(parallel_mode=SimpleNamespace(value="not_distributed"), n_gpu=2)
     with pytest.raises(ValueError, match=r"n_gpu: expected one GPU in a process, got 2, .* torchrun"):
-        trainer_module._check_parallel(args, tiny_causal_lm())
+        trainer_module._check_parallel(args, tiny_causal_lm(), 0.5)
 
 
 def test_compiling_the_whole_model_is_warned_of():
@@ -355,7 +358,7 @@ def test_compiling_the_whole_model_is_warned_of():
 
     args = SimpleNamespace(parallel_mode=SimpleNamespace(value="not_parallel"), torch_compile=True)
     with pytest.warns(UserWarning, match="torch_compile: .* block by block"):
-        trainer_module._check_parallel(args, tiny_causal_lm())
+        trainer_module._check_parallel(args, tiny_causal_lm(), 0.5)
 
 
 def test_a_misspelt_option_is_named_at_once():

@@ -135,7 +135,7 @@ class DropBPCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._go_first()
-        _check_parallel(args, model)
+        _check_parallel(args, model, self.drop_rate)
         self._stop()  # what a run that broke off left
         self._attach(model)
         self._is_calibrated = False
@@ -276,7 +276,10 @@ class DropBPCallback(TrainerCallback, ExportableState):
         if self._plans is not None and self._plans.bytes_per_token is None:
             gate = next(iter(handler.gates.values()))
             num_tokens = max(1, gate.batch_size * gate.seq_len)
-            num_bytes = saved_bytes_by_branch(handler, lambda: model(**inputs))
+            awaits_loss = self.rates == "sensitivity" and not self._is_calibrated  # whether it is there is seen now
+            num_bytes = saved_bytes_by_branch(
+                handler, lambda: self._loss(model, inputs) if awaits_loss else model(**inputs)
+            )
             self._plans.bytes_per_token = [size / num_tokens for size in num_bytes]
         if self._calibrates_after(state.global_step, state.max_steps):
             # A reentrant checkpoint knows no backward from within: there every branch takes a forward and a backward.
@@ -374,7 +377,7 @@ class DropBPCallback(TrainerCallback, ExportableState):
         self._is_calibrated = saved["attributes"]["_is_calibrated"]
 
 
-def _check_parallel(args: Any, model: nn.Module) -> None:
+def _check_parallel(args: Any, model: nn.Module, drop_rate: float) -> None:
     """Refuse replicas, whose gates nobody tells, and DDP that would stop at a dropped branch for want of a gradient."""
     if args.parallel_mode.value == "not_distributed":
         raise ValueError(
@@ -387,7 +390,7 @@ def _check_parallel(args: Any, model: nn.Module) -> None:
             "longer than it saves; compile block by block instead (for block in model.model.layers: block.compile())",
             stacklevel=2,
         )
-    if args.parallel_mode.value != "distributed" or args.fsdp or args.deepspeed:
+    if args.parallel_mode.value != "distributed" or args.fsdp or args.deepspeed or drop_rate == 0.0:
         return
     finds_unused = args.ddp_find_unused_parameters
     if finds_unused is None:  # the Trainer's own choice then
