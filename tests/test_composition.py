@@ -101,6 +101,18 @@ def test_other_adapters(adapter, model_type, order):
             assert grad is None or torch.equal(ours[1][name], grad), name
 
 
+@pytest.mark.parametrize("options", [{"checkpoint": "kept"}, {"granularity": "sample"}])
+def test_prefixes_are_refused_where_their_cache_would_be_taken_away(options):
+    model = adapted(tiny_causal_lm("llama"), "prefix")
+    inputs = tiny_inputs(model)
+    apply_dropbp(model, 0.5, **options).step()
+    with pytest.raises(ValueError, match=r"past_key_values: .* that holds keys \(prefix tuning\?\); patch with"):
+        model(**inputs)
+    model.eval()
+    with torch.no_grad():
+        model(**inputs)
+
+
 def with_weights(model):
     """No adapter at zero, where a gradient that is missing would be zero all the same."""
     for parameter in model.parameters():

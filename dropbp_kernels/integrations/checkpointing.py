@@ -145,6 +145,8 @@ def without_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
     the cache away from the blocks that it checkpoints; this is for apply_dropbp(..., checkpoint="kept"). A branch by
     rows would append those of some samples, and then those of others, unless the cache can be taken apart, as the
     recomputable one can (`stage_keys`).
+
+    Errors of the forward: ValueError for a cache that holds keys already, as that of prefix tuning does.
     """
 
     @functools.wraps(forward)
@@ -152,12 +154,23 @@ def without_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
         caches = [kwargs[name] for name in _CACHES if kwargs.get(name) is not None]
         is_safe = not torch.is_grad_enabled() or all(getattr(cache, "is_recomputable", False) for cache in caches)
         if not is_safe and ((self.training and _checkpoints(self)) or _goes_by_rows(self)):
+            _check_empty(self, caches)
             kwargs.update(dict.fromkeys(_CACHES & kwargs.keys()))
             if "use_cache" in kwargs:
                 kwargs["use_cache"] = False
         return forward(self, *args, **kwargs)
 
     return forward_without_cache
+
+
+def _check_empty(block: nn.Module, caches: list[Any]) -> None:
+    layer = next((vars(module)["layer_idx"] for module in block.modules() if "layer_idx" in vars(module)), 0)
+    layers = [getattr(cache, "layers", [])[layer : layer + 1] for cache in caches]
+    if any(found and hasattr(found[0], "get_seq_length") and found[0].get_seq_length() for found in layers):
+        raise ValueError(
+            "past_key_values: expected none, or an empty cache, where branches are checkpointed or keep some rows, got "
+            'one that holds keys (prefix tuning?); patch with checkpoint=None and granularity="branch"'
+        )
 
 
 def _goes_by_rows(block: nn.Module) -> bool:
