@@ -62,8 +62,7 @@ def test_rate_zero_trains_as_without_the_callback(tmp_path, lora):
     assert_same(weights(trainer), weights(plain))
 
 
-@pytest.mark.parametrize("restore_callbacks", [False, True])
-@pytest.mark.parametrize("plan", ["optimizer_step", "micro_batch"])
+@pytest.mark.parametrize(("plan", "restore_callbacks"), [("optimizer_step", True), ("micro_batch", False)])
 def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path, plan, restore_callbacks):
     def callback():
         return DropBPCallback(0.5, rates="sensitivity", calibrate_at=0.3, plan=plan, seed=5)
