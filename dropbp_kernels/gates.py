@@ -1,6 +1,7 @@
 """The gates of a model, seen together: which there are, what their branches cost, whether they were called."""
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -55,6 +56,20 @@ def check_called(gates: dict[str, DropBP]) -> None:
         raise RuntimeError(
             f"step: {len(missed)} of {len(gates)} gates were not called with gradients enabled since the last "
             f"step ({shown}). Run the patched model's forward between two steps, or pass strict=False."
+        )
+
+
+def check_engine(model: nn.Module, kept: Iterable[object]) -> None:
+    """Errors: RuntimeError for a plan that drops a branch of a model that DeepSpeed's ZeRO-3 trains.
+
+    It keeps gradients in buffers that only the next ones overwrite: a parameter without one is moved by an old one.
+    """
+    trained = next((parameter for parameter in model.parameters() if parameter.requires_grad), None)
+    if hasattr(trained, "ds_id") and any(entry is False for entry in kept):
+        raise RuntimeError(
+            "plan: expected a gradient for every parameter under DeepSpeed's ZeRO-3, which moves one without by the "
+            'gradient of an earlier step, got a plan that drops branches; use granularity="sample" or "token", ZeRO-2, '
+            "or FSDP2"
         )
 
 

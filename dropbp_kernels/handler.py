@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .calibration import Calibration, check_branches
 from .choices import DROPPED_RUNS, GRANULARITIES
 from .exact_sensitivity import measure_sensitivity
-from .gates import DEFAULT_SEQ_LEN, check_called, check_model, find_gates, flops_of, look_out_for_steps
+from .gates import DEFAULT_SEQ_LEN, check_called, check_engine, check_model, find_gates, flops_of, look_out_for_steps
 from .layer import checkpoint_branch
 from .plan import DropPlan, as_entry, draw_plan, set_plan
 from .report import Books, Report
@@ -165,7 +165,8 @@ class DropBPHandler:
             loss: int64 (batch, seq_len), not shifted, -100 where there is no loss. They hold until the next step; for
             several micro-batches of one optimizer step call `step` before each.
         Errors: RuntimeError in strict mode when a gate was not called with gradients enabled since the last `step`;
-            ValueError for labels where no context is to be told from targets. No plan is drawn then.
+            ValueError for labels where no context is to be told from targets; RuntimeError for a branch that is dropped
+            under DeepSpeed's ZeRO-3 (see `gates.check_engine`). The plan stays then.
         """
         if labels is not None and self.targets is None:
             raise ValueError('labels: expected None, since the model was not patched with context="inference"')
@@ -173,7 +174,9 @@ class DropBPHandler:
             raise TypeError(f"labels: expected an int64 tensor, got {type(labels).__name__}")
         if self._awaits_call:
             self._check_last_step()
-        self._put_plan(self.draw(self.num_steps), self.rates_at(self.num_steps))
+        plan = self.draw(self.num_steps)
+        check_engine(self.model, plan)
+        self._put_plan(plan, self.rates_at(self.num_steps))
         self._books.open(self.plan)
         for gate in self.gates.values():
             gate.was_called = False

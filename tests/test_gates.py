@@ -125,3 +125,19 @@ def test_plans_by_hand_and_undropped_models_hear_nothing():
     model = tiny_causal_lm()
     apply_dropbp(model, 0.0)
     train(model, 3)
+
+
+def test_zero_3_is_known_by_its_parameters_and_given_no_plan_that_drops_branches():
+    """tests/test_deepspeed.py does so in DeepSpeed, where that is installed."""
+    model = toy_model()
+    for parameter in model.parameters():
+        parameter.ds_id = 0
+    handler = DropBPHandler(model, 0.5)
+    plan = handler.plan
+    with pytest.raises(RuntimeError, match=r"plan: expected a gradient for every parameter under .* ZeRO-3"):
+        handler.step()
+    assert (handler.plan, handler.num_steps) == (plan, 0)
+    DropBPHandler(model, 0.5, granularity="sample").step()
+    DropBPHandler(model, 0.0).step()
+    model.requires_grad_(False)  # DeepSpeed leaves what is frozen alone
+    DropBPHandler(model, 0.5).step()
