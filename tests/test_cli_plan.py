@@ -89,6 +89,21 @@ def test_what_fits(capsys, small, uncheckpointed):
         assert (model.predict(Setting(1, seq_len, 0.5)).peak_bytes <= budget) is fits
 
 
+@pytest.mark.parametrize("by", ["seq_len", "batch_size"])
+def test_long_steps_in_slices_lie_on_the_line_that_they_are_read_off(small, monkeypatch, by):
+    monkeypatch.setattr(plan_report, "MOST_IN_SLICES", 4096)
+    model = StepModel(model_config.load_config(str(small)))
+    unit = 64 if by == "seq_len" else 2048  # tokens of a row, or in a row of many
+
+    def setting_at(n):
+        return Setting(1, 64 * n, 0.5, "sliced") if by == "seq_len" else Setting(n, 2048, 0.5, "sliced")
+
+    peak = plan_report._peak(model, setting_at, unit)
+    for tokens in (2048, 4096, 6144, 10240):
+        assert peak(tokens // unit) == model.predict(setting_at(tokens // unit)).peak_bytes, tokens
+    assert len(model._predicted) == 4  # the last two were asked here alone
+
+
 @pytest.mark.parametrize(
     ("name", "billions", "gib"),
     [("llama-2-7b", 6.74, 12.55), ("llama-3-8b", 8.03, 14.96), ("llama-2-70b", 68.98, 128.5)],

@@ -18,6 +18,9 @@ DROP_RATES = (0.0, 0.5, 0.75, 0.875)  # that are compared, as far as they do not
 TARGET_SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)  # that are compared with the asked one
 SEQ_LEN_STEP = 64
 LONGEST = 1 << 22
+# A slice of a step in slices is simulated as long as any other: seconds for each 10,000 tokens, minutes for what fits a
+# large GPU. Their peak lies on a line from two slices on, so what is longer than this is read off it.
+MOST_IN_SLICES = 8192
 COUNTED_BATCH_SIZES = (1, 2, 4, 8, 16)
 MAX_COUNTED_ROWS = 1024
 ASSUMPTIONS = (
@@ -86,7 +89,7 @@ def longest_seq_len(model: StepModel, setting: Setting, budget: int) -> int:
     """The longest sequence, in steps of 64 tokens, whose step fits at this batch size; 0: none does."""
     asked = -(-setting.seq_len // SEQ_LEN_STEP)
     return SEQ_LEN_STEP * _largest(
-        lambda n: model.predict(replace(setting, seq_len=n * SEQ_LEN_STEP)).peak_bytes,
+        _peak(model, lambda n: replace(setting, seq_len=n * SEQ_LEN_STEP), setting.batch_size * SEQ_LEN_STEP),
         budget,
         guesses=(asked, 2 * asked),
         limit=LONGEST // SEQ_LEN_STEP,
@@ -96,11 +99,30 @@ def longest_seq_len(model: StepModel, setting: Setting, budget: int) -> int:
 def largest_batch_size(model: StepModel, setting: Setting, budget: int, num_tokens: int) -> int:
     """The largest batch whose step fits at this sequence length; 0: none does. num_tokens: about how many would fit."""
     return _largest(
-        lambda n: model.predict(replace(setting, batch_size=n)).peak_bytes,
+        _peak(model, lambda n: replace(setting, batch_size=n), setting.seq_len),
         budget,
         guesses=(setting.batch_size, max(1, num_tokens // setting.seq_len)),
         limit=max(1, LONGEST // setting.seq_len),
     )
+
+
+def _peak(model: StepModel, setting_at: Callable[[int], Setting], num_tokens: int) -> Callable[[int], int]:
+    """Peak bytes of setting_at(n), which has n times num_tokens; of long steps in slices off a line."""
+
+    def predicted(n: int) -> int:
+        return model.predict(setting_at(n)).peak_bytes
+
+    bound = max(2, MOST_IN_SLICES // num_tokens)
+    if setting_at(1).checkpoint != "sliced":
+        return predicted
+    half = bound // 2
+
+    def peak(n: int) -> int:
+        if n <= bound:
+            return predicted(n)
+        return predicted(bound) + (predicted(bound) - predicted(half)) * (n - bound) // (bound - half)
+
+    return peak
 
 
 def _largest(peak: Callable[[int], int], budget: int, guesses: tuple[int, int], limit: int) -> int:
