@@ -159,6 +159,8 @@ def test_several_adapters():
     for name, delta in deltas.items():
         expected.get_submodule(name.removeprefix("base_model.model.")).weight.data += delta
     torch.testing.assert_close(both, logits(expected))
+    with pytest.raises(ValueError, match="adapter_names: expected None, since samples of a batch share their columns"):
+        model(**tiny_batch(), adapter_names=["default", "second"])
     model(**tiny_batch()).loss.backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if "paca_columns" in n)
     model.merge_adapter()

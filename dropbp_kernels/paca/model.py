@@ -1,5 +1,7 @@
 """The tuner: finds the targets in a model, chooses their columns and puts our layers in their place."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,6 +40,13 @@ class PacaModel(BaseTuner):
                 raise ValueError(f"r: expected at most the {in_features} inputs of {key}, got {r}")
             if isinstance(module, PacaLayer) and peft_config.published and module.merged:
                 raise ValueError(f"published: {key} has a merged adapter; unmerge it first")
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Around every call of a PEFT model, which takes adapter_names out of it when this has seen them."""
+        if (names := kwargs.get("adapter_names")) is not None:
+            raise ValueError(f"adapter_names: expected None, since samples of a batch share their columns, got {names}")
+        yield
 
     def _create_and_replace(
         self,
