@@ -82,8 +82,8 @@ class Watch(Protocol):
     def entered(self, residual: Tensor) -> Tensor:
         """What the branch shall read in place of `residual`: the same values."""
 
-    def returned(self, output: Any) -> None:
-        """What a kept branch returned, before it enters the stream."""
+    def returned(self, output: Any) -> Any:
+        """What shall enter the stream in place of a kept branch's `output`: the same values."""
 
 
 class DropBP(nn.Module):
@@ -319,9 +319,7 @@ class DropBP(nn.Module):
 
     def shown(self, output: Any) -> Any:
         """`output` of a kept branch, once whoever watches the gate has seen it."""
-        if self.watch is not None:
-            self.watch.returned(output)
-        return output
+        return output if self.watch is None else self.watch.returned(output)
 
     def note_call(self, residual: Tensor) -> None:
         """Note that the branch runs on `residual`, with gradients enabled.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_map_only
 
 from .sensitivity import HasGates
 
@@ -18,9 +18,10 @@ Gradients = list[Tensor | None]
 
 
 class _Watch:
-    """The places in the graph where a branch begins and where it ends."""
+    """The places in the graph where a branch begins and where it ends; known: where any branch ended so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: set[GradientEdge]) -> None:
+        self._known = known
         self.begins: list[GradientEdge] = []
         self.ends: list[GradientEdge] = []
         self.is_split_off = False
@@ -33,9 +34,17 @@ class _Watch:
         self.begins.append(get_gradient_edge(residual))
         return residual
 
-    def returned(self, output: Any) -> None:
-        leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        self.ends += [get_gradient_edge(leaf) for leaf in leaves]
+    def returned(self, output: Any) -> Any:
+        return tree_map_only(Tensor, self._noted, output)
+
+    def _noted(self, leaf: Tensor) -> Tensor:
+        if not leaf.requires_grad:
+            return leaf
+        if get_gradient_edge(leaf) in self._known:  # handed on, as T5's position bias: a place of this branch's own
+            leaf = leaf.view_as(leaf)
+        self.ends.append(get_gradient_edge(leaf))
+        self._known.add(self.ends[-1])
+        return leaf
 
 
 class SharedBackward:
@@ -46,7 +55,8 @@ class SharedBackward:
     """
 
     def __init__(self, handler: HasGates, loss: Callable[[], Tensor], parameters: list[nn.Parameter]):
-        watches = {name: _Watch() for name in handler.gates}
+        known: set[GradientEdge] = set()
+        watches = {name: _Watch(known) for name in handler.gates}
         for name, gate in handler.gates.items():
             gate.kept = True
             gate.grad_scale = 1.0

@@ -87,10 +87,11 @@ def test_parallel_in_place_several_outputs_and_experts(family):
             vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0
         )
         model = transformers.T5ForConditionalGeneration(config)
-    model.train()
+    dtype = torch.float32 if family == "mixtral" else torch.float64  # the product of its experts knows no float64
+    model.to(dtype).train()
     handler = apply_dropbp(model, 0.5)
     batch = tiny_batch()
-    assert_equal(handler, [lambda: model(**batch).loss], rel=1e-2)
+    assert_equal(handler, [lambda: model(**batch).loss], rel=1e-2 if family == "mixtral" else 1e-5)
 
 
 def test_a_gate_that_is_called_twice():

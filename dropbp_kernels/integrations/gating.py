@@ -89,7 +89,7 @@ class ModuleGate(DropBP):
     def pass_output(self, output: Any, *, is_kept: bool) -> Any:
         """What the branch's last module returned, as the stream shall see it: scaled when kept, constant when not."""
         if is_kept:
-            self.shown(output)
+            output = self.shown(output)
         if is_kept and self.grad_scale == 1.0:
             return output
         return tree_map_only(Tensor, self._scale if is_kept else Tensor.detach, output)
