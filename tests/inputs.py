@@ -2,7 +2,7 @@
 
 import torch
 
-LAYOUTS = ["contiguous", "permuted", "sliced", "expanded"]
+LAYOUTS = ["contiguous", "permuted", "sliced", "half", "expanded"]
 
 
 def make(shape, dtype, layout="contiguous", device="cpu"):
@@ -11,6 +11,8 @@ def make(shape, dtype, layout="contiguous", device="cpu"):
         return torch.randn(*reversed(shape), device=device).to(dtype).permute(*reversed(range(len(shape))))
     if layout == "sliced":
         return torch.randn(*shape[:-1], 2 * shape[-1] + 1, device=device).to(dtype)[..., 1::2]
+    if layout == "half":  # of a packed projection: contiguous rows, apart
+        return torch.randn(*shape[:-1], 2 * shape[-1], device=device).to(dtype)[..., shape[-1] :]
     if layout == "expanded":
         return torch.randn(1, *shape[1:], device=device).to(dtype).expand(shape)
     return torch.randn(shape, device=device).to(dtype)
