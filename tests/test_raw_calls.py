@@ -49,6 +49,8 @@ CASES = [
             (FEW, X[:2], X[:2], STATISTIC[:2], STATISTIC[:2], ORDER, "grad_residual: expected 24 elements, got 15"),
             (X, X[:2], X[:2], STATISTIC[:3], STATISTIC[:2], ORDER, "mean: expected 2 elements, got 3"),
             (X, X[:2], X[:2], STATISTIC[:2], STATISTIC[:3], ORDER, "rows: expected 18 elements, got 12"),
+            (X, X[:2], X[:2], STATISTIC[:2], STATISTIC[:2].double(), ORDER, "rstd: expected dtype Float, got Double"),
+            (X.double(), X[:2], X[:2], STATISTIC[:2], STATISTIC[:2], ORDER, "grad_residual: expected dtype Float"),
             (X, X, X, STATISTIC, STATISTIC, SWAPPED, "rows: expected at most 2, got 4"),
             (X, X[:2], X[:2], STATISTIC[:2], STATISTIC[:2], TWICE, "permutation: expected each number"),
         )
