@@ -265,3 +265,9 @@ def test_depth_linear_rates():
         depth_linear_rates([1.0, 1.0], 0.95, max_rate=0.9)
     with pytest.raises(ValueError, match="flops: expected at least one positive number"):
         depth_linear_rates([], 0.5)
+
+
+def test_the_compiled_greedy_wants_flops_for_each_branch():
+    host = pytest.importorskip("dropbp_kernels._host")
+    with pytest.raises(ValueError, match="flops: expected one for each of the 1 sensitivities, got 2"):
+        host.allocate_published([1.0], [1.0, 2.0], 1.0, 0.0)

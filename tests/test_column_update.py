@@ -98,6 +98,13 @@ def test_any_shape_stride_and_dtype(backend, device, data):
     check(weight, delta, index, data.draw(st.sampled_from([0.0, 1.0, -0.1, 16.0]), label="scale"))
 
 
+def test_originals_may_be_strided(backend, device):
+    weight, index = torch.zeros(3, 5, device=device), torch.tensor([4, 1], device=device)
+    original = torch.randn(2, 3, device=device).t()
+    column_restore(weight, original, index)
+    assert torch.equal(weight[:, index], original)
+
+
 def test_what_cannot_be_subtracted_again_is_restored(backend, device):
     """The sums are infinite, or have lost all digits of the weight."""
     weight = torch.tensor([[1e-3, -0.0, float("nan"), 6e4]], dtype=torch.float16, device=device)

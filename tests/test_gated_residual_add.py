@@ -349,3 +349,15 @@ def test_rows_out_of_range(backend, device):
         else:
             with pytest.raises((IndexError, RuntimeError), match=r"index|rows"):
                 raw.gated_residual_add(residual, branch, rows)
+
+
+def test_threads_may_share_a_row(backend, device):
+    """More elements than a thread takes, cut within a row."""
+    residual, branch = torch.randn(5, 30001, device=device), torch.randn(3, 30001, device=device)
+    rows, row_scale = torch.tensor([4, 0, 2], device=device), torch.tensor([2.0, 0.0, 0.5], device=device)
+    expected = residual.index_add(0, rows, branch)
+    assert torch.equal(raw.gated_residual_add(residual, branch, rows), expected)
+    grad = raw.gated_residual_add_backward(residual, rows, row_scale, 1.0, torch.float32)
+    assert torch.equal(grad, residual[rows] * row_scale[:, None])
+    raw.gated_residual_add_(residual, branch, rows)
+    assert torch.equal(residual, expected)

@@ -260,3 +260,10 @@ def test_entries_given_twice(backend, device):
     residual, kept, dropped, _ = leaves(device)
     with pytest.raises(IndexError, match="permutation: expected each number from 0 to 3 once"):
         raw.permuted_residual_add(residual, kept, dropped, torch.tensor([0, 1, 1, 3]))
+
+
+def test_a_permutation_may_be_strided(backend, device):
+    residual, branch = torch.randn(4, 6, device=device), torch.randn(4, 6, device=device)
+    strided = torch.tensor([[2, 0], [0, 1], [3, 2], [1, 3]], device=device)[:, 0]
+    total = permuted_residual_add(residual, branch[:2], branch[2:], strided)
+    assert torch.equal(total, residual.index_add(0, strided.contiguous(), branch))

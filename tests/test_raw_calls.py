@@ -60,6 +60,11 @@ CASES = [
     ("permuted_residual_add", (X, FEW[:2], X[2:], ORDER), "kept: expected 12 elements, got 10"),
     ("permuted_residual_add", (FEW, X[:2], X[2:], ORDER), "residual: expected 12 elements, got 15"),
     ("permuted_residual_add", (X, X[:2], X[2:], ORDER.int()), f"permutation: {NOT_LONG}"),
+    (
+        "permuted_residual_add",
+        (X, X[:2], X[2:], ORDER + 1),
+        "permutation: expected each number from 0 to 3 once, got 4",
+    ),
     ("glu", (X, FEW, "silu"), "up: expected the shape of gate"),
     ("glu", (X, X.double(), "silu"), "up: expected dtype Float, got Double"),
     ("glu_", (X, FEW, "silu"), "up: expected the shape of gate"),
