@@ -60,16 +60,16 @@ def check_called(gates: dict[str, DropBP]) -> None:
 
 
 def check_engine(model: nn.Module, kept: Iterable[object]) -> None:
-    """Errors: RuntimeError for a plan that drops a branch of a model that DeepSpeed's ZeRO-3 trains.
+    """Errors: RuntimeError unless a plan for a model that DeepSpeed's ZeRO-3 trains keeps every branch whole.
 
-    It keeps gradients in buffers that only the next ones overwrite: a parameter without one is moved by an old one.
+    It keeps gradients in buffers that only the next ones overwrite: a parameter without one is moved by an old one. A
+    plan by rows may leave a branch without a gradient, too.
     """
     trained = next((parameter for parameter in model.parameters() if parameter.requires_grad), None)
-    if hasattr(trained, "ds_id") and any(entry is False for entry in kept):
+    if hasattr(trained, "ds_id") and any(entry is not True for entry in kept):
         raise RuntimeError(
             "plan: expected a gradient for every parameter under DeepSpeed's ZeRO-3, which moves one without by the "
-            'gradient of an earlier step, got a plan that drops branches; use granularity="sample" or "token", ZeRO-2, '
-            "or FSDP2"
+            "gradient of an earlier step, got a plan that drops branches or rows; use ZeRO-2 or FSDP2"
         )
 
 

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from .lora import as_dtype, linear_and_low, low_rank_gradients, rows_of, without_autocast
+from .autocast import without_autocast
+from .lora import as_dtype, linear_and_low, low_rank_gradients, rows_of
 from .ops.derivative import Function, first_derivative
 from .ops.glu import ACTIVATIONS, check_glu, glu_gradients
 from .ops.raw import raw

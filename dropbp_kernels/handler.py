@@ -165,7 +165,7 @@ class DropBPHandler:
             loss: int64 (batch, seq_len), not shifted, -100 where there is no loss. They hold until the next step; for
             several micro-batches of one optimizer step call `step` before each.
         Errors: RuntimeError in strict mode when a gate was not called with gradients enabled since the last `step`;
-            ValueError for labels where no context is to be told from targets; RuntimeError for a branch that is dropped
+            ValueError for labels where no context is to be told from targets; RuntimeError for a plan that drops
             under DeepSpeed's ZeRO-3 (see `gates.check_engine`). The plan stays then.
         """
         if labels is not None and self.targets is None:
@@ -175,7 +175,6 @@ class DropBPHandler:
         if self._awaits_call:
             self._check_last_step()
         plan = self.draw(self.num_steps)
-        check_engine(self.model, plan)
         self._put_plan(plan, self.rates_at(self.num_steps))
         self._books.open(self.plan)
         for gate in self.gates.values():
@@ -227,7 +226,8 @@ class DropBPHandler:
 
         Rows are the samples of the next batch or, for a branch that treats each for itself, its tokens. It does not
         count as a step.
-        Errors: ValueError for a wrong length, TypeError for other entries; the old plan stays.
+        Errors: ValueError for a wrong length, TypeError for other entries, RuntimeError as in `step`; the old plan
+            stays.
         """
         if not isinstance(kept, Sequence):
             raise TypeError(
@@ -241,6 +241,7 @@ class DropBPHandler:
 
     def _put_plan(self, plan: DropPlan, rates: Sequence[float]) -> None:
         """Tell the gates of `plan` and, for grad_scale="unbiased", of the rates that it was drawn with."""
+        check_engine(self.model, plan.kept)
         set_plan(self.gates, plan.kept)
         for gate, rate in zip(self.gates.values(), rates, strict=True):
             gate.grad_scale = 1.0 / (1.0 - rate) if self.grad_scale == "unbiased" else float(self.grad_scale)
@@ -387,7 +388,7 @@ class DropBPHandler:
         """Go on exactly where the handler that saved `state` stood; its total_steps count where none are given here.
 
         Errors: ValueError when the state is of another version, of a model with other branches or of another
-                granularity; those of `draw`. Nothing is changed then.
+                granularity; those of `draw` and `set_plan`. Nothing is changed then.
         """
         if not isinstance(state, Mapping):
             raise TypeError(f"state: expected what state_dict returned, got {type(state).__name__}")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .autocast import is_autocast_on
 from .by_rows import RowSplit
 from .choices import DROPPED_RUNS
 from .ops.gated_residual_add import gated_residual_add
@@ -40,11 +41,8 @@ def as_inference(device_type: str) -> AbstractContextManager[None]:
 
     The cache would hold a copy of every trained weight of the branch until the autocast region ends, behind the loss.
     """
-    # Asking whether autocast is on is an error on devices that have none, such as meta. Which have any is a question
-    # that dynamo of torch 2.11 cannot trace.
-    has_autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
-    is_on = has_autocast and torch.is_autocast_enabled(device_type)
-    return _without_cast_cache() if is_on and torch.is_autocast_cache_enabled() else torch.no_grad()
+    is_cached = is_autocast_on(device_type) and torch.is_autocast_cache_enabled()
+    return _without_cast_cache() if is_cached else torch.no_grad()
 
 
 @contextmanager

@@ -11,13 +11,13 @@ Products run in the dtype of x, or in autocast's; adapters in a wider dtype are 
 their gradients come back in their own.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .autocast import product_dtype, without_autocast
 from .ops.derivative import Function, first_derivative
 
 
@@ -38,8 +38,7 @@ def lora_linear(
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: expected a frozen tensor, got one that requires a gradient")
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(x.dtype if x.dtype is torch.float64 else torch.get_autocast_dtype(x.device.type))
+    x = as_dtype(x, product_dtype(x))
     with without_autocast(x.device.type):
         if torch.is_grad_enabled():
             return _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scaling)  # type: ignore[no-any-return]
@@ -61,14 +60,6 @@ def add_lora(output: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling:
         if torch.is_grad_enabled():
             return _AddLora.apply(output, x, lora_a, lora_b, scaling)  # type: ignore[no-any-return]
         return _add(output, x, lora_a, lora_b, scaling)[0]
-
-
-def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """A context without autocast on such devices; where there is none, one that takes no time."""
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else _NOTHING
-
-
-_NOTHING = nullcontext()
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
+from .autocast import is_autocast_on, product_dtype
+
 REDUCTIONS = ("mean", "sum")
 # Float32 logits of one slice: matrix products of hundreds of rows, large enough for a CPU (benchmarks/LOG.md) and, by
 # the count of their FLOPs, for a GPU, where nobody has measured them.
@@ -52,9 +54,8 @@ def linear_cross_entropy(
     Source: oracle torch.nn.functional.cross_entropy; the idea of taking gradients in the forward: Liger Kernel
             (arXiv 2410.10989). torch.nn.functional.linear_cross_entropy rounds the loss to the dtype of hidden.
     """
-    device_type = hidden.device.type  # on meta there is no autocast to ask about
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.get_autocast_dtype(device_type)
+    if is_autocast_on(hidden.device.type):
+        dtype = product_dtype(hidden)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
     _check(hidden, weight, target, bias, reduction)
     hidden, target = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)

@@ -79,23 +79,26 @@ def test_help_and_bad_options(capsys):
 
 
 @pytest.mark.slow
-def test_two_commits(tmp_path):
-    """A repository of Python alone; the tree at hand sleeps 20 ms in every call."""
+@pytest.mark.parametrize("is_slower", [False, True])
+def test_two_commits(tmp_path, is_slower):
+    """A repository of Python alone; the tree at hand sleeps 20 ms in every call, or changes nothing."""
     for name in ("benchmarks", "dropbp_kernels"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "*.csv", "__pycache__"))
     identity = ["-c", "user.name=t", "-c", "user.email=t@t", "-c", "commit.gpgsign=false"]
     for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "base"]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
-    with (tmp_path / "dropbp_kernels" / "ops" / "gated_residual_add.py").open("a") as op:
-        op.write(SLOWDOWN)
+    if is_slower:
+        with (tmp_path / "dropbp_kernels" / "ops" / "gated_residual_add.py").open("a") as op:
+            op.write(SLOWDOWN)
     # A call takes microseconds, and two are no measurement: a sleep exceeds a hundredfold, but so may a busy moment.
-    flags = ["--scale", "tiny", "--only", "host_overhead", "--rounds", "1", "--threshold", "100", "--no-build"]
+    threshold = "100" if is_slower else "1e5"
+    flags = ["--scale", "tiny", "--only", "host_overhead", "--rounds", "1", "--threshold", threshold, "--no-build"]
     command = [sys.executable, "-m", "benchmarks.compare", "HEAD", *flags, "--device", "cpu"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.returncode == int(is_slower), done.stdout + done.stderr
     slower = [line for line in done.stdout.splitlines() if line.endswith("SLOWER")]
-    assert slower
     assert all("gated_residual_add" in line or "DropBP" in line for line in slower)
+    assert bool(slower) == is_slower
     listed = subprocess.run(["git", "worktree", "list"], cwd=tmp_path, capture_output=True, text=True).stdout
     assert listed.count("\n") == 1  # BASE's is gone
 

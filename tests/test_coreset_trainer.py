@@ -1,12 +1,7 @@
 """Coresets in the Trainer: what it trains on, its loss, resumes bit for bit; and two ranks that choose together."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+import ranks
 import torch
 from coreset_ranks import RUNS, ranks_batch
 from models import tiny_causal_lm, with_lora
@@ -119,36 +114,15 @@ def test_what_is_refused(tmp_path):
 
 
 def test_two_ranks_choose_what_one_would_of_all_candidates(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    script = Path(__file__).with_name("coreset_ranks.py")
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    paths = os.pathsep.join([str(script.parent), str(script.parent.parent), os.environ.get("PYTHONPATH", "")])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(tmp_path)],
-            env={**os.environ, **environment, "RANK": str(rank), "PYTHONPATH": paths},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
-
+    with ranks.started("coreset_ranks.py", tmp_path):
+        pass
+    results = ranks.results_in(tmp_path)
     batch, sources = ranks_batch()
     for name, options in RUNS.items():
         selector = CoresetSelector(tiny_causal_lm(), num_coordinates=None, weights="cluster", **options)
         for step in range(3):
             selected, weights = selector.select(batch, sources)
-            ours = [rank[name][step] for rank in ranks]
+            ours = [result[name][step] for result in results]
             assert [len(one["selected"]) for one in ours] == [6, 6]
             assert torch.equal(torch.cat([one["selected"] for one in ours]).sort().values, selected)
             for one in ours:
@@ -156,7 +130,7 @@ def test_two_ranks_choose_what_one_would_of_all_candidates(tmp_path):
                 assert torch.equal(one["labels"], batch["labels"][one["selected"]])
                 places = torch.searchsorted(selected, one["selected"])
                 torch.testing.assert_close(one["weights"], weights[places])
-        moments = [rank[name + " state"]["moments"]["first"] for rank in ranks]
+        moments = [result[name + " state"]["moments"]["first"] for result in results]
         if name != "random":
             assert torch.equal(*moments)
             torch.testing.assert_close(moments[0], selector.moments.first)

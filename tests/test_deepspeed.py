@@ -1,13 +1,9 @@
 """DeepSpeed's ZeRO on two processes (gloo): what is trained is what one process trains. Skipped without DeepSpeed."""
 
 import importlib.util
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from deepspeed_ranks import OPTIONS, batches, patched, sgd
 
@@ -15,38 +11,15 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed: pip install deepspeed"),
     pytest.mark.slow,
 ]
-RANKS = 2
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What each rank of tests/deepspeed_ranks.py left."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    root = Path(__file__).resolve().parents[1]
-    shared = {**os.environ, "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    command = [sys.executable, "-W", "ignore", str(root / "tests" / "deepspeed_ranks.py"), str(folder)]
-    processes = [
-        subprocess.Popen(
-            command,
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(RANKS)
-    ]
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=240)
-            assert process.returncode == 0, output[-4000:]
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
+    with ranks.started("deepspeed_ranks.py", folder):
+        pass
+    return ranks.results_in(folder)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

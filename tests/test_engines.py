@@ -1,13 +1,9 @@
 """DDP, FSDP and tensor parallel on two processes (gloo): plans are those of one process, and so is what is trained."""
 
 import itertools
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 from engine_ranks import LLAMA_OPTIONS, WHOLE_BATCH_OPTIONS, batches, chats, llama, train, train_targets, with_paca
@@ -15,7 +11,6 @@ from models import tiny_causal_lm, toy_model
 
 from dropbp_kernels import DropBPHandler, apply_dropbp
 
-RANKS = 2
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
 
@@ -23,30 +18,9 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without d
 def results(tmp_path_factory):
     """What each rank of tests/engine_ranks.py left."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    root = Path(__file__).resolve().parents[1]
-    environment = {
-        **os.environ,
-        **{"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
-        "PYTHONPATH": str(root),
-    }
-    command = [sys.executable, "-W", "ignore", str(root / "tests" / "engine_ranks.py"), str(folder)]
-    processes = [
-        subprocess.Popen(
-            command, env={**environment, "RANK": str(rank)}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        for rank in range(RANKS)
-    ]
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=240)
-            assert process.returncode == 0, output
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
+    with ranks.started("engine_ranks.py", folder):
+        pass
+    return ranks.results_in(folder)
 
 
 @pytest.mark.parametrize("missing_grad", ["skip", "zero"])

@@ -127,7 +127,7 @@ def test_plans_by_hand_and_undropped_models_hear_nothing():
     train(model, 3)
 
 
-def test_zero_3_is_known_by_its_parameters_and_given_no_plan_that_drops_branches():
+def test_zero_3_is_known_by_its_parameters_and_given_no_plan_that_drops():
     """tests/test_deepspeed.py does so in DeepSpeed, where that is installed."""
     model = toy_model()
     for parameter in model.parameters():
@@ -137,7 +137,14 @@ def test_zero_3_is_known_by_its_parameters_and_given_no_plan_that_drops_branches
     with pytest.raises(RuntimeError, match=r"plan: expected a gradient for every parameter under .* ZeRO-3"):
         handler.step()
     assert (handler.plan, handler.num_steps) == (plan, 0)
-    DropBPHandler(model, 0.5, granularity="sample").step()
+    with pytest.raises(RuntimeError, match="ZeRO-3"):
+        handler.set_plan([False] + [True] * (len(plan) - 1))
+    state = {**handler.state_dict(), "plan": [False] * len(plan)}
+    with pytest.raises(RuntimeError, match="ZeRO-3"):
+        handler.load_state_dict(state)
+    assert (handler.plan, handler.num_steps) == (plan, 0)
+    with pytest.raises(RuntimeError, match="drops branches or rows"):
+        DropBPHandler(model, 0.5, granularity="sample").step()
     DropBPHandler(model, 0.0).step()
     model.requires_grad_(False)  # DeepSpeed leaves what is frozen alone
     DropBPHandler(model, 0.5).step()

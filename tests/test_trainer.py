@@ -2,13 +2,9 @@
 
 import copy
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from models import tiny_causal_lm, toy_model, with_lora
 
@@ -296,27 +292,9 @@ def test_a_model_with_gates_of_its_own(tmp_path):
 def test_ranks_of_ddp_draw_the_same_plans_and_stay_alike(tmp_path):
     import ddp_trainer
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    script = Path(ddp_trainer.__file__)
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    paths = os.pathsep.join([str(script.parent), str(script.parent.parent)])
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(tmp_path)],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    alone = ddp_trainer.run("uniform", 4)  # meanwhile, in one process: the same rows in each step
-    for rank in ranks:
-        _, errors = rank.communicate(timeout=120)
-        assert rank.returncode == 0, errors
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    with ranks.started("ddp_trainer.py", tmp_path):
+        alone = ddp_trainer.run("uniform", 4)  # meanwhile, in one process: the same rows in each step
+    first, second = ranks.results_in(tmp_path)
     for name in ddp_trainer.RUNS:
         assert first[name]["handler"] == second[name]["handler"]
         assert_same(first[name]["weights"], second[name]["weights"])

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..autocast import without_autocast
 from ..gates import find_gates
-from ..lora import without_autocast
 from .projection import Projection
 
 IGNORED = -100

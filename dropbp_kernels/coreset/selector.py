@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..lora import without_autocast
+from ..autocast import without_autocast
 from ..ops.l1_distances import l1_distances
 from .budgets import num_kept, plan_budgets, source_id
 from .facility_location import facility_location

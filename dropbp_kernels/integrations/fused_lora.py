@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..autocast import is_autocast_on
 from ..glu_linear import Adapter
 from ..lora import add_lora, lora_linear
 from ..plain_linear import is_watched, weight_and_bias
@@ -50,7 +51,7 @@ def uninstall(model: nn.Module) -> None:
 def _places(parent: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """Where below `parent` PEFT puts its layers, or has put them: around modules that have none of their own."""
     for name, child in parent.named_children():
-        if type(child) in _kinds() or not any(True for _ in child.children()):
+        if type(child) in _kinds() or next(child.children(), None) is None:
             yield parent, name
         else:
             yield from _places(child)
@@ -133,4 +134,4 @@ def trained_linear(layer: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Adapte
 
 
 def _has_dtype(weight: Tensor, x: Tensor) -> bool:
-    return weight.dtype is x.dtype or torch.is_autocast_enabled(x.device.type)
+    return weight.dtype is x.dtype or is_autocast_on(x.device.type)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
+from ..autocast import is_autocast_on, product_dtype
 from ..losses import linear_cross_entropy, rows_of_slice
 from ..plain_linear import is_whole
 
@@ -43,9 +44,8 @@ def deferring_forward(self: Any, hidden: Tensor) -> Tensor:
     ):
         return F.linear(hidden, weight, self.bias)
     tensors = [hidden, weight, self.bias]
-    device_type = hidden.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
+    if is_autocast_on(hidden.device.type):
+        dtype = product_dtype(hidden)
         tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
     elif hidden.dtype != weight.dtype:
         return F.linear(hidden, weight, self.bias)  # an error, in PyTorch's words

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..autocast import product_dtype, without_autocast
 from ..ops.column_update import column_restore, column_update
 from ..ops.derivative import first_derivative
 from ..ops.partial_gather import partial_gather
@@ -61,10 +62,7 @@ def column_linear(
     unpack: makes the weight, where it is kept in another form; it is called again in the backward, and `weight` is
     then what that form is kept in, or anything.
     """
-    device = x.device.type
-    dtype = x.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = product_dtype(x)
     channels = None
     if torch.is_grad_enabled() and trained.requires_grad:
         channels = _channels(x, columns, dtype)
@@ -141,7 +139,7 @@ class _ColumnLinear(torch.autograd.Function):
         # two forwards of one step changes nothing.
         ctx.save_for_backward(trained, weight, channels)
         with (
-            torch.autocast(x.device.type, enabled=False),
+            without_autocast(x.device.type),
             _weight_with(weight, trained, columns, x.dtype, unpack) as own,
         ):
             return F.linear(x, own, bias)
@@ -151,7 +149,7 @@ class _ColumnLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         trained, weight, channels = ctx.saved_tensors
         grad_x = grad_trained = grad_bias = None
-        with torch.autocast(grad_output.device.type, enabled=False):
+        with without_autocast(grad_output.device.type):
             if ctx.needs_input_grad[0]:
                 with _weight_with(weight, trained, ctx.columns, grad_output.dtype, ctx.unpack) as own:
                     grad_x = grad_output.matmul(own)
