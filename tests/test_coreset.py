@@ -202,11 +202,11 @@ def greedy(features, num_picks):
 
 
 def test_picks_are_those_of_the_method_written_down_plainly():
-    """Three steps: small sources whole; Adam's moments, the largest coordinates of each source, greedy picks."""
+    """Small sources whole; Adam's moments, the largest coordinates of each source, greedy picks."""
     model, batch = tiny_causal_lm(), ragged_batch()
     selector = CoresetSelector(model, num_coordinates=40)
     first = second = torch.zeros(512, dtype=torch.float64)
-    for step in range(1, 4):
+    for step in range(1, 5):
         model.model.embed_tokens.weight.data.add_(0.01 * torch.randn(64, 32))
         grads = CoresetSelector(model).score(batch)[1].double()
         expected = {0, 1, 2}
@@ -220,7 +220,8 @@ def test_picks_are_those_of_the_method_written_down_plainly():
         first = 0.9 * first + 0.1 * grads[3:].mean(0)
         second = 0.999 * second + 0.001 * grads[3:].mean(0) ** 2
         selected, weights = selector.select(batch, torch.tensor(SOURCES))
-        assert selected.tolist() == sorted(expected)
+        if step > 1:  # in the first every update is 1 or -1 but for eps: which are largest is a matter of rounding
+            assert selected.tolist() == sorted(expected)
         assert weights.tolist() == [1.0] * 8
 
 

@@ -24,7 +24,9 @@ FAMILIES = ["bert", "bloom", "deepseek_v3", "falcon", "gemma2", "gpt2", "gpt_neo
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_gradients_are_those_of_detached_rows(model_type, tokens):
     model = double(model_type)
-    check(model, tiny_inputs(model, BATCH, SEQ), tokens=tokens)
+    # Its router multiplies in float32, which rounds as the number of rows and the CPU will have it.
+    tolerance = {"rtol": 1e-5, "atol": 1e-8} if model_type == "deepseek_v3" else {}
+    check(model, tiny_inputs(model, BATCH, SEQ), tokens=tokens, **tolerance)
 
 
 @pytest.mark.parametrize("tokens", [False, True], ids=["sample", "token"])
