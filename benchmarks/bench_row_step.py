@@ -23,7 +23,7 @@ from .settings import Settings
 from .timing import in_turn
 
 NUM_ROUNDS = {"full": 15, "quick": 9, "tiny": 1}
-TWICE_THE_BATCH = 0.75  # the drop rate that is measured at twice the batch, too
+TWICE_THE_BATCH = (0.75, 0.875)  # drop rates that are measured at twice the batch, too: where few samples are kept
 # What a step by rows may take of one by branches, at batch 8 or more.
 ALLOWED_OVER_BRANCH = 1.05
 
@@ -65,12 +65,12 @@ def run(settings: Settings) -> Iterator[list[RowStepRow]]:
     size = steps.size_of(settings)
     model, batch = steps.build(size, settings.device)
     models = {name: model if name == "branch" else copy.deepcopy(model) for name in GRANULARITIES}
-    for rate, times_batch in [*((rate, 1) for rate in steps.DROP_RATES), (TWICE_THE_BATCH, 2)]:
+    for rate, times_batch in [*((rate, 1) for rate in steps.DROP_RATES), *((rate, 2) for rate in TWICE_THE_BATCH)]:
         if not settings.has_time():
             continue
-        batch = {name: tokens.repeat(times_batch, 1) for name, tokens in batch.items()}
+        tokens = {name: each.repeat(times_batch, 1) for name, each in batch.items()}
         handlers = {name: apply_dropbp(models[name], rate, granularity=name, strict=False) for name in GRANULARITIES}
-        steppers = {name: steps.Stepper(models[name], batch, settings.device) for name in GRANULARITIES}
+        steppers = {name: steps.Stepper(models[name], tokens, settings.device) for name in GRANULARITIES}
         measured = in_turn(
             {name: _drawn(handlers[name], steppers[name]) for name in GRANULARITIES},
             NUM_ROUNDS[settings.scale],
@@ -87,7 +87,7 @@ def run(settings: Settings) -> Iterator[list[RowStepRow]]:
             rows.append(
                 RowStepRow(
                     **asdict(where),
-                    **{**size.columns(), "batch_size": len(batch["input_ids"])},
+                    **{**size.columns(), "batch_size": len(tokens["input_ids"])},
                     granularity=name,
                     drop_rate=rate,
                     flops_kept=handlers[name].report()["flops_kept"],

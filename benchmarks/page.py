@@ -9,6 +9,7 @@ only: variants took turns there. What is a win and what a loss is decided here a
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -200,8 +201,8 @@ def _time(milliseconds: str) -> str:
 def picture_of(points: Iterable[Point]) -> Path:
     """Where the picture of one op on one device goes."""
     point = next(iter(points))
-    device = "gpu-" + point.device.lower().replace(" ", "-") if point.is_gpu else "cpu"
-    return PAGE.parent / f"kernels-{point.op}-{device}.png"
+    device = re.sub(r"[^a-z0-9]+", "-", point.device.lower()).strip("-")
+    return PAGE.parent / f"kernels-{point.op}-{'gpu' if point.is_gpu else 'cpu'}-{device}.png"
 
 
 def draw(points: dict[Point, Rows], path: Path) -> None:

@@ -112,9 +112,12 @@ def test_pictures_are_drawn(tmp_path, monkeypatch):
         *(("eager", 2.0, {"width": w}) for w in ("16", "32")),
         ("cpp", 1.0, {"width": "32"}),
         *((name, 1.0, {"op": "other"}) for name in ("eager", "triton", "cuda", "reference", "cpp")),
+        *((name, 1.0, {"host": "Linux, Intel(R) Xeon(R)", "device": "Intel(R) Xeon(R)"}) for name in ("eager", "cpp")),
     )
     assert page.main(["--rows", str(tmp_path)]) == 0
-    assert {path.name for path in tmp_path.glob("*.png")} == {"kernels-an_op-cpu.png", "kernels-other-cpu.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        "kernels-an_op-cpu-amd.png", "kernels-other-cpu-amd.png", "kernels-an_op-cpu-intel-r-xeon-r.png"
+    }  # fmt: skip
     assert page.main(["--rows", str(tmp_path), "--check"]) == 0
     (tmp_path / "kernels.md").write_text("edited by hand")
     assert page.main(["--rows", str(tmp_path), "--check"]) == 1
