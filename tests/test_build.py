@@ -194,7 +194,7 @@ def test_wheel_holds_the_package_and_imports_alone(tmp_path):
     if (built := current_build()) is not None:
         shutil.copytree(built, source / "build" / built.name)
     else:
-        environment["CXXFLAGS"] = "-O0 -DDROPBP_X86=0"
+        environment["CXXFLAGS"] = "-O0 -DDROPBP_X86=0 -DDROPBP_INLINE=inline"
     environment.pop("DROPBP_KERNELS_BACKEND", None)
     pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps"]
     command = [*pip, "-w", str(tmp_path), "."]

@@ -3,7 +3,9 @@
 // extension, which clang has too, on every machine.
 namespace dropbp::DROPBP_ISA {
 
+#ifndef DROPBP_INLINE  // -DDROPBP_INLINE=inline compiles faster where speed does not matter
 #define DROPBP_INLINE inline __attribute__((always_inline))
+#endif
 
 template <class T, int N>
 struct VectorOf {
