@@ -2,10 +2,9 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 
@@ -36,15 +35,9 @@ util.find_spec = lambda name: None if name == "triton" else find(name)
 
 
 def run(code=REPORT, path=PACKAGE.parent, prelude="", **environment):
-    """Run code in a fresh interpreter, with the package of `path`; (stdout, stderr)."""
+    """Run code in a process without the package, then with that of `path`; (stdout, stderr)."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("DROPBP_KERNELS_BACKEND", "TRITON_INTERPRET")}
-    result = subprocess.run(
-        [sys.executable, "-c", prelude + code],
-        capture_output=True,
-        text=True,
-        env={**inherited, "PYTHONPATH": str(path), **environment},
-        cwd=path,
-    )
+    result = forks.run(prelude + code, environment={**inherited, "PYTHONPATH": str(path), **environment}, cwd=path)
     return result.stdout if result.returncode == 0 else None, result.stderr
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 
 import dropbp_kernels
@@ -158,7 +159,7 @@ heavy = [m for m in ("triton", "transformers", "peft", "matplotlib", "accelerate
 assert not heavy, heavy
 assert torch.equal(rng, torch.get_rng_state()) and threads == torch.get_num_threads()
 """
-    result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    result = forks.run(code, flags=("-W", "error"))
     assert result.returncode == 0, result.stderr
 
 
