@@ -78,29 +78,45 @@ def test_help_and_bad_options(capsys):
             compare.main(options)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("is_slower", [False, True])
-def test_two_commits(tmp_path, is_slower):
-    """A repository of Python alone; the tree at hand sleeps 20 ms in every call, or changes nothing."""
+@pytest.fixture
+def repository(tmp_path):
+    """A repository of Python alone, with one commit."""
     for name in ("benchmarks", "dropbp_kernels"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "*.csv", "__pycache__"))
     identity = ["-c", "user.name=t", "-c", "user.email=t@t", "-c", "commit.gpgsign=false"]
     for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "base"]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
-    if is_slower:
-        with (tmp_path / "dropbp_kernels" / "ops" / "gated_residual_add.py").open("a") as op:
-            op.write(SLOWDOWN)
-    # A call takes microseconds, and two are no measurement: a sleep exceeds a hundredfold, but so may a busy moment.
-    threshold = "100" if is_slower else "1e5"
-    flags = ["--scale", "tiny", "--only", "host_overhead", "--rounds", "1", "--threshold", threshold, "--no-build"]
-    command = [sys.executable, "-m", "benchmarks.compare", "HEAD", *flags, "--device", "cpu"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == int(is_slower), done.stdout + done.stderr
-    slower = [line for line in done.stdout.splitlines() if line.endswith("SLOWER")]
-    assert all("gated_residual_add" in line or "DropBP" in line for line in slower)
-    assert bool(slower) == is_slower
-    listed = subprocess.run(["git", "worktree", "list"], cwd=tmp_path, capture_output=True, text=True).stdout
+    return tmp_path
+
+
+# A call takes microseconds, and two are no measurement: a sleep exceeds a hundredfold, but so may a busy moment.
+TINY = ["HEAD", "--scale", "tiny", "--only", "host_overhead", "--rounds", "1", "--no-build", "--device", "cpu"]
+
+
+def slower_lines(repository, text):
+    listed = subprocess.run(["git", "worktree", "list"], cwd=repository, capture_output=True, text=True).stdout
     assert listed.count("\n") == 1  # BASE's is gone
+    return [line for line in text.splitlines() if line.endswith("SLOWER")]
+
+
+@pytest.mark.slow
+def test_two_commits_alike(repository, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "ROOT", repository)  # the command itself is started below
+    assert compare.main([*TINY, "--threshold", "1e5"]) == 0
+    assert not slower_lines(repository, capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_two_commits_apart(repository):
+    """The tree at hand sleeps 20 ms in every call of one op."""
+    with (repository / "dropbp_kernels" / "ops" / "gated_residual_add.py").open("a") as op:
+        op.write(SLOWDOWN)
+    command = [sys.executable, "-m", "benchmarks.compare", *TINY, "--threshold", "100"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    slower = slower_lines(repository, done.stdout)
+    assert slower
+    assert all("gated_residual_add" in line or "DropBP" in line for line in slower)
 
 
 def test_the_worktree_is_removed_after_a_failure(tmp_path, monkeypatch):
