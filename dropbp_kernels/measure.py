@@ -85,17 +85,25 @@ class PeakLiveBytes(TorchDispatchMode):
             self.live_by_tag[tag] += num_bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # autograd's question at each edge: half the calls of a fake step
+            return func(*args)
         inputs = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and not leaf.is_meta:  # asked for its shape only
+            if isinstance(leaf, Tensor):
                 self._add(leaf, inputs)
+        self._ran(func, args, kwargs or {}, result)
         return result
+
+    def _ran(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """For subclasses: an operator has run. (torch wraps every override of `__torch_dispatch__` once more.)"""
 
     def _add(self, tensor: Tensor, inputs: set[int]) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._known or key in inputs:  # a view: nothing was allocated
+            return
+        if tensor.is_meta:  # asked for its shape only; a question that costs a fake tensor a dispatch, so it comes last
             return
         tag, num_bytes = self._tag(tensor), storage.nbytes()
         self._known[key] = tag, num_bytes

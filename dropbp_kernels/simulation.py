@@ -105,11 +105,9 @@ class _Timeline(PeakLiveBytes):
         change, high = _difference(self.live_by_tag, self._begin), _difference(self.peak_by_tag, self._begin)
         self.segments.append(Segment(self._mark, change, high, self._flops, self.num_passes))
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = super().__torch_dispatch__(func, types, args, kwargs)
+    def _ran(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         if (formula := _flop_formulas().get(func._overloadpacket)) is not None:
-            self._flops += formula(*args, **(kwargs or {}), out_val=result)
-        return result
+            self._flops += formula(*args, **kwargs, out_val=result)
 
 
 def _sum(one: Counter[Origin], other: Counter[Origin]) -> Counter[Origin]:
