@@ -49,6 +49,7 @@ def backend(request, monkeypatch):
         pytest.skip(f"{name}: {reason}")
     if name == "triton" and _backend.is_interpreting():
         _round_like_hardware(monkeypatch)
+        _save_the_interpreter_work(monkeypatch)
     with _backend.use_backend(name):
         yield name
 
@@ -104,3 +105,31 @@ def _round_like_hardware(monkeypatch):
         return bits.numpy().view("uint16")
 
     monkeypatch.setattr(interpreter, "_convert_float", rounded)
+
+
+def _save_the_interpreter_work(monkeypatch):
+    """Two things that Triton's interpreter does over and over, which take 40 % of its time and change nothing.
+
+    It puts its own functions into `triton.language` for a launch, and looks there for more to replace at each call of a
+    device function; and it makes a table of all dtypes for each dtype that it looks up.
+    """
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_LangPatchScope"):  # another Triton than 3.9
+        return
+    patch, look_up, found = interpreter._patch_lang, interpreter._get_np_dtype, {}
+
+    def patch_once(function):
+        languages = [value for value in function.__globals__.values() if value in (interpreter.tl, interpreter.tl.core)]
+        if languages and not any(is_builtin(language.load) for language in languages):
+            return interpreter._LangPatchScope()
+        return patch(function)
+
+    def look_up_once(dtype):
+        if dtype.name not in found:
+            found[dtype.name] = look_up(dtype)
+        return found[dtype.name]
+
+    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+    monkeypatch.setattr(interpreter, "_get_np_dtype", look_up_once)
