@@ -97,17 +97,18 @@ def test_bytes_and_flops_are_exact_for_the_plan_it_assumes(checkpoint):
     [
         ("lora", "none", 0.0),
         ("lora", "kept", 0.65),
-        ("lora", "block", 0.875),
+        ("lora", "block", 0.8),
         ("qlora", "none", 0.65),
         ("qpaca", "kept", 0.65),
-        ("full", "none", 0.875),
+        ("full", "none", 0.8),
         ("full", "block", 0.65),
     ],
 )
 def test_few_blocks_stand_for_all_exactly(adapter, checkpoint, drop_rate):
+    """Of seven blocks with all branches kept, one that stands for five; of the dropped ones, one for two or three."""
     setting = Setting(1, 64, drop_rate, checkpoint)
-    few = StepModel(config(num_layers=10), adapter)
-    every = StepModel(config(num_layers=10), adapter, cut=False)
+    few = StepModel(config(num_layers=7), adapter)
+    every = StepModel(config(num_layers=7), adapter, cut=False)
     assert few.cut
     assert not every.cut
     assert few.predict(setting) == every.predict(setting)
