@@ -152,7 +152,8 @@ def test_backward_by_hand(op):
 
 @kinds
 @pytest.mark.parametrize(("residual_dtype", "dtype"), DTYPE_PAIRS)
-@pytest.mark.parametrize("shape", [(3, 63), (4, 3, 130), (1, 1)])
+# Of three rows the permutation is its own inverse, of four it is not.
+@pytest.mark.parametrize("shape", [(3, 63), (4, 2, 130), (1, 1)])
 def test_matches_float64(backend, device, poisoned, shape, residual_dtype, dtype, kind):
     for num_kept in {0, (shape[0] + 1) // 2, shape[0]}:
         check(*problem(shape, residual_dtype, dtype, num_kept, kind, device))
@@ -175,7 +176,7 @@ def test_any_permutation_stride_and_dtype(backend, device, data):
 @kinds
 def test_many_rows_and_wide_rows(backend, device, in_chunks, kind):
     """More rows than programs or threads; rows that a Triton program reads in chunks."""
-    num_rows = 13 if backend == "triton" else 67
+    num_rows = 9 if backend == "triton" else 67
     for shape, dtype in (((num_rows, 33), torch.float32), ((3, 2, 100), torch.bfloat16), ((3, 64), torch.float64)):
         check(*problem(shape, dtype, dtype, shape[0] - 1, kind, device))
 
