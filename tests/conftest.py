@@ -116,8 +116,8 @@ def _save_the_interpreter_work(monkeypatch):
     from triton.language.core import is_builtin
     from triton.runtime import interpreter
 
-    if not hasattr(interpreter, "_LangPatchScope"):  # another Triton than 3.9
-        return
+    if not all(hasattr(interpreter, name) for name in ("_LangPatchScope", "_patch_lang", "_get_np_dtype")):
+        return  # another Triton than 3.9
     patch, look_up, found = interpreter._patch_lang, interpreter._get_np_dtype, {}
 
     def patch_once(function):
