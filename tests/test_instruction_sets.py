@@ -23,9 +23,8 @@ def builds():
         compiler, _ = sanitize.gcc()
     except sanitize.CannotRun:
         return plain + [("instruction_sets_norms", name, ["-O2"]) for name in compilers[:1]]
-    # Norms are much code and few numbers: unoptimised they compile in a third of the time. The other way the others.
-    watched = {"instruction_sets": ["-O1"], "instruction_sets_norms": ["-O0", sanitize.SHARED_CODE]}
-    return plain + [(program, compiler, [*flags, *sanitize.PROGRAM_FLAGS]) for program, flags in watched.items()]
+    watched = ["-O1", *sanitize.PROGRAM_FLAGS]
+    return plain + [(program, compiler, watched) for program in ("instruction_sets", "instruction_sets_norms")]
 
 
 @pytest.mark.parametrize(

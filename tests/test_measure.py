@@ -54,6 +54,12 @@ def test_peak_live_bytes_ignores_what_was_there_before():
     assert live.peak_bytes == 0
 
 
+def test_peak_live_bytes_takes_a_meta_tensor_for_a_shape():
+    with PeakLiveBytes() as live:
+        torch.empty(1000, device="meta") * 2
+    assert live.peak_bytes == 0
+
+
 def test_peak_live_bytes_covers_the_backward():
     w = torch.randn(100, requires_grad=True)
     with PeakLiveBytes() as live:
