@@ -17,7 +17,10 @@ Rows = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a table. losses: final validation loss by seed; shares of the undropped step: None if not timed."""
+    """One line of a table. losses: final validation loss by seed; shares of the undropped step: None if not timed.
+
+    timed_on: the machine of these shares; None where not timed, or on the lines between two times.
+    """
 
     point: Point
     batch_size: int
@@ -26,6 +29,7 @@ class Line:
     backward_over_undropped: float | None
     rows: Rows
     is_control: bool
+    timed_on: str | None
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,12 @@ def _line(point: Point, adapter: str, rows: Rows, timed: dict["Key", dict[str, s
         backward_over_undropped=backward,
         rows=chosen,
         is_control=is_control,
+        timed_on=_machine(timed[key]) if key in timed else None,
     )
+
+
+def _machine(row: dict[str, str]) -> str:
+    return f"{row['device']}, {row['threads']} thread" + "s" * (row["threads"] != "1")
 
 
 Key = tuple[str, str, float, int]

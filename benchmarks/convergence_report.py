@@ -42,13 +42,15 @@ def table(group: str, adapter: str, rows: Rows, steps: Rows) -> str:
     task, full = GROUPS[group].task, lines[0]
     before = float(full.rows[0]["validation_before"])
     rates = {f"{float(row['learning_rate']):g} ({row['adapter']})": None for line in lines for row in line.rows}
+    machines = dict.fromkeys(line.timed_on for line in lines if line.timed_on)
+    timed_on = f"; step times on {' and '.join(machines)}" if machines else ""
     sources = list(_by_source(full))
     columns = ["method", "batch", "step time", "backward FLOPs", "validation loss", "- undropped"]
     columns += ["- undropped, same time (batch)", "- undropped, same backward (batch)"]
     columns += [*(sources or ["- published (gap closed)"]), "seeds"]
     out = [
         f"{task.model}, {task.data}, {task.steps} steps of {task.batch_size} x {task.seq_len} bytes, learning rate "
-        f"{', '.join(rates)}; validation loss {before:.3f} before.\n",
+        f"{', '.join(rates)}; validation loss {before:.3f} before{timed_on}.\n",
         f"| {' | '.join(columns)} |",
         f"|---|{'--:|' * (len(columns) - 1)}",
     ]

@@ -51,8 +51,9 @@ def run_row(method, drop_rate, batch_size, seed, loss, **different):
     return {**values, **different}
 
 
-def step_row(method, drop_rate, batch_size, step, backward):
+def step_row(method, drop_rate, batch_size, step, backward, device="one CPU"):
     values = {"date_utc": "2026", "group": "plans", "adapter": "lora", "method": method, "drop_rate": str(drop_rate)}
+    values |= {"device": device, "threads": "2" if device == "one CPU" else "1"}
     costs = {"step_over_undropped": str(step), "backward_gflop": str(backward)}
     return {**values, **costs, "batch_size": str(batch_size)}
 
@@ -72,9 +73,12 @@ def test_a_table_by_hand(tmp_path):
         step_row("undropped", 0, 12, 1.0, 8.0),
         step_row("undropped", 0, 3, 0.4, 2.0),
         step_row("published", 0.75, 12, 0.6, 1.5),
-        step_row("branch", 0.75, 12, 0.61, 3.35),
+        step_row("branch", 0.75, 12, 0.61, 3.35, device="another"),
     ]
-    assert convergence_report.table("plans", "lora", rows, steps).splitlines()[-4:] == [
+    table = convergence_report.table("plans", "lora", rows, steps).splitlines()
+    assert table[0].endswith("; validation loss 3.000 before; step times on one CPU, 2 threads and another, 1 thread.")
+    assert convergence_report.table("plans", "lora", rows, []).splitlines()[0].endswith("loss 3.000 before.")
+    assert table[-4:] == [
         "| undropped | 12 | 1.00 | 1.00 | 2.050 ± 0.050 |  |  |  |  | 3 |",
         "| published 0.75 | 12 | 0.60 | 0.19 | 2.550 ± 0.050 | **+0.500** | **+0.300** (5) |  |  | 3 |",
         "| branch 0.75 | 12 | 0.61 | 0.42 | 2.360 ± 0.056 | **+0.310** | **+0.110** (5) | **+0.110** (5) "
