@@ -1,4 +1,4 @@
-"""setup.py: what it decides to build, the sentences it says, and the wheel that comes out."""
+"""setup.py: what it decides to build, the sentences it says, and the wheel and the archive that come out."""
 
 import importlib.util
 import os
@@ -6,11 +6,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+import dropbp_kernels
 
 ROOT = Path(__file__).parent.parent
 
@@ -203,13 +206,14 @@ def test_wheel_holds_the_package_and_imports_alone(tmp_path):
 
     (wheel,) = tmp_path.glob("*.whl")
     tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    assert wheel.name.startswith(f"dropbp_kernels-0.1.0-{tag}-{tag}-linux_")
+    assert wheel.name.startswith(f"dropbp_kernels-{dropbp_kernels.__version__}-{tag}-{tag}-linux_")
     with zipfile.ZipFile(wheel) as archive:
         files = set(archive.namelist())
         archive.extractall(tmp_path / "site")
     python_files = {str(path.relative_to(ROOT)) for path in (ROOT / "dropbp_kernels").rglob("*.py")}
     assert python_files <= files
-    assert "dropbp_kernels/py.typed" in files
+    configs = {str(path.relative_to(ROOT)) for path in (ROOT / "dropbp_kernels").rglob("*.json")}
+    assert {"dropbp_kernels/py.typed", *configs} <= files
     assert {"dropbp_kernels/_C.so", f"dropbp_kernels/_host{sysconfig.get_config_var('EXT_SUFFIX')}"} <= files
     assert not [name for name in files if name.startswith(("csrc", "tests", "benchmarks", "build"))]
 
@@ -222,3 +226,24 @@ def test_wheel_holds_the_package_and_imports_alone(tmp_path):
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.stdout.split() == [str(tmp_path / "site/dropbp_kernels/__init__.py"), "cpp", "True"], done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="needs setuptools")
+def test_sources_are_packed_whole(tmp_path):
+    """What README speaks of works from the archive too: its links, make test, make bench."""
+    source = tmp_path / "source"
+    ignore = shutil.ignore_patterns("*.so", "*.o", "__pycache__", ".*")
+    for folder in ("dropbp_kernels", "csrc", "tests", "docs", "benchmarks", "examples", ".ci"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=ignore)
+    texts = ("README.md", "CHANGELOG.md", "LICENSE", "MANIFEST.in", "Makefile", "constraints.txt", "pyproject.toml")
+    for name in (*texts, "setup.py", ".clang-format", ".pre-commit-config.yaml"):
+        shutil.copy(ROOT / name, source)
+    expected = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
+    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path)]
+    environment = {**os.environ, "DROPBP_KERNELS_CUDA": "0"}
+    done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        packed = {name.partition("/")[2] for name in files.getnames()}
+    assert expected <= packed
