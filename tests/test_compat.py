@@ -4,11 +4,13 @@ import random
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from dropbp_kernels import compat
 from dropbp_kernels.compat.handler import DropBPHandler, setup_seed
 from dropbp_kernels.compat.layer import DropBP
 
@@ -135,9 +137,13 @@ PUBLISHED_COUNTS = [10, 4, 15, 14, 30, 19, 31, 19]
 PUBLISHED_NEXT_RANDOM_NUMBERS = (0.03566109275876472, 0.07684954930080312)
 
 
-def sed(script):
-    """What `sed s/dropbp\\./dropbp_kernels.compat./` makes of a script."""
-    return "\n".join(re.sub(r"dropbp\.", "dropbp_kernels.compat.", line, count=1) for line in script.splitlines())
+def sed(script, folder):
+    """What the command that README and the package's text name makes of a script."""
+    (command,) = re.findall(r"`(sed .*)`", (Path(__file__).parent.parent / "README.md").read_text())
+    assert command in " ".join(compat.__doc__.split())
+    (folder / "train.py").write_text(script)
+    subprocess.run(command, shell=True, cwd=folder, check=True)
+    return (folder / "train.py").read_text()
 
 
 @pytest.fixture
@@ -150,10 +156,10 @@ def global_generators_restored():
 pytestmark = pytest.mark.usefixtures("global_generators_restored")
 
 
-def test_a_script_for_the_published_package_gives_the_same_numbers():
+def test_a_script_for_the_published_package_gives_the_same_numbers(tmp_path):
     results: dict = {}
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(compile(sed(SCRIPT), "script", "exec"), results)
+        exec(compile(sed(SCRIPT, tmp_path), "script", "exec"), results)
 
     plans = ["".join(str(int(p)) for p in plan) for plan in results["plans"]]
     # In the step of the calibration the gates hold the new rates, not a plan, and draw for themselves.
