@@ -47,6 +47,8 @@ CUDA_STEMS = frozenset(
     }
 )
 
+_HOST = "dropbp_kernels._host"
+
 _library = torch.library.Library("dropbp_kernels", "DEF")
 _schemas: dict[str, dict[str, str]] = {}
 _missing: dict[str, str] = {}  # backend -> why it cannot serve
@@ -165,12 +167,16 @@ def serving(stem: str, device_type: str) -> str:
     return next(b for b in LADDER.get(device_type, ("reference",)) if why_not(b, stem) is None)
 
 
-def host() -> ModuleType | None:
-    """The compiled host algorithms (`csrc/host`), or None where they were not built."""
+def why_no_host() -> str | None:
+    """Why there are no compiled host algorithms; None where there are."""
     if _forced() == "reference":
-        return None
-    name = "dropbp_kernels._host"
-    return importlib.import_module(name) if importlib.util.find_spec(name) else None
+        return "DROPBP_KERNELS_BACKEND=reference"
+    return None if importlib.util.find_spec(_HOST) else "_host was not built"
+
+
+def host() -> ModuleType | None:
+    """The compiled host algorithms (`csrc/host`), or None: see `why_no_host`."""
+    return importlib.import_module(_HOST) if why_no_host() is None else None
 
 
 def cache_dir() -> Path:

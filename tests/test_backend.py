@@ -10,6 +10,7 @@ import torch
 
 import dropbp_kernels
 from dropbp_kernels import _backend, reference
+from dropbp_kernels.cli import info
 from dropbp_kernels.ops import gated_residual_add  # noqa: F401  (installs the ops)
 from dropbp_kernels.ops.schema import SCHEMAS
 
@@ -172,3 +173,4 @@ def test_cache_dir(monkeypatch, tmp_path):
 def test_host_is_left_out_where_reference_is_forced(monkeypatch):
     monkeypatch.setenv("DROPBP_KERNELS_BACKEND", "reference")
     assert _backend.host() is None
+    assert info.collect()["host"] == "plain Python: DROPBP_KERNELS_BACKEND=reference"

@@ -38,7 +38,8 @@ def collect() -> dict[str, Any]:
 def _host() -> str:
     from .. import _backend
 
-    return "plain Python: _host was not built" if _backend.host() is None else "C++ (_host)"
+    reason = _backend.why_no_host()
+    return "C++ (_host)" if reason is None else f"plain Python: {reason}"
 
 
 def _serving(stem: str, device: str) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def as_text(facts: dict[str, Any]) -> str:
     lines += [f"  {'cuda:' + str(index):<26} {gpu}" for index, gpu in enumerate(machine["gpus"])]
     if not machine["gpus"]:
         lines.append(f"  {'cuda':<26} no device")
-    lines += ["", f"drop-rate allocation: {facts['host']}", "", f"{'ops':<28} " + "".join(f"{d:<11}" for d in devices)]
+    lines += ["", f"host algorithms: {facts['host']}", "", f"{'ops':<28} " + "".join(f"{d:<11}" for d in devices)]
     by_op: dict[str, dict[str, str]] = {}
     without: dict[str, list[str]] = {}  # why a backend does not serve -> the ops that it does not serve
     for entry in facts["ops"]:
