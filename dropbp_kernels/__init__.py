@@ -20,14 +20,16 @@ too, so answers at once.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__all__ = [
+__all__ = [  # without what needs an optional package: DropBPCallback and paca
     "DropBP",
     "DropBPHandler",
     "DropPlan",
     "apply_dropbp",
     "blocks",
+    "coreset",
     "losses",
     "measure",
+    "missing_grad",
     "ops",
     "register_family",
     "remove_dropbp",
@@ -46,10 +48,11 @@ _MODULE_OF = {
 _MODULES = ("blocks", "coreset", "losses", "measure", "missing_grad", "ops", "paca")
 
 if TYPE_CHECKING:
-    from . import blocks, coreset, losses, measure, missing_grad, ops, paca  # noqa: F401
+    from . import blocks, coreset, losses, measure, missing_grad, ops
+    from . import paca as paca  # so written, type checkers take it for a public name
     from .handler import DropBPHandler
     from .integrations.families import register_family
-    from .integrations.trainer import DropBPCallback  # noqa: F401
+    from .integrations.trainer import DropBPCallback as DropBPCallback
     from .integrations.transformers import apply_dropbp, remove_dropbp
     from .layer import DropBP
     from .plan import DropPlan
