@@ -3,6 +3,8 @@
 import contextlib
 import importlib
 import os
+import sys
+from pathlib import Path
 
 import torch
 
@@ -13,6 +15,8 @@ import pytest
 
 from dropbp_kernels import _backend, tuning
 from dropbp_kernels.ops.schema import SCHEMAS
+
+sys.path.append(str(Path(__file__).parent.parent))  # benchmarks, for who starts pytest by its own name
 
 torch.set_num_threads(2)
 

@@ -1,25 +1,19 @@
 """A tiny model and a few rows of noise, on which `benchmarks.convergence` runs."""
 
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-if not (ROOT / "benchmarks").is_dir():
-    pytest.skip("the benchmarks are not part of an installed package", allow_module_level=True)
 pytest.importorskip("peft")
-sys.path.append(str(ROOT))
 
-from benchmarks import (  # noqa: E402
+from benchmarks import (
     convergence_data,
     coreset_data,
 )
-from benchmarks.convergence_methods import TINY  # noqa: E402
-from dropbp_kernels.cli import builtin  # noqa: E402
-from dropbp_kernels.cli.data import IGNORED, Data, Row  # noqa: E402
+from benchmarks.convergence_methods import TINY
+from dropbp_kernels.cli import builtin
+from dropbp_kernels.cli.data import IGNORED, Data, Row
 
 
 def tiny_data(name, seq_len, seed):

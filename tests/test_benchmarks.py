@@ -11,12 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-if not (ROOT / "benchmarks").is_dir():
-    pytest.skip("the benchmarks are not part of an installed package", allow_module_level=True)
-sys.path.append(str(ROOT))
-
-from benchmarks import (  # noqa: E402
+from benchmarks import (
     baselines,
     bench_checkpointed_step,
     bench_coreset_step,
@@ -39,12 +34,13 @@ from benchmarks import (  # noqa: E402
     run,
     timing,
 )
-from benchmarks.baselines import WrongResult, check_results  # noqa: E402
-from benchmarks.rows import append_rows, machine, op_rows, read_rows  # noqa: E402
-from benchmarks.settings import Settings  # noqa: E402
-from benchmarks.steps import size_of  # noqa: E402
-from benchmarks.timing import Case, Timing, Variant  # noqa: E402
+from benchmarks.baselines import WrongResult, check_results
+from benchmarks.rows import append_rows, machine, op_rows, read_rows
+from benchmarks.settings import Settings
+from benchmarks.steps import size_of
+from benchmarks.timing import Case, Timing, Variant
 
+ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 
 

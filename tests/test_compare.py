@@ -8,14 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import compare
+from benchmarks.compare import Change
+
 ROOT = Path(__file__).resolve().parent.parent
-if not (ROOT / "benchmarks").is_dir():
-    pytest.skip("the benchmarks are not part of an installed package", allow_module_level=True)
-sys.path.append(str(ROOT))
-
-from benchmarks import compare  # noqa: E402
-from benchmarks.compare import Change  # noqa: E402
-
 SLOWDOWN = """
 import functools, time
 _without_sleep = gated_residual_add

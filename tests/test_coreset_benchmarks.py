@@ -1,22 +1,15 @@
 """The benchmarks of coresets: what they measure and write is what they say."""
 
 import csv
-import sys
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 import torch
 from models import tiny_causal_lm, with_lora
 
-ROOT = Path(__file__).resolve().parent.parent
-if not (ROOT / "benchmarks").is_dir():
-    pytest.skip("the benchmarks are not part of an installed package", allow_module_level=True)
-sys.path.append(str(ROOT))
-
-from benchmarks import bench_coreset_step, coreset_agreement, coreset_data  # noqa: E402
-from benchmarks.rows import RESULTS, append_rows, read_rows  # noqa: E402
-from benchmarks.settings import Settings  # noqa: E402
+from benchmarks import bench_coreset_step, coreset_agreement, coreset_data
+from benchmarks.rows import RESULTS, append_rows, read_rows
+from benchmarks.settings import Settings
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")

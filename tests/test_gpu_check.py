@@ -10,12 +10,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-if not (ROOT / "benchmarks").is_dir():
-    pytest.skip("the benchmarks are not part of an installed package", allow_module_level=True)
-sys.path.append(str(ROOT))
+from benchmarks import gpu_check, gpu_stages, gpu_targets, run
 
-from benchmarks import gpu_check, gpu_stages, gpu_targets, run  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.slow

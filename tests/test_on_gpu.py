@@ -12,6 +12,7 @@ import pytest
 import torch
 from op_cases import PUBLIC, RAW, Tensors
 
+from benchmarks import boundary
 from dropbp_kernels import DropBP, _backend
 from dropbp_kernels.ops import gated_residual_add, gated_residual_rms_norm
 from dropbp_kernels.ops.raw import raw
@@ -124,20 +125,11 @@ def test_runs_on_the_gpu_of_its_tensors(backend):
 # ---- what a dropped branch costs, and what kernels allocate
 
 
-def boundary():
-    if not (ROOT / "benchmarks").is_dir():
-        pytest.skip("the benchmarks are not part of an installed package")
-    sys.path.append(str(ROOT))
-    from benchmarks import boundary
-
-    return boundary
-
-
 def test_a_dropped_boundary_starts_no_kernel_and_allocates_nothing_in_backward():
-    counts = boundary().boundary_counts(GPU, 256, 1024)
+    counts = boundary.boundary_counts(GPU, 256, 1024)
     free = [entry for entry in counts if entry["must_be_free"]]
     assert len(free) == 6
-    assert all(boundary().is_free(entry) for entry in free), free
+    assert all(boundary.is_free(entry) for entry in free), free
     kept = next(entry for entry in counts if entry["state"] == "kept, then kept")
     assert (kept["forward_kernels"], kept["backward_kernels"]) == (1, 1)
     assert kept["backward_allocated_bytes"] == 256 * 1024 * 2
@@ -147,7 +139,7 @@ def test_the_gate_of_a_dropped_branch_adds_one_kernel_forward_and_none_backward(
     gate, weight = DropBP(), torch.randn(512, 512, device=GPU, requires_grad=True)
     residual = torch.randn(256, 512, device=GPU, requires_grad=True)
     gate.kept = False
-    grad, count = torch.ones_like(residual), boundary().count_kernels
+    grad, count = torch.ones_like(residual), boundary.count_kernels
 
     def forward():
         return gate.residual_add(residual, lambda x: x @ weight)
@@ -159,7 +151,7 @@ def test_the_gate_of_a_dropped_branch_adds_one_kernel_forward_and_none_backward(
     output = forward()
     assert count(lambda: torch.autograd.grad(output, residual, grad), GPU) == 0
     output = forward()
-    assert boundary().count_allocated(lambda: torch.autograd.grad(output, residual, grad), GPU) == 0
+    assert boundary.count_allocated(lambda: torch.autograd.grad(output, residual, grad), GPU) == 0
 
 
 @on_both
@@ -167,7 +159,7 @@ def test_a_norm_allocates_its_results_and_bounded_sums(backend):
     rows, width = 8192, 1024
     residual, branch, new = (torch.randn(rows, width, device=GPU, dtype=torch.bfloat16) for _ in range(3))
     weight, rstd = torch.ones(width, device=GPU, dtype=torch.bfloat16), torch.ones(rows, device=GPU)
-    allocated = boundary().count_allocated
+    allocated = boundary.count_allocated
 
     def forward():
         return raw.gated_residual_rms_norm(residual, branch, weight, 1e-6, False)

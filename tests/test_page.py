@@ -1,19 +1,12 @@
 """docs/kernels.md: it is what the committed rows say, and what it says of made-up rows is right."""
 
 import csv
-import sys
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-if not (ROOT / "benchmarks").is_dir():
-    pytest.skip("the benchmarks are not part of an installed package", allow_module_level=True)
-sys.path.append(str(ROOT))
-
-from benchmarks import page  # noqa: E402
-from benchmarks.rows import RESULTS, Row  # noqa: E402
+from benchmarks import page
+from benchmarks.rows import RESULTS, Row
 
 DEFAULTS = {
     "date_utc": "2026-01-01T00:00:00Z",

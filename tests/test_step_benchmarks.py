@@ -1,18 +1,11 @@
 """The benchmarks of whole steps: what is measured and written is what they say."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-if not (ROOT / "benchmarks").is_dir():
-    pytest.skip("the benchmarks are not part of an installed package", allow_module_level=True)
-sys.path.append(str(ROOT))
-
-from benchmarks import (  # noqa: E402
+from benchmarks import (
     bench_checkpointed_step,
     bench_loss_step,
     bench_patched_step,
@@ -21,8 +14,8 @@ from benchmarks import (  # noqa: E402
     plots,
     steps,
 )
-from benchmarks.rows import append_rows  # noqa: E402
-from benchmarks.settings import Settings  # noqa: E402
+from benchmarks.rows import append_rows
+from benchmarks.settings import Settings
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
