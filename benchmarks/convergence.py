@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,7 +25,7 @@ from dropbp_kernels.cli.training import Run
 from . import convergence_data, convergence_report, convergence_timing
 from .convergence_methods import GROUPS, Group, Point, Task, group_of, label
 from .convergence_runs import make_run
-from .rows import RESULTS, Machine, append_rows, machine, read_rows
+from .rows import RESULTS, Machine, append_rows, as_written, machine, read_rows
 
 FILE = "convergence.csv"
 NUM_CURVE_POINTS = 20
@@ -73,7 +72,7 @@ class Wanted:
 
     def key(self) -> tuple[str, ...]:
         values = {**asdict(self.point), **vars(self), "steps": self.task.steps}
-        return tuple(_text(values[name]) for name in KEY)
+        return tuple(as_written(values[name]) for name in KEY)
 
     def __str__(self) -> str:
         size = f"batch {self.batch_size}, learning rate {self.learning_rate:g}, seed {self.seed}"
@@ -153,10 +152,6 @@ def window_means(values: Sequence[float], num: int) -> list[float]:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _text(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 import dropbp_kernels
+from dropbp_kernels.cli.hardware import cpu_name
 
 from .settings import Settings
 from .timing import Case, Timing, copy_bandwidth, measure
@@ -79,8 +80,8 @@ def machine(device: torch.device, commit: str = "") -> Machine:
         date_utc=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         commit=_commit() or commit,
         version=dropbp_kernels.__version__,
-        host=f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, {_cpu_name()}",
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        host=f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, {cpu_name()}",
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         triton=_version("triton"),
@@ -155,7 +156,7 @@ def append_rows(path: Path, rows: Sequence[Machine]) -> None:
         if is_new:
             writer.writeheader()
         for row in rows:
-            writer.writerow({name: _text(value) for name, value in asdict(row).items()})
+            writer.writerow({name: as_written(value) for name, value in asdict(row).items()})
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -174,7 +175,8 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def _text(value: object) -> str:
+def as_written(value: object) -> str:
+    """A value as it stands in a file."""
     if value is None:
         return ""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
@@ -189,13 +191,6 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return ""
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _commit() -> str:

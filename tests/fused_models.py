@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from models import SIZES, gradients
+from models import SIZES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dropbp_kernels import apply_dropbp
@@ -69,13 +69,6 @@ def patched(plan, fused, model=None, **options):
     model = build() if model is None else model
     apply_dropbp(model, 0.5, fused=fused, **options).set_plan(plan)
     return model
-
-
-def backward(model, batch):
-    model.zero_grad()
-    output = model(**batch)
-    output.loss.backward()
-    return output.logits.detach(), gradients(model)
 
 
 def assert_close(ours, expected, tolerance=2e-5):

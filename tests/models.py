@@ -118,6 +118,14 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor | None]:
     return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
 
 
+def backward(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+    """The logits of a batch and the gradients of its loss."""
+    model.zero_grad()
+    output = model(**batch)
+    output.loss.backward()
+    return output.logits.detach(), gradients(model)
+
+
 def with_lora(model: nn.Module, r: int = 4) -> nn.Module:
     """The model with LoRA on all linears, B not zero, so that every adapter matters; the same weights at every call."""
     peft = pytest.importorskip("peft")

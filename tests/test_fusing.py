@@ -4,18 +4,8 @@ import copy
 
 import pytest
 import torch
-from fused_models import (
-    FUSED_MODELS,
-    MIXED,
-    PLANS,
-    assert_close,
-    backward,
-    build,
-    count_adds,
-    named_classes,
-    patched,
-)
-from models import encoder_decoder, tiny_batch, with_lora
+from fused_models import FUSED_MODELS, MIXED, PLANS, assert_close, build, count_adds, named_classes, patched
+from models import backward, encoder_decoder, tiny_batch, with_lora
 
 from dropbp_kernels import apply_dropbp, remove_dropbp
 from dropbp_kernels._backend import use_backend

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from fused_models import MIXED, assert_close, backward, build, count_adds, patched
-from models import tiny_batch
+from fused_models import MIXED, assert_close, build, count_adds, patched
+from models import backward, tiny_batch
 
 from dropbp_kernels import remove_dropbp
 from dropbp_kernels.integrations import fused_mlp, fusing

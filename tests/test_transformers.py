@@ -4,17 +4,10 @@ import copy
 
 import pytest
 import torch
-from models import CAUSAL_LMS, gradients, tiny_batch, tiny_causal_lm, with_lora
+from models import CAUSAL_LMS, backward, tiny_batch, tiny_causal_lm, with_lora
 
 from dropbp_kernels import DropBP, apply_dropbp, remove_dropbp
 from dropbp_kernels.measure import num_autograd_nodes, saved_bytes
-
-
-def backward(model, batch):
-    model.zero_grad()
-    output = model(**batch)
-    output.loss.backward()
-    return output.logits.detach(), gradients(model)
 
 
 def assert_same_gradients(ours, expected):

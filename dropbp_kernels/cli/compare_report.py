@@ -9,6 +9,7 @@ import torch
 from ..coreset.budgets import num_kept
 from ..measure import PeakLiveBytes, saved_bytes
 from .compare import OURS, count_targets_of, in_words, measured_step
+from .output import console
 from .settings import Settings
 from .training import Run
 
@@ -134,7 +135,6 @@ def loss_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def print_table(results: dict[str, dict[str, Any]], settings: Settings) -> None:
     """The table that ends a run."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table()
@@ -156,9 +156,7 @@ def print_table(results: dict[str, dict[str, Any]], settings: Settings) -> None:
     add("train loss (last tenth)", "train_loss", lambda v: f"{v:.4f}")
     add("validation loss before", "validation_loss_before", lambda v: f"{v:.4f}")
     add("validation loss after", "validation_loss_after", lambda v: f"{v:.4f}")
-    console = Console()
-    if not console.is_terminal:  # a log has room, and rich would take it for 80 columns
-        console = Console(width=120)
+    screen = console()
     title = f"{in_words(settings)}, {settings.adapter}, {settings.dtype} on {settings.device}"
-    console.print(title, highlight=False, soft_wrap=True)
-    console.print(table)
+    screen.print(title, highlight=False, soft_wrap=True)
+    screen.print(table)

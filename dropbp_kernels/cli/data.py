@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..targets import IGNORED
 from .documents import Document, read_documents
 from .errors import UserError
 
-IGNORED = -100  # the label that torch's cross entropy skips
 PAD_MULTIPLE = 16
 VALIDATE_EVERY = 20  # every 20th row is kept for validation,
 MAX_VALIDATION_ROWS = 64  # but no more than these, so that a validation stays short next to the training

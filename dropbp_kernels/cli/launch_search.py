@@ -146,8 +146,7 @@ def tables(names: Sequence[str] | None) -> list[LaunchTable]:
     if importlib.util.find_spec("triton") is None:
         raise UserError("tune needs triton, not installed here; run: pip install 'dropbp_kernels[triton]'")
     for stem in SCHEMAS:
-        if importlib.util.find_spec(f"dropbp_kernels._triton.{stem}") is not None:
-            importlib.import_module(f"dropbp_kernels._triton.{stem}")
+        importlib.import_module(f"dropbp_kernels._triton.{stem}")
     for name in names or ():
         if name not in tuning.TABLES:
             raise UserError(f"--op: expected one of {', '.join(tuning.TABLES)}, got {name!r}")

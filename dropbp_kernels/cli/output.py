@@ -1,8 +1,9 @@
-"""The output folder of a command."""
+"""Where a command writes: its output folder, and tables."""
 
 import datetime
 import os
 from pathlib import Path
+from typing import Any
 
 from .errors import UserError
 
@@ -35,3 +36,11 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {folder}: {error.strerror}") from error
+
+
+def console(width: int = 120) -> Any:
+    """A console of rich: as wide as the terminal, or `width`: a log has room, and rich would take it for 80 columns."""
+    from rich.console import Console
+
+    found = Console()
+    return found if found.is_terminal else Console(width=width)

@@ -3,21 +3,20 @@
 from collections.abc import Iterator
 from typing import Any
 
+from .output import console
+
 MiB, GiB = 2**20, 2**30
 
 
 def show(report: dict[str, Any]) -> None:
     """Print the report of `plan`."""
-    from rich.console import Console
     from rich.table import Table
 
     options, asked = report["options"], report["asked"]
-    console = Console()
-    if not console.is_terminal:  # a log has room, and rich would take it for 80 columns
-        console = Console(width=120)
+    screen = console()
 
     def say(line: str) -> None:
-        console.print(line, highlight=False, soft_wrap=True)
+        screen.print(line, highlight=False, soft_wrap=True)
 
     say(
         f"{report['model']}, {report['num_parameters'] / 1e9:.2f} billion parameters, {options['adapter']}: batch "
@@ -30,7 +29,7 @@ def show(report: dict[str, Any]) -> None:
     for tag, num_bytes in asked["bytes"].items():
         parts.add_row(tag, f"{num_bytes / size:.2f}")
     parts.add_row("peak", f"{asked['peak_bytes'] / size:.2f}", style="bold")
-    console.print(parts)
+    screen.print(parts)
 
     say("Step time is by FLOPs, relative to dropping and checkpointing nothing.")
     is_bounded = "budget_bytes" in report
@@ -45,7 +44,7 @@ def show(report: dict[str, Any]) -> None:
         if is_bounded:
             cells += ["yes" if row["fits"] else "no", f"{row['longest_seq_len']:,}", f"{row['largest_batch_size']:,}"]
         table.add_row(*cells, style="bold" if row is asked else None)
-    console.print(table)
+    screen.print(table)
     for title, rows in _of_targets(report, unit, size):
         say(title)
         table = Table()
@@ -53,7 +52,7 @@ def show(report: dict[str, Any]) -> None:
             table.add_column(name, justify="right")
         for shown in rows:
             table.add_row(*shown.values())
-        console.print(table)
+        screen.print(table)
     for line in [*_advice(report), f"Assumed: {'; '.join(report['assumptions'])}."]:
         say(line)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..choices import DROPPED_RUNS
 from .errors import UserError, require_packages
 from .model_config import load_config
-from .output import choose_folder, make_folder
+from .output import choose_folder, console, make_folder
 
 if TYPE_CHECKING:
     from .tracing import BranchTrace
@@ -159,12 +159,8 @@ def draw(branches: Sequence["BranchTrace"], path: Path) -> None:
 
 
 def _show(branches: Sequence["BranchTrace"]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    if not console.is_terminal:  # a log has room, and rich would take it for 80 columns
-        console = Console(width=140)
     table = Table()
     for place, name in enumerate(
         ("branch", "plan", "saved, MiB", "forward, ms", "backward, ms", "backward functions", "GFLOPs")
@@ -181,4 +177,4 @@ def _show(branches: Sequence["BranchTrace"]) -> None:
             f"{branch.flops / 1e9:.3g}",
             style=None if branch.kept else "dim",
         )
-    console.print(table)
+    console(width=140).print(table)

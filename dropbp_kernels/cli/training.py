@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from ..coreset import CoresetSelector
 from ..handler import DropBPHandler
 from ..missing_grad import fill_missing_gradients
+from ..targets import IGNORED
 from . import progress
 from .builtin import scheduled
-from .data import IGNORED, Data
+from .data import Data
 from .errors import UserError
 from .settings import Settings
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ..autocast import without_autocast
 from ..gates import find_gates
+from ..targets import IGNORED
 from .projection import Projection
 
-IGNORED = -100
 # What a gate notes about calls that are none of the training's.
 _NOTES = ("kept", "was_called", "batch_size", "seq_len", "unstepped")
 

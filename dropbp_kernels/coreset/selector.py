@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..autocast import without_autocast
 from ..ops.l1_distances import l1_distances
+from ..targets import IGNORED
 from .budgets import num_kept, plan_budgets, source_id
 from .facility_location import facility_location
 from .moments import AdamMoments, largest_coordinates
@@ -36,7 +37,7 @@ FEATURES = ("exact", "spsa")
 WEIGHTS = ("uniform", "cluster")
 STATE_VERSION = 1
 # What a row is filled up with where another rank's rows are longer.
-_FILL = {"labels": -100, "shift_labels": -100}
+_FILL = {"labels": IGNORED, "shift_labels": IGNORED}
 
 
 class CoresetSelector:
