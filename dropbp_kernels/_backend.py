@@ -13,7 +13,8 @@ any other   reference                                 (all devices)
 ==========  ========================================  =================
 
 Environment: ``DROPBP_KERNELS_BACKEND=reference|cpp|triton|cuda`` allows only that backend (above ``reference``);
-``TRITON_INTERPRET=1`` (Triton's own) lets the Triton kernels run on CPU tensors, for tests.
+``TRITON_INTERPRET=1`` (Triton's own) lets the Triton kernels run on CPU tensors, for tests;
+``DROPBP_KERNELS_CACHE``, else ``XDG_CACHE_HOME``, says where `cache_dir` is.
 """
 
 import contextlib

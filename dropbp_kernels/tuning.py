@@ -2,8 +2,8 @@
 
 A launcher declares a `LaunchTable` and asks it for a `Config` by width. Two lines take part in all of it:
 
-    _TABLE = LaunchTable("my_op", row_table(32768, 4096), lambda x: launch_my_op(x.x, x.weight))
-    config = _TABLE.at(width, tensor.device)    # config.block, config.num_warps, config.programs_per_multiprocessor
+    _TABLE = LaunchTable("my_op", row_table(32768, 4096), lambda to: launch_my_op(to.x, to.weight))
+    config = _TABLE.at(width, x.device)    # config.block, config.num_warps, config.programs_per_multiprocessor
 
 `dropbp-kernels tune` finds every declared table, measures its candidates on the GPU and keeps the fastest in
 `_backend.cache_dir()/tuning`, one file for each GPU and version of Triton. The first launch of each width reads that

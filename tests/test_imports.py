@@ -1,6 +1,7 @@
 """Who may import whom (docs/architecture.md), and what an import must not do."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,59 +9,24 @@ from pathlib import Path
 import forks
 import pytest
 
+import benchmarks
 import dropbp_kernels
+from dropbp_kernels.ops.schema import SCHEMAS
 
 ROOT = Path(dropbp_kernels.__file__).parent
-# Rooms of the package, lowest first; a room imports only rooms of a lower level and files of its own. Ops and their
-# Triton kernels stand in one file each: of their own room those import only what several ops share.
+ARCHITECTURE = Path(__file__).parent.parent / "docs" / "architecture.md"
+# Ops and their Triton kernels stand in one file each: of their own room those import only what several ops share.
 SHARED = {"ops": {"schema", "derivative", "boundary", "checks", "raw"}, "_triton": {"rows"}}
-LEVELS = {
-    "choices": -1,
-    "reference": 0,
-    "measure": 0,
-    "flops": 0,
-    "autocast": 0,
-    "losses": 1,
-    "samplers": 0,
-    "missing_grad": 0,
-    "schedules": 0,
-    "permutation": 0,
-    "slicing": 0,
-    "padding": 0,
-    "row_plan": 2,
-    "row_draws": 1,
-    "ownership": 0,
-    "report": 0,
-    "_backend": 1,
-    "targets": 1,
-    "target_share": 2,
-    "stage_masks": 2,
-    "tuning": 2,
-    "_triton": 3,
-    "allocation": 2,
-    "ops": 2,
-    "lora": 3,
-    "plain_linear": 0,
-    "glu_linear": 4,
-    "layer": 4,
-    "by_rows": 3,
-    "gates": 5,
-    "plan": 5,
-    "blocks": 5,
-    "simulation": 5,
-    "calibration": 3,
-    "sensitivity": 3,
-    "shared_backward": 5,
-    "exact_sensitivity": 6,
-    "staged_blocks": 6,
-    "handler": 7,
-    "integrations": 8,
-    "compat": 8,
-    "paca": 8,
-    "coreset": 8,
-    "cli": 9,
-    "__init__": 10,
-}
+
+
+def levels():
+    """The level of each room of the package, as docs/architecture.md lists them, lowest first.
+
+    A room imports only rooms of a lower level and files of its own.
+    """
+    text = ARCHITECTURE.read_text().partition("Levels, lowest first;")[2].partition("\nOps never import")[0]
+    items = re.findall(r"^(\d+)\. (.*(?:\n   .*)*)", text, re.MULTILINE)
+    return {room: int(level) for level, rooms in items for room in re.findall(r"`(\w+)`", rooms)}
 
 
 def imports_of(path):
@@ -82,19 +48,35 @@ def imports_of(path):
 
 
 def test_no_import_goes_upward_or_sideways():
-    wrong = []
+    wrong, level = [], levels()
     for path in ROOT.rglob("*.py"):
         parts = path.relative_to(ROOT).with_suffix("").parts
         room = parts[0]
-        assert room in LEVELS, f"{room}: a new room needs a level here and a line in docs/architecture.md"
+        assert room in level, f"{room}: a new room needs a level in docs/architecture.md"
         for other, name in imports_of(path):
             if other == "__version__":
                 continue
             if other == room and (room not in SHARED or parts[-1] == "__init__" or name.split(".")[-1] in SHARED[room]):
                 continue
-            if other not in LEVELS or LEVELS[other] >= LEVELS[room]:
+            if other not in level or level[other] >= level[room]:
                 wrong.append(f"{'/'.join(parts)} imports {name}")
     assert not wrong
+
+
+def test_every_file_is_on_a_map():
+    text = ARCHITECTURE.read_text().partition("\n## The map\n")[2].partition("\nLevels,")[0]
+    of_commands = (ROOT / "cli" / "__init__.py").read_text()
+    for path in (*ROOT.rglob("*.py"), *(ROOT.parent / "csrc").rglob("*.*")):
+        stem = re.sub("_kernels?$", "", path.stem)
+        if stem in SCHEMAS or path.stem.startswith("__") or path.parent.name in ("compat", "host"):
+            continue  # one line for all of these
+        if path.parent.name == "cli":
+            assert re.search(rf"\b{path.stem}\b", of_commands), path
+        else:
+            assert path.name in text, path
+    patterns = re.findall(r"[\w*]+\.py", benchmarks.__doc__)
+    for path in Path(benchmarks.__file__).parent.glob("*.py"):
+        assert path.stem in ("__init__", "conftest") or any(path.match(pattern) for pattern in patterns), path
 
 
 def test_what_reference_and_triton_import_of_ours():

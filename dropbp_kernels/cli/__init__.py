@@ -6,12 +6,13 @@ dropbp-kernels plan       predict memory and step time of a fine-tuning, without
 dropbp-kernels profile    what each branch does in one step, and whether dropped ones do nothing
 dropbp-kernels tune       measure launch parameters of the Triton kernels on this GPU
 
-The files of the commands read options and import no torch, so that help and errors are there at once; what they import
-inside of `run` does the work. Order of a fine-tuning (`finetuning`): `documents` (`corpus`: built-in ones) and `data`
-make batches, `builtin` and `models` make the model, `compare` the runs, `training` runs the steps, `checkpoint` keeps
-them, `compare_report` says what they cost and reached, `plots` draws. Of a plan: `model_config` finds the config,
-`planning` simulates steps of its model (`four_bit`: where its base is held in 4 bits), `plan_report` compares them. Of
-a profile: `tracing` reads a profiler trace. Of a tuning: `launch_search`.
+The files of the commands read options (`parser`, `settings`, `plan_setting`; mistakes: `errors`) and import no torch,
+so that help and errors are there at once; what they import inside of `run` does the work. Order of a fine-tuning
+(`finetuning`): `documents` (`corpus`: built-in ones) and `data` make batches, `builtin` and `models` make the model,
+`compare` the runs, `training` runs the steps, `checkpoint` keeps them, `compare_report` says what they cost and
+reached, `plots` draws. Of a plan: `model_config` finds the config, `planning` simulates steps of its model (`four_bit`:
+where its base is held in 4 bits), `plan_report` compares them, `plan_tables` shows it. Of a profile: `tracing` reads a
+profiler trace. Of a tuning: `launch_search`. Shared: `output`, `progress`, and `hardware`: with what it was measured.
 """
 
 import logging

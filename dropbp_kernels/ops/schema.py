@@ -1,8 +1,10 @@
 """The signature of every op. Read this first.
 
 Ops are grouped by stem; a stem names one file in each room: ``ops/<stem>.py`` (public function), ``_triton/<stem>.py``,
-``csrc/cpu/<stem>.cpp``, ``csrc/cuda/<stem>.cu``, ``tests/test_<stem>.py``, ``benchmarks/bench_<stem>.py``. A raw op
-called ``name`` is ``torch.ops.dropbp_kernels.name``, ``reference.name_reference`` and ``_triton.<stem>.launch_name``.
+``csrc/cpu/<stem>.cpp``, ``csrc/cuda/<stem>.cu`` (but for l1_distances), ``tests/test_<stem>.py``, and
+``benchmarks/bench_<stem>.py`` (column_update is measured with partial_gather, permuted_residual_add with
+permuted_norm). A raw op called ``name`` is ``torch.ops.dropbp_kernels.name``, ``reference.name_reference`` and
+``_triton.<stem>.launch_name``.
 
 The schemas stand in Python and not in C++ so that the package is whole without a compiler: the compiled libraries only
 add kernels to these ops. Raw ops know nothing of autograd and never return an alias of an input.
