@@ -1,7 +1,7 @@
 """DropBP on a Hugging Face model with LoRA: three lines more than without, in a plain loop. Runs in seconds on a CPU.
 
 Uses a tiny random Llama so that nothing is downloaded; for a real one, put AutoModelForCausalLM.from_pretrained(...) in
-its place. Needs the extra: pip install dropbp_kernels[finetune]
+its place. Needs the extra: pip install 'dropbp_kernels[finetune]'
 
 With --granularity token every branch sends its share of the gradient in every step (docs/row_plans.md); with --context
 inference tokens without a loss run like inference (docs/target_plans.md): here the first half of each row.

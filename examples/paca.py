@@ -1,7 +1,7 @@
 """DropBP with PaCA: dropped branches keep nothing, kept ones a few channels; then the adapter as LoRA. On a CPU.
 
 Uses a tiny random Llama so that nothing is downloaded; for a real one, put AutoModelForCausalLM.from_pretrained(...) in
-its place. Needs the extra: pip install dropbp_kernels[finetune]
+its place. Needs the extra: pip install 'dropbp_kernels[finetune]'
 
 python examples/paca.py --drop-rate 0.75
 """

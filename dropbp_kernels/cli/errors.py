@@ -3,7 +3,7 @@
 import importlib.util
 from collections.abc import Sequence
 
-# Everything that `finetune` needs beyond the package itself; `pip install dropbp_kernels[finetune]` brings all of it.
+# Everything that `finetune` needs beyond the package itself; `pip install 'dropbp_kernels[finetune]'` brings all of it.
 FINETUNE_PACKAGES = ("transformers", "peft", "safetensors", "rich", "tqdm", "matplotlib")
 
 

@@ -33,7 +33,7 @@ from .transformers import apply_dropbp, check_options, patched_with, remove_drop
 try:
     from transformers.trainer_callback import CallbackHandler, ExportableState, TrainerCallback
 except ImportError as error:
-    raise ImportError("DropBPCallback: needs transformers; pip install dropbp_kernels[trainer]") from error
+    raise ImportError("DropBPCallback: needs transformers: pip install 'dropbp_kernels[trainer]'") from error
 
 RATES = ("uniform", "depth_linear", "sensitivity")
 PLANS = ("optimizer_step", "micro_batch")
