@@ -81,6 +81,9 @@ def test_what_fits(capsys, small, uncheckpointed):
     assert report["asked"] == asked
     assert asked["longest_seq_len"] > undropped["longest_seq_len"]
     assert report["recommended"] == {"gentlest": undropped, "fastest": asked}
+    plan_tables.show(report)
+    peak = f"{undropped['peak_bytes'] / 2**20:.1f} MiB"
+    assert f"Dropping least: drop rate 0, no checkpointing: {peak}, 1.00 of the time." in capsys.readouterr().out
 
     # the longest sequence fits, and the next one does not
     longest = asked["longest_seq_len"]

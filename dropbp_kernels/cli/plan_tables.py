@@ -53,11 +53,11 @@ def show(report: dict[str, Any]) -> None:
         for shown in rows:
             table.add_row(*shown.values())
         screen.print(table)
-    for line in [*_advice(report), f"Assumed: {'; '.join(report['assumptions'])}."]:
+    for line in [*_advice(report, unit, size), f"Assumed: {'; '.join(report['assumptions'])}."]:
         say(line)
 
 
-def _advice(report: dict[str, Any]) -> list[str]:
+def _advice(report: dict[str, Any], unit: str, size: int) -> list[str]:
     if "recommended" not in report:
         return []
     recommended = report["recommended"]
@@ -72,7 +72,7 @@ def _advice(report: dict[str, Any]) -> list[str]:
     gentlest, fastest = recommended["gentlest"], recommended["fastest"]
     named = {"Fastest": fastest} if gentlest is fastest else {"Dropping least": gentlest, "Fastest": fastest}
     return [
-        f"{name}: {_words(row['setting'])}: {row['peak_bytes'] / GiB:.1f} GiB, "
+        f"{name}: {_words(row['setting'])}: {row['peak_bytes'] / size:.1f} {unit}, "
         f"{row['relative_step_time']:.2f} of the time."
         for name, row in named.items()
     ]
