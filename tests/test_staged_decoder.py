@@ -252,3 +252,15 @@ def test_flash_attention_cannot_tell_documents_apart(with_flash):
     batch["position_ids"] = torch.cat([torch.arange(9), torch.arange(7)]).unsqueeze(0)
     with pytest.raises(ValueError, match="position_ids: expected one document a sample"):
         model(**batch)
+
+
+def test_lengths_of_a_whole_batch_do_not_reach_its_stages(with_flash):
+    """TRL's collator without padding gives flash attention the documents' ends, too."""
+    model, batch = with_flash(tiny()), chat()
+    batch |= {name: batch[name][:1] for name in ("input_ids", "labels")}
+    batch["position_ids"] = torch.arange(16).unsqueeze(0)
+    apply_dropbp(model, 0.0, context="inference")
+    expected = backward(model, batch)
+    ends = torch.tensor([0, 16], dtype=torch.int32)
+    batch |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 16, "max_length_k": 16}
+    assert_same(backward(model, batch), expected, rtol=0.0, atol=0.0)

@@ -14,7 +14,7 @@ from ..plan import running
 from ..targets import TargetPlan, TargetRule
 from .decoder_parts import DecoderParts, parts_of
 from .stage_keys import LastKeysLeft, ModelMasks, StageKeys
-from .target_checks import BY_ROW, check_checkpointing, check_inputs
+from .target_checks import BY_ROW, DOCUMENTS, check_checkpointing, check_inputs
 
 # Of context that run at a time: a pass costs as many calls as a dense forward, and so many rows hold little (200 MiB at
 # a width of 4096). With 1,024, a checkpointed step of the size in benchmarks/steps.py took a tenth more.
@@ -29,7 +29,8 @@ def run_in_stages(decoder: Any, run: Callable[..., Any], inputs: dict[str, Any],
     Errors: ValueError for inputs that stages cannot share out among them.
     """
     if inputs.get("position_ids") is not None:
-        inputs.pop("seq_idx", None)  # which document a token belongs to, for layers with a state, which are refused
+        for name in DOCUMENTS:
+            inputs.pop(name, None)
     check_inputs(decoder, inputs, plan)
     rule = TargetRule.on(decoder)
     parts = parts_of(decoder)

@@ -17,6 +17,9 @@ ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_a
 TAKES_MASKS = ATTENTION[:2]  # of our own; what the others can do, stages of one document a sample need
 BY_ROW = ("input_ids", "inputs_embeds", "position_ids")
 REPLACED = {*BY_ROW, "attention_mask", "past_key_values", "use_cache"}  # by those of a stage
+# What collators without padding say of documents beside position_ids: for layers with a state, which are refused, and
+# for flash attention, which would take the lengths of a whole batch for those of a stage.
+DOCUMENTS = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
