@@ -313,12 +313,35 @@ def test_ddp_that_does_not_look_for_unused_parameters_is_refused(option, checkpo
         model.gradient_checkpointing_enable({"use_reentrant": False})
     mode = SimpleNamespace(value="distributed")
     args = SimpleNamespace(
-        parallel_mode=mode, fsdp=None, deepspeed=None, ddp_find_unused_parameters=option, torch_compile=False
+        parallel_mode=mode, deepspeed_plugin=None, ddp_find_unused_parameters=option, torch_compile=False
     )
     with pytest.raises(ValueError, match="ddp_find_unused_parameters: expected True"):
         trainer_module._check_parallel(args, model, 0.5)
     trainer_module._check_parallel(args, model, 0.0)  # as of a target plan alone: nothing is without a gradient
     args.ddp_find_unused_parameters = True
+    trainer_module._check_parallel(args, model, 0.5)
+
+
+@pytest.mark.parametrize("wrapped_by", ["PEFT", "FSDP2", "DeepSpeed"])
+def test_what_ddp_finds_by_itself_or_what_is_no_ddp_is_not_refused(wrapped_by):
+    """accelerate's launcher asks for FSDP and DeepSpeed past TrainingArguments."""
+    from types import SimpleNamespace
+
+    model = tiny_causal_lm()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    if wrapped_by == "PEFT":
+        model = with_lora(model)
+    if wrapped_by == "FSDP2":
+        block = model.model.layers[0]
+        block.__class__ = type("FSDPLlamaDecoderLayer", (type("FSDPModule", (), {}), type(block)), {})
+    args = SimpleNamespace(
+        parallel_mode=SimpleNamespace(value="distributed"),
+        fsdp=None,
+        deepspeed=None,
+        deepspeed_plugin=object() if wrapped_by == "DeepSpeed" else None,
+        ddp_find_unused_parameters=None,
+        torch_compile=False,
+    )
     trainer_module._check_parallel(args, model, 0.5)
 
 

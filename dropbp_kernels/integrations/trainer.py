@@ -28,9 +28,11 @@ from ..sensitivity import DEFINITIONS
 from .checkpointing import is_reentrant
 from .meters import PlanMeter, TimeMeter, saved_bytes_by_branch
 from .row_batches import stop_telling, tell_gates_of_batches
+from .swapping import is_sharded
 from .transformers import apply_dropbp, check_options, patched_with, remove_dropbp
 
 try:
+    from transformers.modeling_utils import PreTrainedModel
     from transformers.trainer_callback import CallbackHandler, ExportableState, TrainerCallback
 except ImportError as error:
     raise ImportError("DropBPCallback: needs transformers: pip install 'dropbp_kernels[trainer]'") from error
@@ -390,14 +392,15 @@ def _check_parallel(args: Any, model: nn.Module, drop_rate: float) -> None:
             "longer than it saves; compile block by block instead (for block in model.model.layers: block.compile())",
             stacklevel=2,
         )
-    if args.parallel_mode.value != "distributed" or args.fsdp or args.deepspeed or drop_rate == 0.0:
+    if args.parallel_mode.value != "distributed" or drop_rate == 0.0 or args.deepspeed_plugin or is_sharded(model):
         return
     finds_unused = args.ddp_find_unused_parameters
-    if finds_unused is None:  # the Trainer's own choice then
-        finds_unused = not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    if finds_unused is None:  # the Trainer's own choice then, which is another one for what PEFT has wrapped
+        checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        finds_unused = not (checkpoints and isinstance(model, PreTrainedModel))
     if not finds_unused:
         raise ValueError(
             "ddp_find_unused_parameters: expected True, since a dropped branch leaves its parameters without gradient, "
-            "got False (with gradient checkpointing the Trainer's own choice). Pass it to TrainingArguments, and "
-            "checkpoint with use_reentrant=False."
+            "got False (without PEFT the Trainer's own choice under gradient checkpointing). Pass it to "
+            "TrainingArguments, and checkpoint with use_reentrant=False."
         )
