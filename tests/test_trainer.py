@@ -10,7 +10,7 @@ from models import tiny_causal_lm, toy_model, with_lora
 
 pytest.importorskip("accelerate")
 
-from trainer_runs import NUM_BRANCHES, Watcher, arguments, assert_same, data, train, weights
+from trainer_runs import NUM_BRANCHES, Watcher, arguments, assert_same, data, train, two_rows, weights
 from transformers import Trainer, TrainerCallback
 
 from dropbp_kernels import DropBPCallback, apply_dropbp, remove_dropbp
@@ -157,10 +157,17 @@ def test_evaluation_in_the_middle_disturbs_nothing(tmp_path):
 def test_a_second_training_starts_anew(tmp_path):
     callback = DropBPCallback(0.5)
     trainer = train(tmp_path, callback)
-    first = callback.handler.plan
+    first = callback.handler.state_dict()
     trainer.train()
     assert callback.handler.num_steps == 6
-    assert callback.handler.plan == first
+    assert callback.handler.state_dict() == first
+
+
+def test_a_loop_after_the_training_has_every_gradient(tmp_path):
+    model = tiny_causal_lm()
+    train(tmp_path, DropBPCallback(0.75), model, max_steps=2)
+    model(**two_rows()).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_calibration_changes_the_rates_and_nothing_else(tmp_path):

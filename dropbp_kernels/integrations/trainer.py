@@ -57,10 +57,10 @@ class DropBPCallback(TrainerCallback, ExportableState):
         allocation: how rates are made from sensitivities: "published", "optimal" or "variance" (see `allocate`).
         missing_grad: what the optimizer does with parameters that no micro-batch of a step gave a gradient: "skip" them
             (PyTorch's way) or take a "zero" for it, so that weight decay, momentum and Adam's moments act.
-        loss: (model, inputs) -> the loss that calibration differentiates; needed only where the model itself returns
-            none, as with `compute_loss_func` or label smoothing.
+        loss: (model, inputs) -> the loss that calibration differentiates; needed where the model itself returns none,
+            as with `compute_loss_func` or label smoothing, or another one than is trained on, as under DPO and GRPO.
         measure: also log forward, backward and step time and the peak of memory, and print their means at the end.
-        remove_at_end: take the patch off the model when training ends.
+        remove_at_end: take the patch off the model when training ends; left on, it drops no branch until the next one.
         options: those of `apply_dropbp`. A model that has gates already, its own or from `apply_dropbp`, keeps them;
             options of the patch must then be those it was patched with. A schedule spans the whole training.
 
@@ -154,6 +154,8 @@ class DropBPCallback(TrainerCallback, ExportableState):
         if self._times is not None and state.is_world_process_zero:
             print(f"DropBP: {self._times.summary()}")
         self._stop()
+        handler = self._handler()
+        handler.set_plan([True] * len(handler.gates))  # for a loop after this one, that knows of no plan
         if self.remove_at_end and self._patched is not None:
             remove_dropbp(self._patched)
             self._patched = None
