@@ -201,7 +201,7 @@ class DropBPHandler:
     def _tell_targets(self, labels: Tensor | None = None) -> None:
         if self.targets is not None:
             self.targets.seed, self.targets.step, self.targets.labels = self.seed, self.plan.step, labels
-            self.targets.num_target, self.targets.was_dense = None, False
+            self.targets.num_target, self.targets.was_dense, self.targets.num_tokens = None, False, 0
             self.targets.zero_gradient = False
 
     def draw(self, step: int) -> DropPlan:

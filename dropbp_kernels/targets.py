@@ -37,6 +37,7 @@ class TargetRule:
 
     labels: of the batches until the next step, where the model is called without any.
     num_target: targets of the last batch since the step; None: no batch yet. was_dense: whether it had nothing to save.
+        num_tokens: all its tokens, padding included.
     zero_gradient: whether until the next step the loss of a batch without a target has a graph all the same, for a
         training loop that runs its backward come what may.
     """
@@ -50,6 +51,7 @@ class TargetRule:
     labels: Tensor | None = None
     num_target: int | None = None
     was_dense: bool = False
+    num_tokens: int = 0
     zero_gradient: bool = False
     has_warned: bool = False
     has_warned_of_labels: bool = False

@@ -1,6 +1,7 @@
 """Target plans in a Trainer of transformers."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from target_cases import chat, tiny
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dropbp_kernels import DropBPCallback
+from dropbp_kernels.integrations import meters
 from dropbp_kernels.targets import IGNORED
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -56,3 +58,19 @@ def test_a_trainer_goes_on_after_a_batch_without_a_target(tmp_path, num_micro_ba
     assert all(torch.isfinite(p).all() for p in model.parameters())
     batch["labels"][:] = IGNORED
     assert not model(**batch).loss.requires_grad  # a loop of one's own asks
+
+
+def test_tokens_a_second_are_those_of_whole_batches(tmp_path, monkeypatch):
+    """The gates see the targets alone with gradients: 8 of 2 x 16 tokens, in a step that takes a second."""
+    ticks = itertools.count()
+    monkeypatch.setattr(meters, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    tokens = torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(1))
+    labels = tokens.masked_fill(torch.arange(16) < 12, IGNORED)
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=2, logging_steps=1, report_to="none", use_cpu=True
+    )
+    data = [{"input_ids": row, "labels": label} for row, label in zip(tokens, labels, strict=True)]
+    callback = DropBPCallback(0.0, context="inference")
+    trainer = Trainer(tiny(dtype=torch.float32), arguments, train_dataset=data, callbacks=[callback])
+    trainer.train()
+    assert trainer.state.log_history[0]["dropbp_tokens_per_second"] == 32.0

@@ -99,15 +99,16 @@ class PlanMeter:
         """One forward and backward ran under the plan of now; the gates know at which shape."""
         kept, flops = self.handler.plan.kept_shares, self.handler.flops()
         gate = next(iter(self.handler.gates.values()))
-        num_tokens = gate.batch_size * gate.seq_len
+        num_rows = gate.batch_size * gate.seq_len
+        targets = self.handler.targets  # under whose plan a gate sees only some of the batch with gradients
         self._num_plans += 1
-        self._num_tokens += num_tokens
+        self._num_tokens += num_rows if targets is None else targets.num_tokens or num_rows
         self._num_dropped += len(kept) - sum(kept)
         self._flops += sum(flops)
         self._flops_kept += sum(cost * share for cost, share in zip(flops, kept, strict=True))
         if self.bytes_per_token is not None:
             dropped = (size * (1.0 - share) for size, share in zip(self.bytes_per_token, kept, strict=True))
-            self._bytes_not_saved += num_tokens * sum(dropped)
+            self._bytes_not_saved += num_rows * sum(dropped)
 
     def end_step(self) -> None:
         """The optimizer step ended; what comes until the next one (evaluation, saving) takes none of its time."""

@@ -206,7 +206,7 @@ def _make_plan(decoder: Any, rule: TargetRule, labels: Tensor, inputs: dict[str,
         seed=rule.seed,
         step=rule.step,
     )
-    rule.num_target, rule.was_dense = plan.num_target, plan.is_dense
+    rule.num_target, rule.was_dense, rule.num_tokens = plan.num_target, plan.is_dense, labels.numel()
     if plan.is_packed and attention not in TAKES_MASKS:
         raise ValueError(
             f"position_ids: expected one document a sample with context and attention {attention!r}, got packed ones; "
