@@ -37,3 +37,20 @@ def test_sft_trains_on_subsets(tmp_path):
     assert all(len(given) == 8 and len(set(given.tolist())) > 1 for given in sources)
     # Each step trained on 4 rows of 12 tokens.
     assert [entry["num_tokens"] for entry in trainer.state.log_history if "loss" in entry] == [48, 96, 144]
+
+
+def test_batches_without_a_row_for_each_example_are_refused(tmp_path):
+    """One row of eight examples was kept whole, as the rest of an epoch is: nothing was chosen, in silence."""
+    from datasets import Dataset
+
+    rows = [{"input_ids": row["input_ids"].tolist()} for row in data()]
+    settings = {"use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 1, "dataloader_pin_memory": False}
+    trainer = SFTTrainer(
+        tiny_causal_lm(),
+        SFTConfig(str(tmp_path), per_device_train_batch_size=8, padding_free=True, max_length=None, **settings),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer(),
+    )
+    apply_coreset(trainer, 0.5)
+    with pytest.raises(ValueError, match="expected a row for each of its 8 examples, of which some are chosen, got 1;"):
+        trainer.train()

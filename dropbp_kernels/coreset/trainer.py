@@ -30,7 +30,8 @@ def apply_coreset(trainer: Any, keep: float = 0.5, *, source_column: str = "sour
     with it. Evaluation is untouched.
 
     Errors: ValueError when the trainer has a selector already, or for weights="cluster", which a Trainer's loss cannot
-            take; TypeError for what is no Trainer; those of `CoresetSelector`.
+            take; TypeError for what is no Trainer; those of `CoresetSelector`. In training, ValueError for batches that
+            have no row for each example (SFTTrainer's padding_free=True, pairs of DPOTrainer).
     Cost:   that of `CoresetSelector.select` for each micro-batch.
     """
     if not hasattr(trainer, "get_train_dataloader"):
@@ -55,11 +56,20 @@ class _SourceCollator:
 
     def __call__(self, examples: Sequence[Any]) -> Any:
         if not all(self.column in example for example in examples):
-            return self.collator(examples)
+            return self._collated(examples)
         names = [example[self.column] for example in examples]
         rest = [{name: value for name, value in example.items() if name != self.column} for example in examples]
         ids = [source_id(name.item() if isinstance(name, Tensor) else name) for name in names]
-        return {**self.collator(rest), self.column: torch.tensor(ids)}
+        return {**self._collated(rest), self.column: torch.tensor(ids)}
+
+    def _collated(self, examples: Sequence[Any]) -> Any:
+        batch = self.collator(examples)
+        if (num_rows := batch_size_of(batch)) != len(examples):
+            raise ValueError(
+                f"batch: expected a row for each of its {len(examples)} examples, of which some are chosen, got "
+                f"{num_rows}; coresets know no padding_free=True and no pairs"
+            )
+        return batch
 
 
 def _feed_sources(trainer: Any, column: str) -> None:
