@@ -1,17 +1,20 @@
 """dropbp-kernels profile: what it writes, and that it notices gates that do not do what the plan says."""
 
+import copy
 import csv
 import json
 import re
 
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import Interval
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from dropbp_kernels import DropBP
-from dropbp_kernels.cli import main
+from dropbp_kernels.cli import main, tracing
 
 SMALL = {
     "model_type": "llama",
@@ -62,6 +65,23 @@ def test_dropped_branches_are_seen_to_do_nothing(tmp_path, capsys, config, lora_
     assert "as planned: 4 dropped branches ran no backward" in text
     assert "dropped" in text
     assert (tmp_path / "out" / "branches.png").stat().st_size > 10_000
+
+
+def test_ranges_on_the_timeline_of_a_gpu_are_no_calls(tmp_path, monkeypatch):
+    """There the kernels of a branch run when the host is in other branches already."""
+    recorded = torch.profiler.profile.events
+
+    def events(trace):
+        calls = list(recorded(trace))
+        ranges = [copy.copy(event) for event in calls if event.name.startswith(tracing.RANGE)]
+        end = max(event.time_range.end for event in calls)
+        for event in ranges:
+            event.device_type, event.time_range = DeviceType.CUDA, Interval(event.time_range.start, end)
+        return calls + ranges
+
+    monkeypatch.setattr(torch.profiler.profile, "events", events)
+    code, _ = profile(tmp_path, "--drop-rate", "0.5")
+    assert code == 0
 
 
 def test_target_plan_is_traced(tmp_path, capsys):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ..handler import DropBPHandler
@@ -67,8 +68,10 @@ def trace_branches(handler: DropBPHandler, step: Callable[[], Any]) -> list[Bran
 
     with _around(handler, counting):
         step()
-    forward_us, nodes = _forward(trace.events())
-    backward = _backward(trace.events(), nodes)
+    # The timeline of a GPU repeats the ranges where their kernels ran, behind the calls: those are no calls.
+    calls = [event for event in trace.events() if event.device_type == DeviceType.CPU]
+    forward_us, nodes = _forward(calls)
+    backward = _backward(calls, nodes)
     return [
         BranchTrace(
             name,
