@@ -203,6 +203,18 @@ def test_interrupt_before_the_training_is_quiet(capsys, monkeypatch):
     assert capsys.readouterr().err == "dropbp-kernels: interrupted\n"
 
 
+def test_full_gpu_is_one_line(capsys, monkeypatch):
+    def run(args):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.69 GiB of which 1.20 GiB "
+            "is free. Including non-PyTorch memory, this process has 22.40 GiB memory in use. See documentation"
+        )
+
+    monkeypatch.setattr(finetune, "run", run)
+    line = fails(capsys)
+    assert "Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.69 GiB of which 1.20 GiB is free. Sma" in line
+
+
 def test_auto_settings(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     settings = resolve(Settings())

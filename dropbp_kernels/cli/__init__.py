@@ -27,7 +27,10 @@ from .parser import Parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit code: 0, 2 for a user's error (one line on stderr), 130 when interrupted."""
+    """Run one command; return the exit code: 0, 130 when interrupted, or 2 with one line on stderr.
+
+    2 is for a user's error, and for a GPU that has too little memory.
+    """
     parser = Parser(prog="dropbp-kernels", description="Fine-tuning with dropped backward propagation.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
@@ -42,6 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return args.run(args)
     except UserError as error:
         print(f"dropbp-kernels: error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not have been imported
+            raise
+        found = ". ".join(str(error).split(". ")[:3])  # what was asked for and what there is; advice follows
+        hint = "Smaller batches or sequences take less; dropbp-kernels plan says what fits"
+        print(f"dropbp-kernels: error: {found}. {hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("dropbp-kernels: interrupted", file=sys.stderr)
