@@ -107,6 +107,30 @@ def test_chat_has_its_loss_on_what_the_assistant_says(tokenizer, expected):
     assert labelled(row) == expected
 
 
+def test_what_stands_behind_something_is_not_given_the_space_of_a_text():
+    """SentencePiece puts one in front of all it is given; a model would learn to begin its answers with it."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    pieces = ["<unk>", "\u2581", *"abdeginorstuwy:\n<>/"]
+    model = tokenizers.models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0)
+    by_pieces = tokenizers.Tokenizer(model)
+    by_pieces.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=by_pieces, unk_token="<unk>")
+    tokenizer.chat_template = (
+        "{% for message in messages %}<{{ message['role'] }}>\n{{ message['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+    )
+    turns = [{"role": role, "content": text} for role, text in [("user", "say"), ("assistant", "no"), ("user", "b")]]
+    turns.append({"role": "assistant", "content": "do no go"})
+    (row,) = rows_of("chat", turns, 200, tokenizer)
+    whole = tokenizer.apply_chat_template(turns, tokenize=False)
+    assert row.ids.tolist() == tokenizer.encode(whole, add_special_tokens=False)
+    spoken = [label for label in row.labels.tolist() if label != IGNORED]
+    assert "".join(tokenizer.convert_ids_to_tokens(spoken)) == "no\ndo\u2581no\u2581go\n"
+    (row,) = rows_of("pair", ("say:", "no"), 200, tokenizer)
+    assert "".join(tokenizer.convert_ids_to_tokens(row.ids.tolist())) == "\u2581say:no"
+
+
 def test_chat_that_is_cut_before_the_assistant_speaks_is_left_out():
     assert rows_of("chat", CHAT, 8, ChatTokenizer()) == []
 

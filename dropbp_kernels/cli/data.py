@@ -156,13 +156,25 @@ def encode(documents: Sequence[Document], tokenizer: Any, seq_len: int) -> Itera
 def _encode_pair(pair: tuple[str, str], tokenizer: Any, end: list[int], seq_len: int) -> tuple[list[int], list[int]]:
     """Too long a pair loses the end of its completion beyond half a row, then the start of its prompt."""
     prompt = tokenizer.encode(pair[0])
-    completion = tokenizer.encode(pair[1], add_special_tokens=False) + end
+    completion = _encode_behind(pair[0], pair[1], tokenizer) + end
     completion = completion[: max(seq_len // 2, seq_len - len(prompt))]
     excess = len(prompt) + len(completion) - seq_len
     if excess > 0:
         num_start = 1 if prompt[0] == tokenizer.bos_token_id else 0
         prompt = prompt[:num_start] + prompt[num_start + excess :]
     return prompt + completion, [IGNORED] * len(prompt) + completion
+
+
+def _encode_behind(before: str, text: str, tokenizer: Any) -> list[int]:
+    """The tokens of `text` where it stands behind `before`.
+
+    By itself a text gets the space that SentencePiece puts in front of all it is given; so it is encoded only where a
+    token would reach over the border.
+    """
+    first, both = (tokenizer.encode(each, add_special_tokens=False) for each in (before, before + text))
+    if both[: len(first)] == first:
+        return both[len(first) :]  # type: ignore[no-any-return]
+    return tokenizer.encode(text, add_special_tokens=False)  # type: ignore[no-any-return]
 
 
 def _encode_chat(document: Document, tokenizer: Any, seq_len: int) -> tuple[list[int], list[int]]:
@@ -174,10 +186,12 @@ def _encode_chat(document: Document, tokenizer: Any, seq_len: int) -> tuple[list
         )
     ids: list[int] = []
     labels: list[int] = []
+    before = ""
     for text, is_assistant in _chat_parts(document, tokenizer):
-        part = tokenizer.encode(text, add_special_tokens=False)  # the template writes special tokens itself
+        part = _encode_behind(before, text, tokenizer)  # the template writes special tokens itself
         ids += part
         labels += part if is_assistant else [IGNORED] * len(part)
+        before = text
     return ids[:seq_len], labels[:seq_len]
 
 
