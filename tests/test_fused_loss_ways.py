@@ -134,6 +134,25 @@ def test_in_a_simulation():
         output.loss.backward()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # that dynamo asks for
+def test_a_compiled_loss_reads_its_logits():
+    """The first thing that it does to them could wait in Python, and cannot in a graph."""
+    model, batch = model_of("llama"), batch_of()
+    tokens = batch["input_ids"]
+
+    def loss(logits):
+        return F.cross_entropy(logits.float().view(-1, logits.shape[-1]), tokens.flatten())
+
+    grads = []
+    for kind, function in (("off", loss), ("chunked", torch.compile(loss, backend="eager"))):
+        patch_head(model, kind)
+        model.zero_grad()
+        function(model(input_ids=tokens).logits).backward()
+        grads.append(gradients(model))
+    for name, grad in grads[0].items():
+        assert torch.equal(grads[1][name], grad), name
+
+
 def test_a_compiled_model_computes_its_logits():
     model, inputs = model_of("llama"), batch_of()
     patch_head(model, "chunked")

@@ -140,7 +140,8 @@ class DeferredLogits(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         logits = args[0] if args else None
-        if isinstance(logits, DeferredLogits) and logits.steps() is not None:
+        can_wait = not torch.compiler.is_compiling()  # a function that is compiled has a graph, which reads them
+        if can_wait and isinstance(logits, DeferredLogits) and logits.steps() is not None:
             if func is F.cross_entropy and (loss := _fused(logits, *args[1:], **kwargs)) is not None:
                 return loss
             if (made := _made_by(logits, func, args[1:], kwargs)) is not None:
