@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from benchmarks.models_check import check_gradients
@@ -118,6 +119,17 @@ def test_the_proof_sees_a_branch_that_leaks(monkeypatch):
 def test_a_model_without_a_list_of_blocks():
     with pytest.raises(NotFound, match="no list of blocks"):
         apply_dropbp(PreNorm(), 0.5, inputs={"x": torch.ones(1, 2, 8)})
+
+
+def test_a_model_of_something_else_than_tokens():
+    """What it said was an error from inside of it, about an argument that nobody had given."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    model = transformers.Dinov2Model(transformers.Dinov2Config(**sizes))
+    with pytest.raises(NotFound, match=r"Dinov2Model does not run on four token ids alone \(.*Pass inputs=\.\.\."):
+        apply_dropbp(model, 0.5)
+    with pytest.raises(ValueError, match="channel dimension"):  # the model's own words about what somebody gave
+        apply_dropbp(model, 0.5, inputs={"pixel_values": torch.ones(1, 2, 8, 8)})
+    assert len(apply_dropbp(model, 0.5, inputs={"pixel_values": torch.ones(1, 3, 8, 8)}).gates) == 4
 
 
 @pytest.mark.parametrize("model_type", ["gemma4_text", "exaone4", "mamba", "gpt_oss", "qwen3_next"])

@@ -31,10 +31,12 @@ class NotFound(ValueError):
     """No provable branches; the message says why, and how to name them by hand."""
 
 
-def discover(model: nn.Module, inputs: dict[str, Any]) -> list[tuple[nn.Module, Family]]:
+def discover(model: nn.Module, inputs: dict[str, Any], *, is_guess: bool = False) -> list[tuple[nn.Module, Family]]:
     """The blocks of `model` and the branches of each, found by one forward on `inputs`; the model is as it was after.
 
-    Errors: NotFound when no block, or not every block of a stack, is a pre-norm residual block.
+    is_guess: whether `inputs` are those of `example_inputs`, which the model may not take.
+    Errors: NotFound when no block, or not every block of a stack, is a pre-norm residual block, or a guess was wrong;
+            those of the model for other inputs.
     Cost:   one forward that records gradients.
     """
     candidates = dict(_candidates(model))
@@ -43,7 +45,17 @@ def discover(model: nn.Module, inputs: dict[str, Any]) -> list[tuple[nn.Module, 
     with _traceable(model), ExitStack() as hooks:
         for name, block in candidates.items():
             hooks.enter_context(_traced(name, block, found, reasons))
-        model(**inputs)
+        try:
+            model(**inputs)
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            if not is_guess:
+                raise
+            first_line = str(error).strip().partition("\n")[0]
+            raise NotFound(
+                f"model: no block of a known family was found, and {type(model).__name__} does not run on four token "
+                f"ids alone ({type(error).__name__}: {first_line}). Pass inputs=..., a batch of its arguments by name, "
+                "to have branches looked for, or name them with register_family."
+            ) from error
     if not found:
         raise NotFound(_refusal(candidates, reasons))
     stacks = {name.rpartition(".")[0] for name in found}

@@ -107,7 +107,7 @@ def apply_dropbp(
     traced = None
     can_look = families is None and not any(parameter.is_meta for parameter in model.parameters())  # proofs need values
     if not blocks and can_look and (traced := inputs or example_inputs(model)) is not None:
-        blocks = discover(model, traced)
+        blocks = discover(model, traced, is_guess=not inputs)
     if not blocks:
         found = ", ".join(sorted({type(module).__name__ for module in model.modules()}))
         names = (
