@@ -53,9 +53,12 @@ def check_called(gates: dict[str, DropBP]) -> None:
     missed = [name for name, gate in gates.items() if not gate.was_called]
     if missed:
         shown = ", ".join(missed[:4]) + (", ..." if len(missed) > 4 else "")
+        hint = "Run the patched model's forward between two steps, or pass strict=False."
+        if len(missed) < len(gates):
+            hint = "Pass strict=False if the model leaves them out of some steps (layerdrop, a batch without images)."
         raise RuntimeError(
             f"step: {len(missed)} of {len(gates)} gates were not called with gradients enabled since the last "
-            f"step ({shown}). Run the patched model's forward between two steps, or pass strict=False."
+            f"step ({shown}). {hint}"
         )
 
 
