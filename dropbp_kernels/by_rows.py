@@ -78,7 +78,8 @@ class RowSplit:
     def arguments(self, tree: Any, which: Tensor) -> Any:
         """What else the branch is called with, for the rows `which`: see the rules of `_has_rows`.
 
-        Key/value caches that can be taken apart say so by `of_samples`; others are left out.
+        Key/value caches that can be taken apart say so by `of_samples`; others are left out. Block masks of
+        FlexAttention are taken apart by samples.
         """
         # What blocks are called with, by hand: pytree takes a hundred microseconds for each half of a branch.
         if type(tree) in (tuple, list):
@@ -93,6 +94,9 @@ class RowSplit:
         if hasattr(leaf, "of_samples"):
             return None if self.rows.by_token else leaf.of_samples(which)
         if not isinstance(leaf, Tensor):
+            if hasattr(leaf, "mask_mod"):
+                is_shared = self.rows.by_token or len(leaf.kv_num_blocks) != self.batch.num_samples
+                return leaf if is_shared else _block_mask_of(leaf, which)
             return None if hasattr(leaf, "get_seq_length") and hasattr(leaf, "update") else leaf  # a key/value cache
         if not self._has_rows(leaf):
             return leaf
@@ -158,6 +162,18 @@ class RowSplit:
             stream = stream.reshape(shape)
         output = permuted_residual_add(stream, parts[0], parts[1], self.rows.permutation, grad_scale=grad_scale)
         return output if output.shape == residual.shape else output.view(residual.shape)
+
+
+def _block_mask_of(mask: Any, samples: Tensor) -> Any:
+    """The `BlockMask` of some samples of its batch."""
+    of_batch = mask.mask_mod
+
+    def mask_mod(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Any:
+        return of_batch(samples[sample], head, query, key)
+
+    part = mask[samples]  # which blocks there are; what is masked inside of one PyTorch leaves to us
+    part.mask_mod = mask_mod
+    return part
 
 
 class _TakeRows(torch.autograd.Function):

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 from dropbp_kernels import DropBP
 from dropbp_kernels.by_rows import RowSplit
@@ -109,6 +110,29 @@ def test_each_branch_is_called_with_its_rows():
     assert output.flatten().tolist() == [0.0, 11.0, 22.0, 33.0]
     output.sum().backward()
     assert x.grad.flatten().tolist() == [1.0, 1.0, 6.0, 1.0]
+
+
+def test_a_block_mask_of_flex_attention_is_taken_apart_by_samples():
+    """Its blocks, and what is masked inside of them; a mask that is the same for all samples stays as it is."""
+    lengths, seen = torch.tensor([48, 20, 6, 40]), []
+
+    def is_seen(sample, head, query, key):
+        return (query >= key) & (key < lengths[sample])
+
+    def branch(x, mask, shared):
+        whole = create_mask(mask.mask_mod, len(x), 1, 48, 48, device="cpu")
+        seen.append((mask.to_dense(), whole, shared))
+        return x
+
+    mask = create_block_mask(is_seen, 4, None, 48, 48, device="cpu", BLOCK_SIZE=16)
+    shared = create_block_mask(lambda sample, head, query, key: query >= key, 1, None, 48, 48, "cpu", BLOCK_SIZE=16)
+    gate = DropBP()
+    gate.kept = ChosenRows(torch.tensor([False, True, False, True]))
+    gate.residual_add(torch.randn(4, 48, 16), branch, mask, shared)
+    for (blocks, pairs, other), rows in zip(seen, ([0, 2], [1, 3]), strict=True):
+        assert torch.equal(blocks, mask.to_dense()[rows])
+        assert torch.equal(pairs, create_mask(is_seen, 4, 1, 48, 48, device="cpu")[rows])
+        assert other is shared
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions take notes since Python 3.11")
