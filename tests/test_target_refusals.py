@@ -16,6 +16,10 @@ from dropbp_kernels.targets import IGNORED, TargetRule
     [
         (lambda: tiny("bloom"), "takes no position_ids"),
         (lambda: tiny("falcon", alibi=True), "ALiBi"),
+        (lambda: tiny("gpt_neo"), "windows of its local layers by the order of its keys"),
+        (lambda: tiny("roberta"), "numbers its tokens by a rule of its own"),
+        (lambda: tiny("whisper"), "labels are shifted by its loss for context, got WhisperForCausalLM"),
+        (lambda: tiny("modernbert-decoder"), "expected a causal LM .* got ModernBertDecoderForCausalLM"),
         (lambda: tiny("opt", layerdrop=0.1), "skips layers at random"),
         (lambda: tiny_t5(), "encoder-decoder|expected a causal LM"),
         (lambda: with_attention(tiny(), "flex_attention"), "uses attention 'flex_attention'"),

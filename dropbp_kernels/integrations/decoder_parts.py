@@ -62,7 +62,11 @@ def parts_of(decoder: nn.Module) -> DecoderParts:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    return hasattr(module, "layer_idx") and not any(hasattr(child, "layer_idx") for child in module.children())
+    return _has_number(module) and not any(map(_has_number, module.children()))
+
+
+def _has_number(module: nn.Module) -> bool:
+    return getattr(module, "layer_idx", None) is not None
 
 
 def _around(decoder: nn.Module, name: str) -> list[nn.Module]:

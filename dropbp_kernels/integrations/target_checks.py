@@ -46,6 +46,7 @@ def check_context(
     if context is not None:
         decoder: Any = find_decoder(model)
         _check_decoder(decoder)
+        _check_shift(without_peft(model))
         if context_keep and (attention := decoder.config._attn_implementation) not in TAKES_MASKS:
             raise ValueError(
                 f"context_keep: expected 0 with attention {attention!r}, in which no row can skip a key, got "
@@ -69,10 +70,10 @@ def find_decoder(model: nn.Module) -> nn.Module:
     Errors: ValueError when `model` is no causal LM.
     """
     lm = without_peft(model)
-    decoder = lm.get_decoder() if hasattr(lm, "get_decoder") else None
-    if not isinstance(decoder, nn.Module) or decoder is lm or lm.get_output_embeddings() is None:
+    decoder: Any = lm.get_decoder() if hasattr(lm, "get_decoder") else None
+    if not hasattr(decoder, "config") or decoder is lm or lm.get_output_embeddings() is None:
         raise ValueError(f"model: expected a causal LM of transformers for context, got {type(lm).__name__}")
-    return decoder
+    return decoder  # type: ignore[no-any-return]
 
 
 def without_peft(model: Any) -> Any:
@@ -96,6 +97,10 @@ def _check_decoder(decoder: nn.Module) -> None:
         reason = "skips layers at random (layerdrop), other ones in each pass; set layerdrop to 0"
     elif getattr(config, "alibi", False):
         reason = "adds position biases (ALiBi) by the order of its keys"
+    elif "local" in getattr(config, "attention_layers", ()):
+        reason = "counts the windows of its local layers by the order of its keys"
+    elif any(hasattr(module, "create_position_ids_from_input_ids") for module in decoder.modules()):
+        reason = "numbers its tokens by a rule of its own"
     elif unknown or getattr(decoder, "_is_stateful", False):
         reason = f"has layers with a state of their own ({', '.join(sorted(unknown)) or 'stateful'})"
     elif getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", False):
@@ -106,6 +111,17 @@ def _check_decoder(decoder: nn.Module) -> None:
         reason = f"uses attention {config._attn_implementation!r}; load it with attn_implementation in {ATTENTION}"
     if reason is not None:
         raise ValueError(f"model: expected a decoder that can run in stages for context, but {name} {reason}")
+
+
+def _check_shift(lm: nn.Module) -> None:
+    """Raise ValueError where labels belong to the logits beside them: of transformers' models where no loss_function
+    of theirs, which shifts them, takes the loss.
+    """
+    forward: Any = inspect.unwrap(type(lm).forward)
+    if forward.__module__.startswith("transformers.models.") and "loss_function" not in forward.__code__.co_names:
+        raise ValueError(
+            f"model: expected one whose labels are shifted by its loss for context, got {type(lm).__name__}"
+        )
 
 
 def gathers_weights(decoder: nn.Module) -> bool:
