@@ -118,13 +118,13 @@ def _with_this_plan(gates: list[DropBP], run: Callable[..., Any]) -> Callable[..
 
 
 def _plan_of(gates: list[DropBP]) -> list[tuple[Any, ...]]:
-    """What decides which rows are kept, gate by gate: the plan entry, and what is known of the batch."""
-    return [(gate.kept, gate.num_samples, gate.is_real, gate.stage, gate.real_rows) for gate in gates]
+    """What decides which rows are kept, gate by gate, and how much they count: plan entry, scale, and the batch."""
+    return [(gate.kept, gate.grad_scale, gate.num_samples, gate.is_real, gate.stage, gate.real_rows) for gate in gates]
 
 
 def _set(gates: list[DropBP], plan: list[tuple[Any, ...]]) -> None:
     for gate, entry in zip(gates, plan, strict=True):
-        gate.kept, gate.num_samples, gate.is_real, gate.stage, gate.real_rows = entry
+        gate.kept, gate.grad_scale, gate.num_samples, gate.is_real, gate.stage, gate.real_rows = entry
 
 
 @functools.cache  # once a process
