@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent
 PACKAGE = "dropbp_kernels"
 TORCH_MINIMUM = (2, 11)
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")
+USUAL_CUDA_HOME = Path("/usr/local/cuda")  # NVIDIA's packages do not put it on PATH
 
 # Contracted multiply-adds would make the result depend on the machine.
 CPU_FLAGS = "-O3 -ffp-contract=off -fno-math-errno"
@@ -58,9 +59,11 @@ def find_compiler() -> str | None:
 
 
 def find_nvcc() -> str | None:
-    """nvcc of $CUDA_HOME, else the one on PATH."""
+    """nvcc of $CUDA_HOME, else the one on PATH, else that of the usual place."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    return shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
+    if not home and (found := shutil.which("nvcc")):
+        return found
+    return shutil.which("nvcc", path=str(Path(home or USUAL_CUDA_HOME, "bin")))
 
 
 def wants_cuda(nvcc: str | None) -> bool:
@@ -70,7 +73,8 @@ def wants_cuda(nvcc: str | None) -> bool:
         sys.exit(f"{PACKAGE}: DROPBP_KERNELS_CUDA must be 0 or 1, got {choice!r}.")
     if choice == "1" and nvcc is None:
         sys.exit(
-            f"{PACKAGE}: DROPBP_KERNELS_CUDA=1, but no nvcc is in $CUDA_HOME/bin or on PATH; install a CUDA toolkit."
+            f"{PACKAGE}: DROPBP_KERNELS_CUDA=1, but no nvcc is in $CUDA_HOME/bin, on PATH or in {USUAL_CUDA_HOME}/bin; "
+            "install a CUDA toolkit."
         )
     return choice != "0" and nvcc is not None
 

@@ -19,8 +19,8 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """setup.py as a module, in an environment without any of its variables."""
+def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """setup.py as a module, in an environment without any of its variables and without a toolkit in the usual place."""
     for name in ("DROPBP_KERNELS_CUDA", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "CXX", "MAX_JOBS"):
         monkeypatch.delenv(name, raising=False)
     spec = importlib.util.spec_from_file_location("dropbp_kernels_setup", ROOT / "setup.py")
@@ -28,6 +28,7 @@ def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "USUAL_CUDA_HOME", tmp_path / "usual")
     return module
 
 
@@ -52,9 +53,12 @@ def test_finds_the_compiler(build, monkeypatch, tmp_path):
     assert build.find_compiler() is None
 
 
-def test_finds_nvcc_of_cuda_home_before_path(build, monkeypatch, tmp_path):
+def test_finds_nvcc_of_cuda_home_before_path_before_the_usual_place(build, monkeypatch, tmp_path):
+    in_usual_place = make_tool(tmp_path / "usual" / "bin", "nvcc")
     on_path = make_tool(tmp_path / "path", "nvcc")
     of_home = make_tool(tmp_path / "cuda" / "bin", "nvcc")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert build.find_nvcc() == in_usual_place
     monkeypatch.setenv("PATH", str(tmp_path / "path"))
     assert build.find_nvcc() == on_path
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
@@ -76,7 +80,8 @@ def test_cuda_without_a_toolkit_is_one_sentence(build, monkeypatch):
     monkeypatch.setenv("DROPBP_KERNELS_CUDA", "1")
     with pytest.raises(
         SystemExit,
-        match=r"DROPBP_KERNELS_CUDA=1, but no nvcc is in \$CUDA_HOME/bin or on PATH; install a CUDA toolkit\.$",
+        match=r"DROPBP_KERNELS_CUDA=1, but no nvcc is in \$CUDA_HOME/bin, on PATH or in .+/usual/bin; "
+        r"install a CUDA toolkit\.$",
     ):
         build.wants_cuda(None)
     monkeypatch.setenv("DROPBP_KERNELS_CUDA", "yes")
