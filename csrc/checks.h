@@ -13,6 +13,10 @@
 #include <stdexcept>
 #include <vector>
 
+// From torch 2.13 on: what PyTorch said of the last call that failed on this thread; null before.
+extern "C" __attribute__((weak, visibility("default"))) const char*
+torch_exception_get_what_without_backtrace();
+
 namespace dropbp {
 
 using torch::headeronly::ScalarType;
@@ -29,10 +33,6 @@ template <class Exception = std::invalid_argument, class... Parts>
 
 inline const char* dtype_name(ScalarType dtype) { return torch::headeronly::toString(dtype); }
 
-inline Tensor dense(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
 inline int32_t shim_dtype(ScalarType dtype) {
   return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
 }
@@ -41,6 +41,18 @@ inline int32_t shim_dtype(const Tensor& tensor) {
   int32_t dtype;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
   return dtype;
+}
+
+// In PyTorch's words: who runs a smaller batch then (accelerate, Lightning) looks for them. An
+// error code has lost them, and that PyTorch's error was an OutOfMemoryError.
+[[noreturn]] inline void fail_to_allocate(int64_t numel, int32_t device_type) {
+  if (torch_exception_get_what_without_backtrace) {
+    fail<std::runtime_error>(torch_exception_get_what_without_backtrace());
+  }
+  const bool is_cpu = device_type == aoti_torch_device_type_cpu();
+  fail<std::runtime_error>(
+      is_cpu ? "DefaultCPUAllocator: can't allocate memory" : "CUDA out of memory.", " for ", numel,
+      " elements, or another error that PyTorch wrote to stderr");
 }
 
 // A fresh contiguous tensor on the device of `like`. A direct call of the C interface: the
@@ -59,14 +71,26 @@ inline Tensor new_tensor(const int64_t* sizes, int64_t dim, int32_t dtype, const
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, &handle));
+  const bool is_there =
+      aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, &handle) == 0;
+  if (!is_there) fail_to_allocate(stride, device_type);
   return Tensor(handle);
 }
 
 // Of the sizes and device of `tensor`.
 inline Tensor new_like(const Tensor& tensor, int32_t dtype) {
   return new_tensor(tensor.sizes().data(), tensor.dim(), dtype, tensor);
+}
+
+// torch::stable::contiguous of a tensor that is not, but for its words where there is no memory.
+inline Tensor dense_copy(const Tensor& tensor) {
+  Tensor copy = new_like(tensor, shim_dtype(tensor));
+  torch::stable::copy_(copy, tensor);
+  return copy;
+}
+
+inline Tensor dense(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : dense_copy(tensor);
 }
 
 inline void check_numel(const char* name, const Tensor& tensor, int64_t expected) {

@@ -36,7 +36,7 @@ inline RopeStrides rope_strides(const Tensor& x) { return {x.stride(0), x.stride
 
 // x itself where the channels of a head are contiguous, else a contiguous copy.
 inline Tensor with_contiguous_heads(const Tensor& x) {
-  return x.dim() == 4 && (x.stride(3) == 1 || x.size(3) <= 1) ? x : torch::stable::contiguous(x);
+  return x.dim() == 4 && (x.stride(3) == 1 || x.size(3) <= 1) ? x : dense_copy(x);
 }
 
 // Calls visitor with a value of the element type of x and one of that of cos and sin.

@@ -27,7 +27,7 @@ inline int64_t row_stride(const Tensor& tensor) {
 
 // `tensor` itself where it can be seen as rows, else a contiguous copy.
 inline Tensor as_rows(const Tensor& tensor) {
-  return row_stride(tensor) >= 0 ? tensor : torch::stable::contiguous(tensor);
+  return row_stride(tensor) >= 0 ? tensor : dense_copy(tensor);
 }
 
 // The same for a tensor that is written, whose elements may not share memory.
@@ -35,7 +35,7 @@ inline Tensor as_own_rows(const char* name, const Tensor& tensor) {
   if (tensor.numel() == 0) return tensor;
   check_own_elements(name, tensor);
   const bool is_apart = tensor.dim() < 2 || row_stride(tensor) >= tensor.size(tensor.dim() - 1);
-  return is_apart ? as_rows(tensor) : torch::stable::contiguous(tensor);
+  return is_apart ? as_rows(tensor) : dense_copy(tensor);
 }
 
 // After `tensor` was written through `own`, which as_own_rows returned.

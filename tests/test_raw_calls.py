@@ -1,4 +1,7 @@
-"""Wrong calls of raw ops, past the checks of public functions: compiled kernels refuse what would leave a tensor."""
+"""Wrong calls of raw ops, past the checks of public functions: compiled kernels refuse what would leave a tensor.
+
+And what they say where memory is missing.
+"""
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from dropbp_kernels import _backend
 X, PARAMETER, STATISTIC = torch.ones(4, 6), torch.ones(6), torch.ones(4)
 HEADS, TABLE = torch.ones(2, 3, 4, 8), torch.ones(3, 8)
 FEW = torch.ones(3, 5)  # as the rest of a tensor that is too small
+HUGE = torch.ones(1).expand(1 << 46)  # a contiguous copy takes 256 TiB
 ORDER, SWAPPED, TWICE = torch.arange(4), torch.tensor([1, 0]), torch.tensor([0, 1, 1, 3])
 NORM = (1e-5, False, False, torch.float32)
 NOT_LONG = "expected dtype Long, got Int"
@@ -94,4 +98,19 @@ def test_compiled_kernel_refuses(op, arguments, message):
         pytest.skip(f"cpp: {reason}")
     arguments = [value.clone() if isinstance(value, torch.Tensor) else value for value in arguments]
     with _backend.use_backend("cpp"), pytest.raises((ValueError, IndexError), match=message):
+        getattr(torch.ops.dropbp_kernels, op)(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments"),
+    [
+        ("glu", (HUGE, HUGE, "silu")),  # memory for a result
+        ("gated_residual_add_backward", (HUGE, None, None, 1.0, torch.float32)),  # for a contiguous copy
+    ],
+)
+def test_missing_memory_is_said_in_the_words_of_pytorch(op, arguments):
+    """For which accelerate and Lightning look, to try a smaller batch."""
+    if (reason := _backend.why_not("cpp", "gated_residual_add")) is not None:
+        pytest.skip(f"cpp: {reason}")
+    with _backend.use_backend("cpp"), pytest.raises(RuntimeError, match="DefaultCPUAllocator: can't allocate memory"):
         getattr(torch.ops.dropbp_kernels, op)(*arguments)
