@@ -15,7 +15,15 @@
 namespace dropbp {
 
 inline void check_cuda(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) fail<std::runtime_error>(what, ": ", cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  const bool is_of_another_build = error == cudaErrorNoKernelImageForDevice ||
+                                   error == cudaErrorInsufficientDriver ||
+                                   error == cudaErrorUnsupportedPtxVersion;
+  fail<std::runtime_error>(what, ": ", cudaGetErrorString(error),
+                           is_of_another_build
+                               ? "; _C_cuda was built for other GPUs or for a newer driver, and "
+                                 "DROPBP_KERNELS_BACKEND=triton does without it"
+                               : "");
 }
 
 inline int num_multiprocessors(const Tensor& tensor, const char* what) {
