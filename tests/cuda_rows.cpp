@@ -64,10 +64,11 @@ void check(ElementType type, int width, dim3 block, double tolerance) {
   for (const int kind : {0, 1, 2}) {  // RMS of Llama, of Gemma, LayerNorm
     const bool is_layer = kind == 2, gemma = kind == 1;
     const char* name = is_layer ? "layer_norm" : gemma ? "rms_norm, gemma" : "rms_norm";
-    std::vector<T> normed(count), sum(count), grad(count), frozen(count);
+    std::vector<T> normed(count), sum(count), grad(count), frozen(count), alone(count);
     std::vector<W> mean(kRows), rstd(kRows);
     std::vector<W> partial = unwritten<W>(kBlocks * width), bias_partial = partial;
     std::vector<T> grad_weight(width), grad_bias(width);
+    const T* added = grad_new.data();
     const auto backward = [&](auto column_sums, T* out, W* weights, W* biases,
                               bool in_shared = false) {
       constexpr bool kSums = decltype(column_sums)::value;
@@ -75,12 +76,12 @@ void check(ElementType type, int width, dim3 block, double tolerance) {
       const auto kernel = [&, out, weights, biases] {
         if (is_layer) {
           dropbp::gated_residual_layer_norm_backward_kernel<T, T, W, N, kHeld, kSums>(
-              grad_normed.data(), grad_new.data(), sum.data(), factor, mean.data(), rstd.data(),
-              out, weights, biases, in_shared, kRows, width);
+              grad_normed.data(), added, sum.data(), factor, mean.data(), rstd.data(), out, weights,
+              biases, in_shared, kRows, width);
         } else {
           dropbp::gated_residual_rms_norm_backward_kernel<T, T, W, N, kHeld, kSums>(
-              grad_normed.data(), grad_new.data(), sum.data(), factor, gemma, rstd.data(), out,
-              weights, in_shared, kRows, width);
+              grad_normed.data(), added, sum.data(), factor, gemma, rstd.data(), out, weights,
+              in_shared, kRows, width);
         }
       };
       launch(kBlocks, block, kernel, num_sums * width * sizeof(W));
@@ -98,6 +99,9 @@ void check(ElementType type, int width, dim3 block, double tolerance) {
     });
     backward(std::true_type{}, grad.data(), partial.data(), bias_partial.data());
     backward(std::false_type{}, frozen.data(), nullptr, nullptr);
+    added = nullptr;  // nothing reads the stream behind the norm
+    backward(std::false_type{}, alone.data(), nullptr, nullptr);
+    added = grad_new.data();
     if (kHeld == 0) {  // the same sums, taken in shared memory: of both, and of the bias alone
       std::vector<W> in_shared = unwritten<W>(partial.size()), biases = in_shared,
                      bias_alone = in_shared;
@@ -118,8 +122,8 @@ void check(ElementType type, int width, dim3 block, double tolerance) {
       });
     }
 
-    std::vector<double> x(count), out(count), grad_x(count), scale(kRows), weights(width),
-        biases(width);
+    std::vector<double> x(count), out(count), grad_x(count), grad_alone(count), scale(kRows),
+        weights(width), biases(width);
     for (int row = 0; row < kRows; ++row) {
       double centre = 0, squares = 0, dot = 0, mean_grad = 0;
       const size_t start = static_cast<size_t>(row) * width;
@@ -144,13 +148,15 @@ void check(ElementType type, int width, dim3 block, double tolerance) {
       for (int i = 0; i < width; ++i) {
         const size_t at = start + i;
         const double gradient = widen<double>(grad_normed[at]) * w(i);
-        grad_x[at] = scale[row] * (gradient - mean_grad - n(i) * dot) + widen<double>(grad_new[at]);
+        grad_alone[at] = scale[row] * (gradient - mean_grad - n(i) * dot);
+        grad_x[at] = grad_alone[at] + widen<double>(grad_new[at]);
       }
     }
     expect(name, width, sum, x, 0);
     expect(name, width, rstd, scale, 1e-5);
     expect(name, width, normed, out, tolerance);
     expect(name, width, grad, grad_x, tolerance);
+    expect(name, width, alone, grad_alone, tolerance);
     expect(name, width, grad_weight, weights, tolerance);
     if (is_layer) expect(name, width, grad_bias, biases, tolerance);
     for (size_t i = 0; i < count; ++i) {

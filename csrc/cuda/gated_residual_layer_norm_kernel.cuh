@@ -96,12 +96,24 @@ __global__ void __launch_bounds__(kHeld > 0 ? kBackwardThreads : kWideThreads)
   for (int64_t row = first_row(); row < num_rows; row += row_stride()) {
     const int64_t start = row * width;
     const W centre = mean_of_row[row], scale = rstd[row];
-    R value[kSlots<kHeld>][N];
+    R value[kSlots<kHeld>][N], added[kSlots<kHeld>][N];
     B grad[kSlots<kHeld>][N];
     W sums[2] = {};  // of g, of g * n
-    for_each_pack<N, kHeld>(width, [&](int slot, int column) {
+    const auto load_pack = [&](int slot, int column) {
       load(value[slot], x + start + column);
       load(grad[slot], grad_normed + start + column);
+    };
+    const auto load_added = [&](int slot, int column) {
+      load(added[slot], (grad_new_residual ? grad_new_residual : x) + start + column);
+    };
+    if constexpr (kHeld > 0) {
+      for_each_slot<N, kHeld>(width, [&](int slot, int column) {
+        load_pack(slot, column);
+        load_added(slot, column);
+      });
+    }
+    for_each_pack<N, kHeld>(width, [&](int slot, int column) {
+      if constexpr (kHeld == 0) load_pack(slot, column);
       W factor[N];
       load_weight(factor, weight, column);
 #pragma unroll
@@ -119,10 +131,7 @@ __global__ void __launch_bounds__(kHeld > 0 ? kBackwardThreads : kWideThreads)
     sum_over_team(sums);
     const W mean_grad = mean_of(sums[0], width), mean_dot = mean_of(sums[1], width);
     for_each_pack<N, kHeld>(width, [&](int slot, int column) {
-      if (kHeld == 0) {
-        load(value[slot], x + start + column);
-        load(grad[slot], grad_normed + start + column);
-      }
+      if constexpr (kHeld == 0) load_pack(slot, column);
       W factor[N], gradient[N], product[N], out[N];
       load_weight(factor, weight, column);
 #pragma unroll
@@ -137,12 +146,12 @@ __global__ void __launch_bounds__(kHeld > 0 ? kBackwardThreads : kWideThreads)
         if (sums_weight) add_to_sums(wide_weights, product, column, is_first);
         if (sums_bias) add_to_sums(wide_biases, gradient, column, is_first);
       }
-      R result[N];
       if (grad_new_residual) {
-        load(result, grad_new_residual + start + column);
+        if constexpr (kHeld == 0) load_added(slot, column);
 #pragma unroll
-        for (int j = 0; j < N; ++j) out[j] += widen<W>(result[j]);
+        for (int j = 0; j < N; ++j) out[j] += widen<W>(added[slot][j]);
       }
+      R result[N];
 #pragma unroll
       for (int j = 0; j < N; ++j) result[j] = narrow<R>(out[j]);
       store(grad_residual + start + column, result);

@@ -114,12 +114,22 @@ __global__ void __launch_bounds__(kHeld > 0 ? kBackwardThreads : kWideThreads)
     const int64_t start = row * width;
     R* target = grad_residual + row_in_residual(permutation, row) * width;
     const W centre = centered ? mean[row] : W{0}, scale = rstd[row];
-    R value[kSlots<kHeld>][N];
+    R value[kSlots<kHeld>][N], added[kSlots<kHeld>][N];
     B grad[kSlots<kHeld>][N];
     W sums[2] = {};  // of g, of g * n
-    for_each_pack<N, kHeld>(width, [&](int slot, int column) {
+    const auto load_pack = [&](int slot, int column) {
       load(value[slot], kept_x + start + column);
       load(grad[slot], grad_kept + start + column);
+    };
+    const auto load_added = [&](int slot, int column) { load(added[slot], target + column); };
+    if constexpr (kHeld > 0) {
+      for_each_slot<N, kHeld>(width, [&](int slot, int column) {
+        load_pack(slot, column);
+        load_added(slot, column);
+      });
+    }
+    for_each_pack<N, kHeld>(width, [&](int slot, int column) {
+      if constexpr (kHeld == 0) load_pack(slot, column);
       W factor[N];
       load_factor(factor, weight, gemma, column);
 #pragma unroll
@@ -138,28 +148,24 @@ __global__ void __launch_bounds__(kHeld > 0 ? kBackwardThreads : kWideThreads)
     const W mean_grad = centered ? mean_of(sums[0], width) : W{0};
     const W mean_dot = mean_of(sums[1], width);
     for_each_pack<N, kHeld>(width, [&](int slot, int column) {
-      if (kHeld == 0) {
-        load(value[slot], kept_x + start + column);
-        load(grad[slot], grad_kept + start + column);
-      }
+      if constexpr (kHeld == 0) load_pack(slot, column);
       W factor[N], gradient[N], product[N];
       load_factor(factor, weight, gemma, column);
-      R total[N];
-      load(total, target + column);
+      if constexpr (kHeld == 0) load_added(slot, column);
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         gradient[j] = widen<W>(grad[slot][j]);
         const W normalized = (widen<W>(value[slot][j]) - centre) * scale;
         product[j] = gradient[j] * normalized;
         const W inner = gradient[j] * factor[j] - mean_grad - normalized * mean_dot;
-        total[j] = narrow<R>(widen<W>(total[j]) + scale * inner);
+        added[slot][j] = narrow<R>(widen<W>(added[slot][j]) + scale * inner);
       }
       if constexpr (kColumnSums && kHeld == 0) {
         const bool is_first = row == first_row();
         if (sums_weight) add_to_sums(wide_weights, product, column, is_first);
         if (sums_bias) add_to_sums(wide_biases, gradient, column, is_first);
       }
-      store(target + column, total);
+      store(target + column, added[slot]);
     });
   }
   if constexpr (kColumnSums && kHeld > 0) {

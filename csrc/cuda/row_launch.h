@@ -107,7 +107,8 @@ size_t shared_bytes_of(const char* name, void (*kernel)(Parameters...), int num_
 template <class W, class... Parameters>
 Grid grid_at_once(const char* name, void (*kernel)(Parameters...), int64_t num_rows, int64_t width,
                   dim3 block, int num_sums, const Tensor& tensor) {
-  Grid grid = grid_for_all(num_rows, block);
+  // None where rows are empty: for_each_slot loads from each.
+  Grid grid = grid_for_all(width > 0 ? num_rows : 0, block);
   if (num_sums > 0) grid.shared_bytes = shared_bytes_of<W>(name, kernel, num_sums, width, tensor);
   int per_multiprocessor = 0;
   check_cuda(

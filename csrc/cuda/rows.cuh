@@ -81,6 +81,19 @@ __device__ void for_each_pack(int width, const Visitor& visitor) {
   }
 }
 
+// Calls visitor(slot, first column) for each pack that a thread may hold, to load it: the row's
+// last one where there is none. Without a branch between them all loads are in flight at once. Pack
+// by pack, each waiting for the one before, a backward of two or three blocks a multiprocessor
+// would have 16 KiB in flight, of the 30 KiB above. width is at least N.
+template <int N, int kHeld, class Visitor>
+__device__ void for_each_slot(int width, const Visitor& visitor) {
+#pragma unroll
+  for (int slot = 0; slot < kHeld; ++slot) {
+    const int column = (slot * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * N;
+    visitor(slot, column < width ? column : width - N);
+  }
+}
+
 template <int kHeld>
 constexpr int kSlots = kHeld > 0 ? kHeld : 1;
 
