@@ -1,6 +1,7 @@
 """What every test shares: seeds, threads, and the backends that an op is tested in."""
 
 import contextlib
+import ctypes
 import importlib
 import os
 import sys
@@ -19,6 +20,7 @@ from dropbp_kernels.ops.schema import SCHEMAS
 sys.path.append(str(Path(__file__).parent.parent))  # benchmarks, for who starts pytest by its own name
 
 torch.set_num_threads(2)
+M_PERTURB = -6  # of malloc.h
 
 
 def pytest_collection_modifyitems(items):
@@ -89,9 +91,12 @@ def cut_attention():
 
 @pytest.fixture
 def poisoned():
-    """Fresh memory is NaN, so that an element nobody wrote shows."""
-    torch.use_deterministic_algorithms(True)  # fills torch.empty, in Python and in C++
+    """Fresh memory is NaN or near the largest number, so that an element nobody wrote shows."""
+    torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN, and not what compiled kernels get on a CPU
+    glibc_option = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)
+    glibc_option(M_PERTURB, 0x80)  # which fills that, with bytes 0x7f
     yield
+    glibc_option(M_PERTURB, 0)
     torch.use_deterministic_algorithms(False)
 
 

@@ -6,7 +6,9 @@ public functions   gradcheck; one compilation for all row counts, forward and ba
 """
 
 import copy
+import ctypes
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,6 +66,18 @@ def assert_as_the_reference(op, arguments, actual):
         torch.testing.assert_close(ours, theirs, rtol=rounding, atol=rounding * max(largest, 1.0))
         if ours.dtype == torch.bfloat16:  # a rounding too many is within the tolerance, but shows in many elements
             assert ours.ne(theirs).sum() <= max(2, ours.numel() // 10)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+def test_memory_that_compiled_kernels_ask_for_is_poisoned(poisoned):
+    libtorch = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    handle, memory, size, stride = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_int64(50), ctypes.c_int64(1)
+    of_float, on_cpu = libtorch.aoti_torch_dtype_float32(), libtorch.aoti_torch_device_type_cpu()
+    sizes = ctypes.c_int64(1), ctypes.byref(size), ctypes.byref(stride)
+    assert libtorch.aoti_torch_empty_strided(*sizes, of_float, on_cpu, 0, ctypes.byref(handle)) == 0
+    assert libtorch.aoti_torch_get_data_ptr(handle, ctypes.byref(memory)) == 0
+    assert min((ctypes.c_float * 50).from_address(memory.value)) > 1e38
+    libtorch.aoti_torch_delete_tensor_object(handle)
 
 
 @pytest.mark.parametrize(("wide", "narrow"), DTYPES)
