@@ -266,7 +266,9 @@ class DropBP(nn.Module):
             args, kwargs = split.arguments((args, kwargs), split.kept)
             kept = self.as_kept(branch)(*parts[0], *args, **kwargs)
         except RuntimeError as error:
-            if sys.version_info >= (3, 11) and not isinstance(error, torch.OutOfMemoryError):
+            # A compiled op that lacks memory says so in a RuntimeError (csrc/checks.h).
+            lacks_memory = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+            if sys.version_info >= (3, 11) and not lacks_memory:
                 error.add_note(
                     f"The gate ran its branch by rows: {len(split.dropped)} dropped and {len(split.kept)} kept ones. "
                     "What a branch needs of each sample (a mask, positions) is to be passed through the gate, as "
