@@ -85,7 +85,7 @@ def make_cases(kind: str, rows: int, width: int, dtype: torch.dtype, device: tor
             moved_bytes=moved * rows * width * dtype.itemsize,
             make_inputs=lambda: make_inputs(rows, width, dtype, device),
             variants={
-                name: _variant(function, direction)
+                name: _variant(function, direction, is_writing=name == "liger")
                 for name, function in (in_place if direction == "fwd in place" else variants).items()
             },
         )
@@ -109,15 +109,22 @@ def test_bench_glu(benchmark, direction, variant):
     benchmark.pedantic(chosen.run, setup=lambda: ((chosen.prepare(inputs),), {}), rounds=20, warmup_rounds=2)
 
 
-def _variant(function: Glu, direction: str) -> Variant:
+def _variant(function: Glu, direction: str, is_writing: bool) -> Variant:
+    """is_writing: the backward writes into gate and up. All variants are given the same ones, so it gets copies."""
+
+    def own(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if not is_writing:
+            return inputs
+        return *(tensor.detach().clone().requires_grad_() for tensor in inputs[:2]), inputs[2]
+
     def backward(state: tuple[tuple[Tensor, ...], Tensor]) -> Any:
         inputs, output = state
         return torch.autograd.grad(output, inputs[:2], inputs[2])
 
     if direction == "bwd":
-        return Variant(backward, prepare=lambda inputs: (inputs, function(*inputs[:2])))
+        return Variant(backward, prepare=lambda inputs: (inputs := own(inputs), function(*inputs[:2])))
     if direction == "fwd+bwd":
-        return Variant(lambda inputs: backward((inputs, function(*inputs[:2]))))
+        return Variant(lambda inputs: backward((inputs, function(*inputs[:2]))), prepare=own)
     if direction == "fwd":
         return Variant(lambda inputs: function(*inputs[:2]))
     # What a dropped branch runs: detached, since nothing is recorded.

@@ -99,4 +99,4 @@ def run(settings: Settings) -> Iterator[list[Row]]:
         if settings.has_time():
             case = selection_case(num_candidates)
             timings = measure(case, host, seconds=settings.seconds, min_rounds=settings.min_rounds)
-            yield op_rows(case, timings, where, None)
+            yield op_rows(case, timings, machine(host, settings.commit), None)

@@ -7,6 +7,7 @@ python -m benchmarks.run --only row_step target_step --wide             whole st
 """
 
 import argparse
+import faulthandler
 import os
 import sys
 import time
@@ -67,7 +68,7 @@ BUDGET_S = 350.0  # what `make bench` may take on a busy machine
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the chosen suites; 0 when every variant was right, else 1."""
+    """Run the chosen suites; 0 when every variant was right and everything fitted the memory, else 1."""
     options = _parse(arguments)
     device = torch.device(options.device)
     if options.scale == "tiny":
@@ -83,7 +84,10 @@ def main(arguments: list[str] | None = None) -> int:
     for number, name in enumerate(options.only):
         seconds = time.monotonic() - started
         if options.budget_s:  # an equal share of what is left for every suite still to run
-            settings.deadline = time.monotonic() + (options.budget_s - seconds) / (len(options.only) - number)
+            share_s = max((options.budget_s - seconds) / (len(options.only) - number), 0.0)
+            settings.deadline = time.monotonic() + share_s
+            if options.hang_s:  # a kernel that never ends cannot be interrupted
+                faulthandler.dump_traceback_later(share_s + options.hang_s, exit=True)
         print(f"\n{name} on {device}, {options.scale} [{seconds:.0f} s]", flush=True)
         try:
             for place, rows in enumerate(SUITES[name](settings)):
@@ -92,6 +96,10 @@ def main(arguments: list[str] | None = None) -> int:
         except WrongResult as error:
             failed.append(name)
             print(f"REFUSED: {error}; fix it before {name} is timed", file=sys.stderr)
+        except torch.OutOfMemoryError as error:
+            failed.append(name)
+            print(f"OUT OF MEMORY: {name}: {error}", file=sys.stderr)
+    faulthandler.cancel_dump_traceback_later()
     if settings.num_left_out:
         print(f"\n{settings.num_left_out} cases were left out: the {options.budget_s:.0f} s were over")
     print(f"\n{time.monotonic() - started:.0f} s; rows are in {options.out}")
@@ -131,6 +139,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         type=float,
         default=BUDGET_S,
         help=f"start no case after so many seconds, which the suites share; 0: no limit; default: {BUDGET_S:g}",
+    )
+    parser.add_argument(
+        "--hang-s",
+        type=float,
+        default=0.0,
+        help="end the process, and say where it stands, so many seconds after a suite's share of the budget; 0: never",
     )
     parser.set_defaults(scale="full")
     options = parser.parse_args(arguments)

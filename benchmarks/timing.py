@@ -3,7 +3,8 @@
 Cold cache. A kernel that runs twice on the same data reads it from the cache the second time; in training it does not.
 On a CPU every sample uses another of many input sets, together far larger than the last cache level. On a GPU a buffer
 larger than the L2 is written before every sample; that also keeps the GPU busy while the host launches the sample, so
-that the events bracket the kernels and not the launches.
+that the events bracket the kernels and not the launches. What is called many times in one sample (num_calls) is a
+matter of the host: its own clock takes the time, on a GPU too, from when the GPU has nothing left to do.
 
 In turn. Round by round every variant is timed once, so that a noisy neighbour or a clock change meets all of them. Each
 round has another random order: what runs after a variant that left the cache full of dirty lines pays for them.
@@ -102,7 +103,8 @@ def cache_bytes(device: torch.device) -> int:
 
 def measure(case: Case, device: torch.device, *, seconds: float, min_rounds: int = MIN_ROUNDS) -> dict[str, Timing]:
     """Time every variant of `case` for about `seconds` in all; at least `min_rounds` samples each."""
-    clock = _CudaClock(device) if device.type == "cuda" else _CpuClock()
+    on_gpu = device.type == "cuda" and case.num_calls == 1
+    clock = _CudaClock(device) if on_gpu else _HostClock(device)
     shuffle = random.Random(0)
     num_variants = len(case.variants)
     # Without time beyond the least number of rounds there is no use for more sets than these take.
@@ -182,14 +184,17 @@ def _input_sets(case: Case, device: torch.device, max_sets: int) -> list[Any]:
     return sets + [case.make_inputs() for _ in range(num_sets - 1)]
 
 
-class _CpuClock:
-    def __init__(self) -> None:
+class _HostClock:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         if platform.libc_ver()[0] == "glibc":
             libc = ctypes.CDLL(None)
             libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation is a mapping of its own
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: no free memory goes back to the kernel
 
     def sample(self, samples_ms: list[float], run: Callable[[Any], Any], state: Any, num_calls: int) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         if num_calls == 1:
             start = time.perf_counter_ns()
             result = run(state)
@@ -210,28 +215,27 @@ class _CudaClock:
     def __init__(self, device: torch.device) -> None:
         # A quarter of a millisecond of an H200, in which the host launches even a backward through Python.
         self.flush = torch.empty(max(2 * cache_bytes(device), 1 << 30), dtype=torch.int8, device=device)
-        self.pending: list[tuple[list[float], Any, Any, int]] = []
+        self.pending: list[tuple[list[float], Any, Any]] = []
 
     def sample(self, samples_ms: list[float], run: Callable[[Any], Any], state: Any, num_calls: int) -> None:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.flush.zero_()
         start.record()
-        for _ in range(num_calls):
-            run(state)
+        run(state)
         end.record()
-        self.pending.append((samples_ms, start, end, num_calls))
+        self.pending.append((samples_ms, start, end))
         if len(self.pending) >= 64:  # bounds how far the host runs ahead, and thus the memory in flight
             self.finish()
 
     def finish(self) -> None:
         torch.cuda.synchronize()
-        for samples_ms, start, end, num_calls in self.pending:
-            samples_ms.append(start.elapsed_time(end) / num_calls)
+        for samples_ms, start, end in self.pending:
+            samples_ms.append(start.elapsed_time(end))
         self.pending.clear()
 
 
 def copy_bandwidth(device: torch.device, nbytes: int | None = None, *, num_samples: int = 15) -> float:
-    """GB/s (bytes read plus bytes written) of copying a buffer of `nbytes` on `device`: median of `num_samples`."""
+    """GB/s (bytes read plus bytes written) of copying `nbytes` on `device`: a median, of at least `num_samples`."""
     nbytes = nbytes or COPY_BYTES[device.type]
     # Random bits: constant data can move faster than real data.
     source = torch.randint(256, (nbytes,), dtype=torch.uint8, device=device)
@@ -248,5 +252,7 @@ def copy_bandwidth(device: torch.device, nbytes: int | None = None, *, num_sampl
         make_inputs=lambda: (source, target),
         variants={"copy": Variant(lambda pair: pair[1].copy_(pair[0]))},
     )
-    timing = measure(case, device, seconds=0.0, min_rounds=num_samples)["copy"]
+    # An idle GPU takes a while to raise its clock, and this is the first that it is asked to do.
+    seconds = 0.3 if device.type == "cuda" else 0.0
+    timing = measure(case, device, seconds=seconds, min_rounds=num_samples)["copy"]
     return 2 * nbytes / timing.median_ms / 1e6

@@ -18,6 +18,7 @@ from benchmarks import (
     bench_gated_residual_add,
     bench_gated_residual_layer_norm,
     bench_gated_residual_rms_norm,
+    bench_glu,
     bench_host_overhead,
     bench_l1_distances,
     bench_loss_step,
@@ -91,6 +92,16 @@ def test_a_sample_takes_the_time_of_one_call():
     case = case_of({"a": Variant(lambda _: time.sleep(0.005))}, num_calls=4)
     median_ms = timing.measure(case, CPU, seconds=0.0, min_rounds=3)["a"].median_ms
     assert 5 <= median_ms < 15
+
+
+def test_many_calls_on_a_gpu_are_timed_by_the_host_when_it_is_idle(monkeypatch):
+    """By events the first calls, launched while a buffer is written, would count for nothing."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: calls.append("wait"))
+    case = case_of({"a": Variant(lambda _: calls.append("call") or time.sleep(0.005))}, num_calls=2)
+    timings = timing.measure(case, torch.device("cuda"), seconds=0.0, min_rounds=2)
+    assert calls[timing.WARM_UP_CALLS :] == ["wait", "call", "call"] * 2
+    assert 5 <= timings["a"].median_ms < 15
 
 
 def test_samples_rotate_among_inputs_that_exceed_the_cache(monkeypatch):
@@ -305,6 +316,40 @@ def test_benchmarks_of_channels_and_pairs_run_checked_variants(uncompiled, one_t
     assert [(rows[0].op, rows[0].rows) for rows in cases] == [("l1_distances", 8), ("facility_location", 8)]
 
 
+def test_rows_of_the_choice_name_the_host_that_made_it(monkeypatch):
+    bench = bench_l1_distances
+    monkeypatch.setattr(bench, "distances_case", lambda *args: None)
+    monkeypatch.setattr(bench, "measure", lambda *args, **options: {})
+    monkeypatch.setattr(bench, "machine", lambda device, commit: device.type)
+    monkeypatch.setattr(bench, "op_rows", lambda case, timings, where, copy: [where])
+    assert list(bench.run(Settings(torch.device("cuda"), "tiny"))) == [["cuda"], ["cpu"]]
+
+
+def test_a_backward_that_writes_into_its_inputs_gets_its_own(monkeypatch):
+    class Writing(torch.autograd.Function):
+        """As liger-kernel's, which is not measured on a CPU."""
+
+        @staticmethod
+        def forward(ctx, gate, up):
+            ctx.save_for_backward(gate, up)
+            return torch.nn.functional.silu(gate) * up
+
+        @staticmethod
+        def backward(ctx, grad):
+            gate, up = (tensor.detach() for tensor in ctx.saved_tensors)
+            grads = bench_glu.reference.glu_backward_reference(grad, gate, up, "silu")
+            gate.data.zero_(), up.data.zero_()
+            return grads
+
+    eager = bench_glu.KINDS["swiglu"][1]
+    monkeypatch.setattr(bench_glu, "functions", lambda *args: {"eager": eager, "liger": Writing.apply})
+    for case in bench_glu.make_cases("swiglu", 4, 8, torch.float32, CPU).values():
+        gate, up, grad = case.make_inputs()
+        liger, before = case.variants["liger"], gate.clone()
+        liger.run(liger.prepare((gate, up, grad)))
+        assert torch.equal(gate, before), case.direction
+
+
 @pytest.mark.parametrize("name", ["gated_residual_add", "gated_residual_layer_norm", "gated_residual_rms_norm"])
 def test_benchmarks_of_a_wrong_op_are_refused(name, tmp_path, monkeypatch, capsys, uncompiled, one_thread):
     if name == "gated_residual_add":
@@ -325,6 +370,28 @@ def test_no_case_starts_after_the_deadline(uncompiled):
     settings = Settings(CPU, "tiny", deadline=time.monotonic() - 1)
     assert list(bench_gated_residual_rms_norm.run(settings)) == []
     assert settings.num_left_out > 0
+
+
+def test_a_suite_that_does_not_fit_costs_no_other(monkeypatch, capsys):
+    def too_large(settings):
+        raise torch.OutOfMemoryError("tried to allocate 200 GiB")
+        yield
+
+    seen = []
+    monkeypatch.setitem(run.SUITES, "target_step", too_large)
+    monkeypatch.setitem(run.SUITES, "glu", lambda settings: iter(seen.append("glu") or ()))
+    assert run.main(["--device", "cpu", "--only", "target_step", "glu"]) == 1
+    assert seen == ["glu"]
+    assert "OUT OF MEMORY: target_step: tried to allocate 200 GiB" in capsys.readouterr().err
+
+
+def test_a_suite_that_hangs_ends_the_process_and_says_where(tmp_path):
+    code = "import time\nfrom benchmarks import run\nrun.SUITES['glu'] = lambda settings: time.sleep(60)\n"
+    options = ["--device", "cpu", "--only", "glu", "--budget-s", "0.5", "--hang-s", "0.5"]
+    command = [sys.executable, "-c", f"{code}run.main({options})"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 1
+    assert "<lambda>" in done.stderr
 
 
 def test_wide_changes_whole_steps_on_a_cpu_alone(monkeypatch):
