@@ -1,14 +1,15 @@
 """What a patched model costs at drop rate 0: a step with LoRA, unpatched, patched, and patched with fused=True.
 
-Copies of one model. Every round runs each once on the same batch; what counts is the median of the rounds' quotients.
+Copies of one model, which share the frozen weights. Every round runs each once on the same batch; what counts is the
+median of the rounds' quotients.
 """
 
-import copy
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 from dropbp_kernels import apply_dropbp
+from dropbp_kernels.cli.models import twin
 
 from .rows import machine
 from .settings import Settings
@@ -48,7 +49,7 @@ def run(settings: Settings) -> Iterator[list[PatchedStepRow]]:
     model, batch = build(size, settings.device)
     steppers = {}
     for name, fused in METHODS.items():
-        own = copy.deepcopy(model)
+        own = twin(model)
         if fused is not None:
             apply_dropbp(own, 0.0, fused=fused, strict=False)
         steppers[name] = Stepper(own, batch, settings.device)

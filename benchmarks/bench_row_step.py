@@ -8,7 +8,6 @@ Every round runs each method once on the same batch, with the plan of that round
 forward.
 """
 
-import copy
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from typing import ClassVar
 
 from dropbp_kernels import DropBPHandler, apply_dropbp, remove_dropbp
 from dropbp_kernels.choices import GRANULARITIES
+from dropbp_kernels.cli.models import twin
 
 from . import steps
 from .rows import machine
@@ -64,7 +64,7 @@ def run(settings: Settings) -> Iterator[list[RowStepRow]]:
     where = machine(settings.device, settings.commit)
     size = steps.size_of(settings)
     model, batch = steps.build(size, settings.device)
-    models = {name: model if name == "branch" else copy.deepcopy(model) for name in GRANULARITIES}
+    models = {name: model if name == "branch" else twin(model) for name in GRANULARITIES}
     for rate, times_batch in [*((rate, 1) for rate in steps.DROP_RATES), *((rate, 2) for rate in TWICE_THE_BATCH)]:
         if not settings.has_time():
             continue

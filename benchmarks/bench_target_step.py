@@ -9,7 +9,6 @@ All are compared with the undropped step of the unpatched model, under the same 
 tokens of every sample.
 """
 
-import copy
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from dropbp_kernels import apply_dropbp
+from dropbp_kernels.cli.models import twin
 from dropbp_kernels.targets import IGNORED
 
 from .rows import machine
@@ -74,7 +74,7 @@ def run(settings: Settings) -> Iterator[list[TargetStepRow]]:
     where = machine(settings.device, settings.commit)
     size = size_of(settings)
     model, batch = build(size, settings.device)
-    models = {method: copy.deepcopy(model) for method in METHODS}
+    models = {method: twin(model) for method in METHODS}
     for method, each in models.items():
         gradient, *others = method.split()
         if method.endswith(CHECKPOINTED):

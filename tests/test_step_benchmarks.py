@@ -1,6 +1,7 @@
 """The benchmarks of whole steps: what is measured and written is what they say."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from benchmarks import (
     bench_patched_step,
     bench_row_step,
     bench_step,
+    bench_target_step,
     plots,
     steps,
 )
@@ -89,3 +91,26 @@ def test_patched_step_rows():
     assert [row.method for row in rows] == ["unpatched", "patched", "fused"]
     assert rows[0].step_over_unpatched == 1.0
     assert len(bench_patched_step.verdicts(rows)) == 2
+
+
+class Asked(Exception):
+    """All that a benchmark would time is there."""
+
+
+@pytest.mark.parametrize("bench", [bench_patched_step, bench_row_step, bench_target_step])
+def test_models_of_a_step_share_their_frozen_weights(bench, monkeypatch):
+    """A GPU has no room for eleven of seven billion."""
+    models = []
+
+    def ask(*args):
+        raise Asked
+
+    where = getattr(bench, "steps", bench)
+    monkeypatch.setattr(where, "Stepper", lambda model, *args: models.append(model) or SimpleNamespace(bytes=dict))
+    monkeypatch.setattr(bench, "in_turn", ask)
+    with pytest.raises(Asked):
+        next(bench.run(Settings(CPU, "tiny")))
+    assert len(models) >= 3
+    for is_trained in (True, False):
+        places = [tuple(p.data_ptr() for p in model.parameters() if p.requires_grad == is_trained) for model in models]
+        assert len(set(places)) == (len(models) if is_trained else 1)
