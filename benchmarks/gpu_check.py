@@ -7,11 +7,13 @@
 
 Where there is time for three such commands, build in place first (python setup.py build_ext --inplace); then, each with
 --no-build and an --out of its own:  --only boundary tests sanitizer  |  --only benchmarks  |  --only step
+Add --commit ID where the tree came without its git folder, or the rows name none.
 
 Works in a copy of the tree, with the interpreter that runs this file and what is installed there. Every stage has its
-own time limit; a stage that fails does not stop the next ones. DIR receives five small files, however many suites there
-are: summary.json (stages, targets, machine), log.txt (what the stages printed), rows.zip (the CSV files) and two
-pictures. Exit code 0: every stage passed and every target was met.
+own time limit; a stage that fails, hangs or spoils its CUDA context does not stop the next ones, nor a suite of
+benchmarks or a test the others of its stage. DIR receives five small files, however many suites there are: summary.json
+(stages, targets, machine), log.txt (what the stages printed), rows.zip (the CSV files) and two pictures. Exit code 0:
+every stage passed and every target was met.
 
 This file, gpu_stages.py (how a stage runs) and gpu_targets.py (what is demanded) import nothing but the standard
 library, so that they can report that the package does not import.
@@ -29,6 +31,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,6 +56,9 @@ COPIED = (
 )
 NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.csv", "*.png", ".*")
 BUDGET_S = 465.0  # of the 8 minutes; the rest is for starting and writing
+# What parts behind the tests are left at least, where all run in one command.
+LATER_S = {"benchmarks": 120.0, "step": 100.0}
+TEST_S = 60  # no test but the largest takes as many seconds, its compilers included
 OP_TESTS = tuple(
     f"tests/test_{path.stem}.py"
     for path in sorted((ROOT / "dropbp_kernels" / "ops").glob("*.py"))
@@ -73,6 +79,11 @@ OP_SUITES = tuple(
     for path in sorted((ROOT / "benchmarks").glob("bench_*.py"))
     if not path.stem.endswith(("step", *MODEL_SUITES, *BOUNDARY_SUITES))
 )
+# Ops that CUDA C++ serves where it is built and that run through autograd, measured in Triton once more; two sizes.
+TRITON_SUITES = ("gated_residual_rms_norm", "gated_residual_layer_norm", "glu", "rope")
+TRITON_SIZES = ("--sizes", "16384x4096", "8192x8192", "--dtypes", "bfloat16")
+# Whole steps beside the one that has targets; first what says most.
+STEP_SUITES = ("patched_step", "target_step", "row_step", "checkpointed_step", "loss_step", "paca_step")
 MACHINE_CODE = """
 import json, platform, sys, torch, dropbp_kernels
 from dropbp_kernels import _backend
@@ -108,8 +119,10 @@ def main(arguments: list[str] | None = None) -> int:
         deadline, parts = started + options.budget_s, tuple(options.only)
         check = Check(options.out.resolve(), tree, options.dry_run, deadline, commit, parts)
         counts = _run_stages(check, options.no_build)
-        targets = judged(check.out, check.parts, counts, check.is_dry)
-        _pack_rows(check.out)
+        try:
+            targets = judged(check.out, check.parts, counts, check.is_dry)
+        finally:  # a row that was cut off may not cost the others
+            _pack_rows(check.out)
         libraries = _libraries(tree)
 
     print()
@@ -160,41 +173,83 @@ def _run_stages(check: Check, no_build: bool) -> list[dict[str, Any]]:
         check.stage("boundary", [python, "-m", "benchmarks.boundary", *device, "--json", "boundary.json"], 60)
     if check.is_dry:
         bench += ["--scale", "tiny"]
-    out = ["--out", str(check.out)]
+    bench += ["--out", str(check.out)]
 
-    pytest = [python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-o", "addopts=", "-W", "default"]
-    at_once = pytest
-    if importlib.util.find_spec("xdist") and not check.is_dry:
-        at_once = [*pytest, "-n", str(min(os.cpu_count() or 1, 16))]  # Triton compiles a kernel for each width
+    is_short = len(check.parts) > 3  # all in one command: what tells most in what time there is
+    parallel = 0 if check.is_dry else min(os.cpu_count() or 1, 16)
+    # On a CPU no test of the ops is marked gpu: pytest's exit code 5.
+    tests, codes = (DRY_TESTS, (0, 5)) if check.is_dry else (GPU_TESTS, (0,))
     if "tests" in check.parts:
-        # On a CPU no test of the ops is marked gpu: pytest's exit code 5.
-        tests, codes = (DRY_TESTS, (0, 5)) if check.is_dry else (GPU_TESTS, (0,))
-        limit_s = 130 if len(check.parts) > 3 else 300
-        check.stage("GPU tests", [*at_once, "-m", "gpu", *tests, "-k", "not 2_31"], limit_s, codes=codes)
+        spare_s = check.left_s() - PICTURES_S - sum(LATER_S[part] for part in LATER_S if part in check.parts)
+        limit_s = min(max(spare_s, 30), 130) if is_short else 300
+        command = [*_pytest(parallel), "-m", "gpu", *tests, "-k", "not triton and not 2_31"]
+        check.stage("GPU tests", command, limit_s, codes=codes)
         if not check.is_dry:  # one after the other: each wants a third of the memory
-            check.stage("GPU tests beyond 2^31", [*pytest, "-m", "gpu", *tests, "-k", "2_31"], 60)
+            check.stage("GPU tests beyond 2^31", [*_pytest(1), "-m", "gpu", *tests, "-k", "2_31"], 60)
     if "benchmarks" in check.parts:
-        # What is left, but for what the parts after it may take.
-        later = {"step": 100, "sanitizer": 40, "cpu": 25}
-        all_s = check.left_s() - PICTURES_S - sum(later[part] for part in later if part in check.parts)
-        for name, suites, share in (("the boundary", BOUNDARY_SUITES, 0.6), ("other ops", OP_SUITES, 0.4)):
-            seconds = max(all_s * share, 20)
-            command = [*bench, *out, "--only", *suites, "--budget-s", f"{0.85 * seconds:.0f}"]
-            check.stage(f"microbenchmarks of {name}", command, seconds)
+        all_s = check.left_s() - PICTURES_S - (LATER_S["step"] if "step" in check.parts else 0)
+        shares = (0.6, 0.4) if is_short else (0.5, 0.3)
+        _bench(check, "microbenchmarks of the boundary", bench, BOUNDARY_SUITES, max(all_s * shares[0], 20))
+        _bench(check, "microbenchmarks of other ops", bench, OP_SUITES, max(all_s * shares[1], 20))
+        if not is_short:
+            # Apart from the rows of what serves, which a newer run of the same points would replace.
+            triton, forced = ["--out", str(check.out / "triton")], {"DROPBP_KERNELS_BACKEND": "triton"}
+            command, left_s = [*bench, *TRITON_SIZES, *triton], check.left_s() - PICTURES_S
+            _bench(check, "microbenchmarks in Triton", command, TRITON_SUITES, left_s, environment=forced)
     if "step" in check.parts:
         scale = [] if check.is_dry else ["--quick"]
-        check.stage("training step", [*bench, *scale, *out, "--only", "step"], 200)
+        check.stage("training step", [*bench, *scale, "--only", "step"], 200)
+        if not is_short:
+            left_s = check.left_s() - PICTURES_S
+            _bench(check, "other training steps", [*bench, *scale], STEP_SUITES, left_s, hang_s=120)
     if "sanitizer" in check.parts:
         # Exit code 1 on a CPU, with a sentence: there is no GPU.
         quick = [python, "tests/sanitize.py", "--only", "gpu", "--quick"]
         check.stage("compute-sanitizer memcheck", quick, 90, codes=(1,) if check.is_dry else (0,))
     if "cpu" in check.parts:
         some = [*DRY_TESTS, "-k", "cpp and empty"] if check.is_dry else [*OP_TESTS, "-k", "cpp"]
-        check.stage("CPU tests of the ops", [*at_once, "-m", "not gpu", *some], 60)
+        check.stage("CPU tests of the ops", [*_pytest(parallel), "-m", "not gpu", *some], 60)
+    if "tests" in check.parts and not check.is_dry:  # the last: Triton compiles for minutes
+        command = [*_pytest(parallel), "-m", "gpu", *tests, "-k", "triton and not 2_31"]
+        check.stage("GPU tests of Triton's kernels", command, 300)
     if {"benchmarks", "step"} & set(check.parts):
-        check.stage("pictures", [python, "-m", "benchmarks.plots", "--rows", str(check.out), *out], PICTURES_S)
+        pictures = [python, "-m", "benchmarks.plots", "--rows", str(check.out), "--out", str(check.out)]
+        check.stage("pictures", pictures, PICTURES_S)
     counts = check.tree / "boundary.json"
     return json.loads(counts.read_text()) if counts.exists() else []
+
+
+def _pytest(num_workers: int) -> list[str]:
+    """pytest, as far as its plugins are here with workers that are replaced when they end."""
+    options = ["-q", "-rs", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts=", "-W", "default"]
+    options += ["--continue-on-collection-errors"]  # a package that is missing costs one file
+    if importlib.util.find_spec("xdist"):
+        options += ["-n", str(num_workers)]
+    if importlib.util.find_spec("pytest_timeout"):  # a kernel that never ends costs its worker and not the stage
+        options += [f"--timeout={TEST_S}", "--timeout-method=thread"]
+    return [sys.executable, "-m", "pytest", *options]
+
+
+def _bench(
+    check: Check,
+    name: str,
+    command: list[str],
+    suites: Sequence[str],
+    seconds: float,
+    *,
+    hang_s: int = 60,
+    environment: Mapping[str, str] | None = None,
+) -> None:
+    """Suites in one process, which starts once; behind one that ended it, the others go on in another."""
+    until, what = time.monotonic() + seconds, name
+    while suites and (left_s := until - time.monotonic()) > 5:
+        options = ["--only", *suites, "--budget-s", f"{0.85 * left_s:.0f}", "--hang-s", str(hang_s)]
+        output = check.stage(what, [*command, *options], left_s, environment=environment)
+        begun = [suite for suite in suites if re.search(rf"^{suite} on ", output, re.MULTILINE)]
+        if check.stages[-1].ok or not begun:
+            return
+        suites = suites[len(begun) :]
+        what = f"{name}, those behind {begun[-1]}"
 
 
 def _machine(check: Check, name: str) -> dict[str, Any]:
@@ -211,9 +266,10 @@ def _machine(check: Check, name: str) -> dict[str, Any]:
 def _pack_rows(out: Path) -> None:
     """All CSV files into rows.zip: machines that hand back only a few files exist."""
     with zipfile.ZipFile(out / "rows.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in sorted(out.glob("*.csv")):
-            archive.write(path, path.name)
+        for path in (*sorted(out.glob("*.csv")), *sorted(out.glob("triton/*.csv"))):
+            archive.write(path, path.relative_to(out))
             path.unlink()
+    shutil.rmtree(out / "triton", ignore_errors=True)
 
 
 def _libraries(tree: Path) -> dict[str, str]:

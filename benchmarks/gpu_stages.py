@@ -1,19 +1,28 @@
 """The stages of gpu_check.py: each a subprocess in the copied tree, within its own limit and the time that is left.
 
-Imports nothing but the standard library, as gpu_check.py does.
+What a stage prints goes to log.txt while it runs, and summary.json is written after each, so that a check which is
+itself stopped leaves what it knew. Imports nothing but the standard library, as gpu_check.py does.
 """
 
+import contextlib
+import json
 import os
 import re
+import signal
 import subprocess
 import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 # In the order of what a first run wants to know.
 PARTS = ("build", "boundary", "tests", "benchmarks", "step", "sanitizer", "cpu")
 PICTURES_S = 25.0  # kept for them, whatever the stages before took
+# What a stage that is over its limit is told, and how long it may take over it: pytest says what has failed so far, and
+# Python's fault handler (PYTHONFAULTHANDLER) where every thread stands, which tells a kernel that never ends.
+FAREWELLS = ((signal.SIGINT, 15.0), (signal.SIGABRT, 3.0))
+MAX_LOGGED_BYTES = 1 << 20  # of one stage; what is beyond is left out of the middle
 
 
 @dataclass
@@ -43,47 +52,82 @@ class Check:
     def device(self) -> str:
         return "cpu" if self.is_dry else "cuda"
 
-    def stage(self, name: str, command: list[str], limit_s: float, *, codes: tuple[int, ...] = (0,)) -> str:
+    def stage(
+        self,
+        name: str,
+        command: list[str],
+        limit_s: float,
+        *,
+        codes: tuple[int, ...] = (0,),
+        environment: Mapping[str, str] | None = None,
+    ) -> str:
         """Run one stage in the copied tree, within its limit and the time left; return what it printed."""
         limit_s = min(limit_s, self.left_s() - (0 if name == "pictures" else PICTURES_S))
         if limit_s < 2:
             self.stages.append(Stage(name, False, 0.0, "no time left"))
             return ""
-        environment = {**os.environ, "PYTHONPATH": str(self.tree), "PYTHONUNBUFFERED": "1"}
+        started = time.monotonic()
+        with (self.out / "log.txt").open("a+b") as log:
+            log.write(f"\n===== {name}: {' '.join(command)}\n".encode())
+            log.flush()
+            begin = log.tell()
+            # Into the file and not through a pipe, which whatever outlives the stage would hold open.
+            process = subprocess.Popen(
+                command,
+                cwd=self.tree,
+                env={**self._environment(), **(environment or {})},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                code = process.wait(limit_s)
+                ok, note = code in codes, "" if code in codes else f"exit {code}"
+            except subprocess.TimeoutExpired:
+                _end(process)
+                ok, note = False, f"stopped after {limit_s:.0f} s"
+            log.seek(begin)
+            output = log.read()
+            if len(output) > MAX_LOGGED_BYTES:
+                log.truncate(begin)
+                half = MAX_LOGGED_BYTES // 2
+                log.write(output[:half] + b"\n[...]\n" + output[-half:])
+        text = output.decode(errors="replace")
+        stage = Stage(name, ok, round(time.monotonic() - started, 1), note or pytest_result(text))
+        self.stages.append(stage)
+        summary = {"stages": [asdict(stage) for stage in self.stages]}
+        (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        print(f"{'ok    ' if ok else 'FAILED'} {stage.seconds:6.1f} s  {name}  {stage.note}", flush=True)
+        if not ok:
+            print("\n".join(f"       | {line}" for line in text.strip().splitlines()[-12:]), flush=True)
+        return text
+
+    def _environment(self) -> dict[str, str]:
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+        # In front of what the caller has there: packages that this machine's Python lacks.
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(self.tree), os.environ.get("PYTHONPATH"))))
         environment["DROPBP_KERNELS_CUDA"] = "0" if self.is_dry else "1"
         if capability := self.machine.get("capability"):
             environment["TORCH_CUDA_ARCH_LIST"] = capability  # code for this GPU alone: a shorter build
-        started = time.monotonic()
-        process = subprocess.Popen(
-            command,
-            cwd=self.tree,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            output, _ = process.communicate(timeout=limit_s)
-            ok, note = process.returncode in codes, "" if process.returncode in codes else f"exit {process.returncode}"
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)  # its children too, compilers and workers
-            output, _ = process.communicate()
-            ok, note = False, f"stopped after {limit_s:.0f} s"
-        stage = Stage(name, ok, round(time.monotonic() - started, 1), note or pytest_result(output))
-        self.stages.append(stage)
-        with (self.out / "log.txt").open("a") as log:
-            log.write(f"\n===== {name}: {' '.join(command)}\n{output}\n")
-        print(f"{'ok    ' if ok else 'FAILED'} {stage.seconds:6.1f} s  {name}  {stage.note}", flush=True)
-        if not ok:
-            print("\n".join(f"       | {line}" for line in output.strip().splitlines()[-12:]), flush=True)
-        return output
+        return environment
 
     def left_s(self) -> float:
         return self.deadline - time.monotonic()
 
     def note(self, text: str) -> None:
         self.stages[-1].note = "; ".join(filter(None, (self.stages[-1].note, text)))
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process that had its time, and its children too: compilers and workers."""
+    for number, seconds in FAREWELLS:
+        process.send_signal(number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+            break
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def pytest_result(output: str) -> str:

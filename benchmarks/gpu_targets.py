@@ -29,6 +29,10 @@ def judged(out: Path, parts: Sequence[str], counts: list[dict[str, Any]], is_dry
         c["saved_bytes"] + c["backward_kernels"] + c["backward_allocated_bytes"] for c in counts if c["must_be_free"]
     ]
     worst = max(costs, default=None)
+    if not all(
+        c["forward_kernels"] for c in counts
+    ):  # no add without one: the profiler is blind, and zeros say nothing
+        worst = None
     name = "dropped boundary: kernels + bytes saved + bytes allocated in backward"
     targets = []
     if "boundary" in parts:

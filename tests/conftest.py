@@ -29,6 +29,18 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path not in slow)
 
 
+def pytest_runtest_logfinish(nodeid, location):
+    """A process that met a CUDA error can run nothing more on the GPU, and would fail every test that it is given.
+
+    A worker of xdist ends; another one takes its place and its tests.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -45,6 +46,7 @@ def test_gpu_check_measures_and_tests_every_op():
 
     measured = {*gpu_check.OP_SUITES, *gpu_check.BOUNDARY_SUITES, *gpu_check.MODEL_SUITES}
     assert measured == {name for name in run.SUITES if not name.endswith("step")}
+    assert {*gpu_check.TRITON_SUITES, *gpu_check.STEP_SUITES, "step"} <= set(run.SUITES)
     tests = {f"tests/test_{stem}.py" for stem in SCHEMAS}
     assert tests <= set(gpu_check.OP_TESTS)
     assert {*tests, "tests/test_on_gpu.py", "tests/test_op_properties.py"} <= set(gpu_check.GPU_TESTS)
@@ -78,6 +80,106 @@ def test_a_failing_stage_is_noted_and_the_next_one_runs(check, capsys):
     assert check.stages[-1].ok
     check.stage("late", ["true"], 30)
     assert check.stages[-1].note == "no time left"
+    stages = json.loads((check.out / "summary.json").read_text())["stages"]  # also where the check itself is stopped
+    assert [stage["name"] for stage in stages] == ["fails", "hangs", "works", "pictures"]
+
+
+def test_a_stage_that_is_stopped_says_what_it_knows(check, monkeypatch):
+    code = "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('2 failed so far')"
+    check.stage("tests", [sys.executable, "-c", f"import time\n{code}"], 3)
+    assert "2 failed so far" in (check.out / "log.txt").read_text()
+    monkeypatch.setattr(gpu_stages, "FAREWELLS", tuple((number, 2.0) for number, _ in gpu_stages.FAREWELLS))
+    code = "signal.signal(signal.SIGINT, signal.SIG_IGN)\ndef kernel():\n    time.sleep(60)\nkernel()"
+    output = check.stage("kernel", [sys.executable, "-c", f"import signal, time\n{code}"], 3)
+    assert "in kernel" in output
+
+
+def test_what_outlives_a_stage_holds_nothing_up(check):
+    code = "import subprocess; subprocess.Popen(['sleep', '15'], start_new_session=True); print('done')"
+    assert check.stage("leaves a child", [sys.executable, "-c", code], 30) == "done\n"
+    assert check.stages[-1].seconds < 10
+
+
+def test_the_log_of_a_stage_is_bounded(check):
+    output = check.stage("talks", [sys.executable, "-c", "print('first'); print('x' * 4_000_000); print('last')"], 30)
+    assert len(output) > 4_000_000
+    check.stage("next", [sys.executable, "-c", "print('next')"], 30)
+    log = (check.out / "log.txt").read_text()
+    assert len(log) < 2 * gpu_stages.MAX_LOGGED_BYTES
+    assert "\nfirst\n" in log
+    assert log.index("\nlast\n") < log.index("\nnext\n")
+
+
+def test_packages_of_the_caller_are_found(check, monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "carried"))
+    (tmp_path / "carried").mkdir()
+    (tmp_path / "carried" / "a_peer.py").write_text("print('found')")
+    assert check.stage("import", [sys.executable, "-c", "import a_peer"], 30) == "found\n"
+
+
+SUITES = """
+import os, sys
+for suite in sys.argv[sys.argv.index("--only") + 1 : sys.argv.index("--budget-s")]:
+    print(f"\\n{suite} on cuda, full [0 s]", flush=True)
+    if suite == "second":
+        os._exit(3)  # an error of CUDA, which no suite behind it in this process would survive
+    print(f"rows of {suite}")
+"""
+
+
+def test_a_suite_that_ends_its_process_costs_no_other(check):
+    command = [sys.executable, "-c", SUITES]
+    gpu_check._bench(check, "ops", command, ("first", "second", "third", "fourth"), 30)
+    assert [(stage.name, stage.ok) for stage in check.stages] == [("ops", False), ("ops, those behind second", True)]
+    log = (check.out / "log.txt").read_text()
+    assert all(f"\nrows of {suite}\n" in log for suite in ("first", "third", "fourth"))
+    gpu_check._bench(check, "broken", [sys.executable, "-c", "raise SystemExit(1)"], ("first", "second"), 30)
+    assert [stage.name for stage in check.stages[2:]] == ["broken"]
+
+
+SPOILT = """
+import torch
+
+class Spoilt:
+    is_so = False
+
+def synchronize():
+    if Spoilt.is_so:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, synchronize
+
+def test_first(): pass
+def test_second():
+    Spoilt.is_so = True
+    raise RuntimeError("the first to see it")
+def test_third(): assert not Spoilt.is_so
+def test_fourth(): assert not Spoilt.is_so
+"""
+
+
+def test_a_worker_with_a_cuda_error_is_replaced(tmp_path):
+    pytest.importorskip("xdist")
+    (tmp_path / "test_spoilt.py").write_text(SPOILT)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "1",
+        "-p",
+        "conftest",
+        "-p",
+        "no:cacheprovider",
+        "test_spoilt.py",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "the first to see it" in done.stdout
+    assert "test_third" not in done.stdout.partition("short test summary")[2]
+    assert "3 passed" in done.stdout, done.stdout
 
 
 def test_targets_are_judged_by_the_worst_row(tmp_path):
@@ -91,7 +193,13 @@ def test_targets_are_judged_by_the_worst_row(tmp_path):
     ]
     (tmp_path / "gated_residual_rms_norm.csv").write_text("\n".join([columns, *lines]) + "\n")
     judged = functools.partial(gpu_targets.judged, tmp_path, gpu_stages.PARTS, is_dry=False)
-    free = {"saved_bytes": 0, "backward_kernels": 0, "backward_allocated_bytes": 0, "must_be_free": True}
+    free = {
+        "forward_kernels": 1,
+        "saved_bytes": 0,
+        "backward_kernels": 0,
+        "backward_allocated_bytes": 0,
+        "must_be_free": True,
+    }
     verdicts = {target.name: target for target in judged([free])}
     forward = verdicts["fused forward: share of copy bandwidth"]
     assert (forward.value, forward.ok) == (0.8, False)
@@ -101,5 +209,6 @@ def test_targets_are_judged_by_the_worst_row(tmp_path):
     assert boundary_target.ok is True
     busy = {**free, "backward_kernels": 1}
     assert judged([free, busy])[0].ok is False
+    assert judged([free, {**free, "forward_kernels": 0}])[0].ok is None  # a profiler that sees nothing proves nothing
     asked = gpu_targets.judged(tmp_path, ("benchmarks",), [], is_dry=False)
     assert not any(target.name.startswith("dropped") for target in asked)  # what was not asked for is not missed
