@@ -12,8 +12,8 @@ Add --commit ID where the tree came without its git folder, or the rows name non
 Works in a copy of the tree, with the interpreter that runs this file and what is installed there. Every stage has its
 own time limit; a stage that fails, hangs or spoils its CUDA context does not stop the next ones, nor a suite of
 benchmarks or a test the others of its stage. DIR receives five small files, however many suites there are: summary.json
-(stages, targets, machine), log.txt (what the stages printed), rows.zip (the CSV files) and two pictures. Exit code 0:
-every stage passed and every target was met.
+(stages, targets, machine), log.txt (what the stages printed), rows.zip (the CSV files, and what a fine-tuning leaves)
+and two pictures. Exit code 0: every stage passed and every target was met.
 
 This file, gpu_stages.py (how a stage runs) and gpu_targets.py (what is demanded) import nothing but the standard
 library, so that they can report that the package does not import.
@@ -84,6 +84,7 @@ TRITON_SUITES = ("gated_residual_rms_norm", "gated_residual_layer_norm", "glu", 
 TRITON_SIZES = ("--sizes", "16384x4096", "8192x8192", "--dtypes", "bfloat16")
 # Whole steps beside the one that has targets; first what says most.
 STEP_SUITES = ("patched_step", "target_step", "row_step", "checkpointed_step", "loss_step", "paca_step")
+FINETUNE = "finetune"  # the folder of a fine-tuning by the command line
 MACHINE_CODE = """
 import json, platform, sys, torch, dropbp_kernels
 from dropbp_kernels import _backend
@@ -122,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             targets = judged(check.out, check.parts, counts, check.is_dry)
         finally:  # a row that was cut off may not cost the others
-            _pack_rows(check.out)
+            _pack_rows(check.out, tree / FINETUNE)
         libraries = _libraries(tree)
 
     print()
@@ -200,6 +201,8 @@ def _run_stages(check: Check, no_build: bool) -> list[dict[str, Any]]:
         scale = [] if check.is_dry else ["--quick"]
         check.stage("training step", [*bench, *scale, "--only", "step"], 200)
         if not is_short:
+            command = [python, "-m", "dropbp_kernels.cli", "finetune", *device, "--output", FINETUNE]
+            check.stage("finetune", command, 120, environment={"DROPBP_KERNELS_CACHE": str(check.tree / "cache")})
             left_s = check.left_s() - PICTURES_S
             _bench(check, "other training steps", [*bench, *scale], STEP_SUITES, left_s, hang_s=120)
     if "sanitizer" in check.parts:
@@ -263,12 +266,14 @@ def _machine(check: Check, name: str) -> dict[str, Any]:
     return machine
 
 
-def _pack_rows(out: Path) -> None:
-    """All CSV files into rows.zip: machines that hand back only a few files exist."""
+def _pack_rows(out: Path, finetune: Path) -> None:
+    """All CSV files, and those of a fine-tuning, into rows.zip: machines that hand back only a few files exist."""
     with zipfile.ZipFile(out / "rows.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for path in (*sorted(out.glob("*.csv")), *sorted(out.glob("triton/*.csv"))):
             archive.write(path, path.relative_to(out))
             path.unlink()
+        for path in sorted(finetune.glob("*.*")):
+            archive.write(path, f"{FINETUNE}/{path.name}")
     shutil.rmtree(out / "triton", ignore_errors=True)
 
 

@@ -137,6 +137,20 @@ def test_a_suite_that_ends_its_process_costs_no_other(check):
     assert [stage.name for stage in check.stages[2:]] == ["broken"]
 
 
+def test_rows_and_what_a_finetuning_leaves_are_one_file(tmp_path):
+    finetune = tmp_path / "tree" / "finetune"
+    for folder in (tmp_path / "triton", tmp_path / "others", finetune / "adapter"):
+        folder.mkdir(parents=True)
+    for path in ("a.csv", "triton/a.csv", "others/a.csv", "tree/finetune/report.json"):
+        (tmp_path / path).write_text(path)
+    gpu_check._pack_rows(tmp_path, finetune)
+    with zipfile.ZipFile(tmp_path / "rows.zip") as archive:
+        assert archive.namelist() == ["a.csv", "triton/a.csv", "finetune/report.json"]
+        assert archive.read("triton/a.csv") == b"triton/a.csv"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["others", "rows.zip", "tree"]
+    assert (tmp_path / "others" / "a.csv").exists()  # is none of ours
+
+
 SPOILT = """
 import torch
 
