@@ -157,11 +157,12 @@ def test_in_place_writes_into_strided_memory(backend, device):
         assert outside.sum() == memory.numel() - gate.numel()
         assert torch.equal(memory[outside], before[outside])
         memory.normal_()
-    # Rows that share elements: what a shared one was is read for both, and the last row's value stays.
-    before, up = memory.clone(), torch.randn(3, 8, device=device)
-    before.as_strided((3, 8), (5, 1)).copy_(plain(memory.as_strided((3, 8), (5, 1)), up, "silu"))
-    raw.glu_(memory.as_strided((3, 8), (5, 1)), up, "silu")
-    torch.testing.assert_close(memory, before)
+    if device.type == "cpu":  # on a GPU nobody says which of two writes stays, of PyTorch's own copy either
+        # Rows that share elements: what a shared one was is read for both, and the last row's value stays.
+        before, up = memory.clone(), torch.randn(3, 8, device=device)
+        before.as_strided((3, 8), (5, 1)).copy_(plain(memory.as_strided((3, 8), (5, 1)), up, "silu"))
+        raw.glu_(memory.as_strided((3, 8), (5, 1)), up, "silu")
+        torch.testing.assert_close(memory, before)
     gate, up = memory[:, :4], memory[:, 4:]  # both halves are written
     grads = raw.glu_backward(up.clone(), gate, up, "gelu")
     raw.glu_backward_(up.clone(), gate, up, "gelu")
