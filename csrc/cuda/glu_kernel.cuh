@@ -36,77 +36,71 @@ struct Rows {
   __device__ T* at(int64_t row, int64_t column) const { return data + row * stride + column; }
 };
 
+template <Activation kActivation, class T>
+__device__ T gated(T gate, T up) {
+  using W = Wide<T>;
+  W value, slope;
+  activate<kActivation>(widen<W>(gate), value, slope);
+  return narrow<T>(value * widen<W>(up));
+}
+
 // output = activation(gate) * up, N elements at a time; width is a multiple of N unless there is
 // one row. output may be gate.
 template <Activation kActivation, class T, int N>
 __global__ void glu_kernel(Rows<T> output, Rows<const T> gate, Rows<const T> up, int64_t width,
                            int64_t count) {  // each (count / width, width)
-  using W = Wide<T>;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x * N;
   int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * N;
-  for (; i < count; i += stride) {
+  for (; i + N <= count; i += stride) {
     const int64_t row = i / width, column = i - row * width;
     T g[N], u[N];
-    const int64_t rest = count - i;
-    if (rest >= N) {
-      load(g, gate.at(row, column));
-      load(u, up.at(row, column));
-    }
+    load(g, gate.at(row, column));
+    load(u, up.at(row, column));
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      if (rest < N) {
-        if (j >= rest) break;
-        g[j] = gate.at(row, column)[j];
-        u[j] = up.at(row, column)[j];
-      }
-      W value, slope;
-      activate<kActivation>(widen<W>(g[j]), value, slope);
-      g[j] = narrow<T>(value * widen<W>(u[j]));
-      if (rest < N) output.at(row, column)[j] = g[j];
-    }
-    if (rest >= N) store(output.at(row, column), g);
+    for (int j = 0; j < N; ++j) g[j] = gated<kActivation>(g[j], u[j]);
+    store(output.at(row, column), g);
+  }
+  // The tail, fewer than N elements, only of one row.
+  if (N > 1) {
+    for (; i < count; ++i) output.data[i] = gated<kActivation>(gate.data[i], up.data[i]);
   }
 }
 
-// grad_gate = grad * up * activation'(gate), grad_up = grad * activation(gate). grad_gate may be
-// gate and grad_up up.
+// gate and up become their gradients: grad * up * activation'(gate) and grad * activation(gate).
+template <Activation kActivation, class T>
+__device__ void gradients(T grad, T& gate, T& up) {
+  using W = Wide<T>;
+  W value, slope;
+  activate<kActivation>(widen<W>(gate), value, slope);
+  const W wide = widen<W>(grad);
+  gate = narrow<T>(wide * widen<W>(up) * slope);
+  up = narrow<T>(wide * value);
+}
+
+// grad_gate may be gate and grad_up up.
 template <Activation kActivation, class T, int N>
 __global__ void glu_backward_kernel(Rows<T> grad_gate, Rows<T> grad_up, Rows<const T> grad,
                                     Rows<const T> gate, Rows<const T> up, int64_t width,
                                     int64_t count) {  // each (count / width, width)
-  using W = Wide<T>;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x * N;
   int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * N;
-  for (; i < count; i += stride) {
+  for (; i + N <= count; i += stride) {
     const int64_t row = i / width, column = i - row * width;
     T d[N], g[N], u[N];
-    const int64_t rest = count - i;
-    if (rest >= N) {
-      load(d, grad.at(row, column));
-      load(g, gate.at(row, column));
-      load(u, up.at(row, column));
-    }
+    load(d, grad.at(row, column));
+    load(g, gate.at(row, column));
+    load(u, up.at(row, column));
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      if (rest < N) {
-        if (j >= rest) break;
-        d[j] = grad.at(row, column)[j];
-        g[j] = gate.at(row, column)[j];
-        u[j] = up.at(row, column)[j];
-      }
-      W value, slope;
-      activate<kActivation>(widen<W>(g[j]), value, slope);
-      const W wide = widen<W>(d[j]);
-      g[j] = narrow<T>(wide * widen<W>(u[j]) * slope);
-      u[j] = narrow<T>(wide * value);
-      if (rest < N) {
-        grad_gate.at(row, column)[j] = g[j];
-        grad_up.at(row, column)[j] = u[j];
-      }
-    }
-    if (rest >= N) {
-      store(grad_gate.at(row, column), g);
-      store(grad_up.at(row, column), u);
+    for (int j = 0; j < N; ++j) gradients<kActivation>(d[j], g[j], u[j]);
+    store(grad_gate.at(row, column), g);
+    store(grad_up.at(row, column), u);
+  }
+  if (N > 1) {
+    for (; i < count; ++i) {
+      T g = gate.data[i], u = up.data[i];
+      gradients<kActivation>(grad.data[i], g, u);
+      grad_gate.data[i] = g;
+      grad_up.data[i] = u;
     }
   }
 }

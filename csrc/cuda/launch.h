@@ -44,7 +44,7 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
 
 // Threads of a block, and blocks of a grid, of a kernel that strides over `count` elements or
 // packs: one for each thread, as far as a grid goes. As many blocks as run at the same time would
-// not be the same for all: 8 fit at 32 registers a thread, 4 to 6 at the 40 to 56 of glu and rope,
+// not be the same for all: 8 fit at 32 registers a thread, 5 or 6 at the 40 to 48 of glu and rope,
 // whose last blocks would run by themselves, with too few loads in flight.
 inline constexpr int kThreads = 256;
 
