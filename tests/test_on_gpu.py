@@ -194,8 +194,10 @@ def test_more_than_2_31_elements():
     normed, new_residual = gated_residual_rms_norm(residual, branch, torch.ones_like(branch[0]))
     assert new_residual[-1].eq(4).all()
     torch.testing.assert_close(normed[-1].float(), torch.ones(width, device=GPU))
-    (grad,) = torch.autograd.grad(new_residual, residual, branch)
+    (grad,) = torch.autograd.grad(new_residual, residual, branch, retain_graph=True)
     assert grad[-1].eq(1).all()
+    (grad,) = torch.autograd.grad((normed, new_residual), residual, (2 * branch, branch))  # by the norm's kernel
+    torch.testing.assert_close(grad[-1].float(), torch.ones(width, device=GPU))  # an even row's norm has none
 
 
 WRONG_INDICES = {
