@@ -51,8 +51,8 @@ inline int32_t shim_dtype(const Tensor& tensor) {
   }
   const bool is_cpu = device_type == aoti_torch_device_type_cpu();
   fail<std::runtime_error>(
-      is_cpu ? "DefaultCPUAllocator: can't allocate memory" : "CUDA out of memory.", " for ", numel,
-      " elements, or another error that PyTorch wrote to stderr");
+      is_cpu ? "DefaultCPUAllocator: can't allocate memory." : "CUDA out of memory.", " Asked for ",
+      numel, " elements; what PyTorch said stands on stderr");
 }
 
 // A fresh contiguous tensor on the device of `like`. A direct call of the C interface: the
