@@ -208,7 +208,9 @@ def test_generation_and_evaluation_ignore_the_plan():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo's own asking
-def test_compiled_block_by_block_there_is_a_graph_for_each_plan_of_a_block():
+@pytest.mark.parametrize("fused", [False, True])
+def test_compiled_block_by_block_there_is_a_graph_for_each_plan_of_a_block(fused):
+    torch.compiler.reset()
     graphs = []
 
     def backend(graph, inputs):
@@ -216,7 +218,7 @@ def test_compiled_block_by_block_there_is_a_graph_for_each_plan_of_a_block():
         return graph
 
     model = tiny_causal_lm()
-    handler = apply_dropbp(model, 0.5, sampler="bernoulli")
+    handler = apply_dropbp(model, 0.5, sampler="bernoulli", fused=fused)
     for block in model.model.layers:
         block.compile(backend=backend)
     for _ in range(8):

@@ -362,8 +362,11 @@ def _hand_on(backbone: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dic
         return None
     device: Any = norm.weight.device
     for block in blocks:
-        # What wraps or replaces a block (FSDP, accelerate's device map) would be passed something unknown to it.
+        # What wraps or replaces a block (FSDP, accelerate's device map) would be passed something unknown to it; and
+        # one that is compiled by itself would be compiled for it as well, and fuses nothing.
         if "_dropbp_fused" not in vars(block) or "forward" in vars(block) or is_watched(block):
+            return None
+        if block._compiled_call_impl is not None:
             return None
         if not _is_fused(block, device):
             return None
