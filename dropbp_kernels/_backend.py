@@ -21,6 +21,9 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import shutil
+import sys
+import sysconfig
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -83,6 +86,20 @@ def _load(backend: str, stem: str) -> None:
         warnings.warn(f"dropbp_kernels: {_missing[backend]}; using plain PyTorch instead", RuntimeWarning, stacklevel=2)
 
 
+def _why_triton_cannot_build() -> str | None:
+    """Triton compiles a C file before its first launch: what that takes and is not here. Windows' brings all of it."""
+    if sys.platform != "linux":
+        return None
+    command = os.environ.get("CC")
+    if not any(map(shutil.which, ("gcc", "clang") if command is None else (command,))):
+        return "no C compiler was found ($CC, gcc, clang), which Triton needs to launch a kernel"
+    # As Triton looks for them: Debian's scheme for what pip installs names a folder of which it has none.
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    if not Path(sysconfig.get_path("include", scheme), "Python.h").is_file():
+        return "Python's C headers are not installed, which Triton needs to launch a kernel"
+    return None
+
+
 def _launcher(stem: str, name: str) -> Callable[..., Any]:
     """A raw op that imports its Triton kernels on the first call."""
 
@@ -111,6 +128,8 @@ def install(schemas: dict[str, dict[str, str]]) -> None:
         _missing["triton"] = f"DROPBP_KERNELS_BACKEND={_forced()}"
     elif torch.version.cuda is None and not is_interpreting():
         _missing["triton"] = "this torch was built without CUDA (TRITON_INTERPRET=1 runs the kernels on the CPU)"
+    elif not is_interpreting() and (reason := _why_triton_cannot_build()) is not None:
+        _missing["triton"] = reason
 
     if "triton" not in _missing and torch.version.cuda is not None:
         _register(_library, "triton", "CUDA", [stem for stem in schemas if not _serves("cuda", stem)])

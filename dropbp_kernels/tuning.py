@@ -14,7 +14,6 @@ A wrong choice costs time and never a right result: a launcher has to compute th
 
 import contextlib
 import functools
-import importlib.metadata
 import json
 import os
 import re
@@ -240,4 +239,6 @@ def write_cache(path: Path, gpu_name: str, found: Mapping[str, Mapping[int, Mapp
 
 
 def _triton_version() -> str:
-    return importlib.metadata.version("triton")
+    import triton  # the metadata of a distribution would not be found: some containers call theirs pytorch-triton
+
+    return str(triton.__version__)

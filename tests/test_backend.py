@@ -37,7 +37,7 @@ util.find_spec = lambda name: None if name == "triton" else find(name)
 
 def run(code=REPORT, path=PACKAGE.parent, prelude="", **environment):
     """Run code in a process without the package, then with that of `path`; (stdout, stderr)."""
-    inherited = {k: v for k, v in os.environ.items() if k not in ("DROPBP_KERNELS_BACKEND", "TRITON_INTERPRET")}
+    inherited = {k: v for k, v in os.environ.items() if k not in ("DROPBP_KERNELS_BACKEND", "TRITON_INTERPRET", "CC")}
     result = forks.run(prelude + code, environment={**inherited, "PYTHONPATH": str(path), **environment}, cwd=path)
     return result.stdout if result.returncode == 0 else None, result.stderr
 
@@ -124,6 +124,29 @@ def test_without_compiled_parts_or_triton(tmp_path):
     assert "cpp _C was not built" in output
     assert "triton triton is not installed" in output
     assert errors == ""
+
+
+def test_triton_serves_where_it_can_build_its_launcher(tmp_path):
+    """It compiles a C file: without a compiler, or Python's headers, its first kernel would be an error."""
+    pytest.importorskip("triton")
+    package, compiler = copy_of_package(tmp_path), tmp_path / "some-cc"
+    compiler.touch(0o755)
+    (tmp_path / "Python.h").touch()
+    for headers, environment, serving, reason in (
+        (tmp_path, {"PATH": "", "CC": str(compiler)}, "triton", "None"),
+        (tmp_path, {"PATH": ""}, "reference", "no C compiler was found ($CC, gcc, clang), which Triton needs"),
+        (tmp_path, {"CC": "no-such-cc"}, "reference", "no C compiler was found"),
+        ("/nowhere", {"CC": str(compiler)}, "reference", "Python's C headers are not installed, which Triton needs"),
+    ):
+        prelude = (
+            f"import sysconfig; sysconfig.get_path = lambda name, scheme: '{headers}'\n"
+            "import torch; torch.version.cuda = '13.0'\n"
+        )
+        output, errors = run(path=package, prelude=prelude, **environment)
+        assert output, errors
+        assert f"gated_residual_add reference {serving} reference" in output
+        assert f"triton {reason}" in output
+        assert errors == ""
 
 
 def test_library_that_does_not_load(tmp_path):

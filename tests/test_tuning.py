@@ -144,6 +144,12 @@ def test_a_file_that_cannot_be_read_is_one_warning(table, text):
     assert table.at(1024, GPU) == FOUND
 
 
+def test_the_file_is_that_of_the_triton_which_runs(monkeypatch):
+    """Whatever its distribution is called: containers have had pytorch-triton."""
+    monkeypatch.setattr(pytest.importorskip("triton"), "__version__", "3.6.0+git1")
+    assert tuning.cache_path("NVIDIA H200").name == "nvidia-h200-triton-3.6.0+git1.json"
+
+
 def test_import_reads_and_asks_nothing(cache):
     """Importing the kernels opens no file of the cache and asks no driver."""
     code = """
