@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inputs import LAYOUTS, make
-from traffic import counted_traffic
+from traffic import counted_traffic, needs_the_interpreter
 
 from dropbp_kernels import _backend, reference
 from dropbp_kernels.measure import PeakLiveBytes, saved_bytes
@@ -65,9 +65,8 @@ def test_rows_at_a_stride_are_read_where_they_are():
     assert torch.equal(output, half[:, index])
 
 
+@needs_the_interpreter
 def test_traffic_is_the_result_read_and_written():
-    if _backend.why_not("triton", "partial_gather") is not None and not _backend.is_interpreting():
-        pytest.skip("needs Triton's interpreter")
     from dropbp_kernels._triton.partial_gather import launch_partial_gather
 
     input, index = make((6, 40), torch.bfloat16), torch.tensor([3, 30, 7])

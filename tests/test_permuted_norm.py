@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inputs import LAYOUTS, make
 from tolerances import ATOL, DTYPE_PAIRS, assert_as_exact
-from traffic import counted_traffic
+from traffic import counted_traffic, needs_the_interpreter
 
-from dropbp_kernels import _backend, reference
+from dropbp_kernels import reference
 from dropbp_kernels.measure import saved_bytes
 from dropbp_kernels.ops import permuted_layer_norm, permuted_rms_norm
 from dropbp_kernels.permutation import draw_permutation, row_shape
@@ -219,11 +219,10 @@ def test_extreme_values_stay_in_their_rows(backend, device, kind):
     assert outputs[0].isfinite().all()
 
 
+@needs_the_interpreter
 @kinds
 def test_traffic_of_the_kernels(kind):
     """Forward: read N, write N + K rows; backward: read 3 K, write K; and what is small next to a row, by name."""
-    if _backend.why_not("triton", "permuted_norm") is not None and not _backend.is_interpreting():
-        pytest.skip("needs Triton's interpreter")
     from dropbp_kernels._triton import permuted_norm as kernels
 
     num_rows, num_kept, seq_len, width = 6, 2, 3, 40

@@ -6,9 +6,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inputs import LAYOUTS, make
 from tolerances import DTYPE_PAIRS, assert_as_exact
-from traffic import counted_traffic
+from traffic import counted_traffic, needs_the_interpreter
 
-from dropbp_kernels import _backend, reference
+from dropbp_kernels import reference
 from dropbp_kernels.measure import PeakLiveBytes, num_autograd_nodes, saved_bytes
 from dropbp_kernels.ops import permuted_residual_add
 from dropbp_kernels.permutation import draw_permutation, row_shape
@@ -93,10 +93,9 @@ def test_extreme_values_stay_in_their_rows(backend, device):
     assert output[2].isnan().all()
 
 
+@needs_the_interpreter
 def test_traffic_is_that_of_the_plain_sum():
     """Read residual and branch, write the sum, and 8 bytes of the permutation for each block of a row."""
-    if _backend.why_not("triton", "permuted_residual_add") is not None and not _backend.is_interpreting():
-        pytest.skip("needs Triton's interpreter")
     from dropbp_kernels._triton.permuted_residual_add import launch_permuted_residual_add
 
     residual, branch = make((6, 40), torch.float32), make((6, 40), torch.bfloat16)

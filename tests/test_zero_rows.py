@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from traffic import counted_traffic
+from traffic import counted_traffic, needs_the_interpreter
 
 from dropbp_kernels import _backend
 from dropbp_kernels.ops import gated_residual_add
@@ -59,9 +59,8 @@ def test_through_autograd(backend, device):
     assert residual.grad.isnan()[::2].all()  # the stream's own gradient is not the branch's
 
 
+@needs_the_interpreter
 def test_triton_reads_the_other_rows_alone():
-    if _backend.why_not("triton", "gated_residual_add") is not None and not _backend.is_interpreting():
-        pytest.skip("needs Triton's interpreter")
     from dropbp_kernels._triton.gated_residual_add import launch_gated_residual_add_backward
 
     grad, scale = torch.ones(4, 40, dtype=torch.bfloat16), torch.tensor(SCALES)

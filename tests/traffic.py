@@ -1,7 +1,17 @@
 """Count the bytes that Triton kernels read and write, element by element, in Triton's interpreter."""
 
 import contextlib
+import importlib.util
 from dataclasses import dataclass
+
+import pytest
+
+from dropbp_kernels import _backend
+
+needs_the_interpreter = pytest.mark.skipif(
+    not _backend.is_interpreting() or importlib.util.find_spec("triton") is None,
+    reason="needs Triton's interpreter, which on a machine with a GPU is off",
+)
 
 
 @dataclass
