@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch._dynamo
 from op_cases import PUBLIC, RAW, Tensors
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from dropbp_kernels import ops, reference
 from dropbp_kernels.ops.schema import SCHEMAS
@@ -173,6 +174,39 @@ def test_a_guard_on_the_rows_would_be_seen():
     compiled(torch.ones(ROW_COUNTS[0], 24))
     with pytest.raises(torch._dynamo.exc.RecompileError):
         compiled(torch.ones(ROW_COUNTS[-1], 24))
+
+
+# new_residual, whose gradients are 1, of which the branch's is scaled.
+SCALED = {
+    "add": lambda *tensors, grad_scale: ops.gated_residual_add(*tensors, grad_scale=grad_scale),
+    "add at rows": lambda *tensors, grad_scale: ops.gated_residual_add(
+        *tensors, rows=torch.arange(4), grad_scale=grad_scale
+    ),
+    "permuted add": lambda residual, kept, grad_scale: ops.permuted_residual_add(
+        residual, kept, kept[:0], torch.arange(4), grad_scale=grad_scale
+    ),
+    "rms norm": lambda *tensors, grad_scale: ops.gated_residual_rms_norm(
+        *tensors, torch.ones(6), grad_scale=grad_scale
+    )[1],
+    "layer norm, dropped": lambda *tensors, grad_scale: ops.gated_residual_layer_norm(
+        *tensors, torch.ones(6), next_kept=False, grad_scale=grad_scale
+    )[1],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("function", SCALED.values(), ids=SCALED)
+def test_a_new_grad_scale_is_no_new_compilation(function, dtype):
+    """Unbiased gates have one for each drop rate. The first is a constant of a graph, the second makes it an input."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for scale in (1.0, 2.0, 4.0, 1.25):
+        residual, branch = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6, dtype=dtype, requires_grad=True)
+        compiled(residual, branch, grad_scale=scale).sum().backward()
+        assert torch.equal(residual.grad, torch.ones_like(residual))
+        assert torch.equal(branch.grad, torch.full_like(branch, scale))
+    assert counter.frame_count == 2
 
 
 def test_inductor_matches_eager():

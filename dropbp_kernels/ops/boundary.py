@@ -1,4 +1,4 @@
-"""What the ops at the boundary of two branches share, whichever norm they fuse: checks, and gradients that are aliases.
+"""What the ops at the boundary of two branches share, whichever norm they fuse: checks, gradients.
 
 One tensor returned as two gradients is legal as long as nobody writes into it; autograd's own accumulation does not
 while a second reference exists.
@@ -75,5 +75,22 @@ def share(
     if is_wanted[1]:
         grad_branch = grad
         if grad_scale != 1.0 or grad.dtype != branch_dtype:
-            grad_branch = _raw.gated_residual_add_backward(grad, None, None, grad_scale, branch_dtype)
+            grad_branch = branch_gradient(grad, None, None, grad_scale, branch_dtype)
     return grad if is_wanted[0] else None, grad_branch
+
+
+def branch_gradient(
+    grad: Tensor, rows: Tensor | None, row_scale: Tensor | None, grad_scale: float, dtype: torch.dtype
+) -> Tensor:
+    """The gradient of a branch from that of its sum, at rows and times its scale, a number or one for each row.
+
+    torch.compile takes a raw op's number for a constant and compiles anew for the next: there PyTorch multiplies, or it
+    is one for each row.
+    """
+    is_compiling = torch.compiler.is_compiling()
+    if rows is None and row_scale is None and (grad.dtype is dtype or is_compiling):
+        return (grad * grad_scale).to(dtype)  # nothing to fuse: PyTorch's own kernel moves no byte more
+    if is_compiling and row_scale is None and rows is not None and grad_scale != 1.0:
+        ones = grad.new_ones(rows.shape, dtype=torch.promote_types(grad.dtype, torch.float32))
+        row_scale, grad_scale = ones * grad_scale, 1.0
+    return _raw.gated_residual_add_backward(grad, rows, row_scale, grad_scale, dtype)  # type: ignore[no-any-return]

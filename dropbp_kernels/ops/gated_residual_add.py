@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .boundary import branch_gradient
 from .checks import DTYPES, check_dtype, check_holds, split_grad_scale
 from .derivative import Function, first_derivative
 from .raw import raw as _raw
@@ -93,7 +94,7 @@ class _GatedResidualAdd(Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(rows, row_scale)
         ctx.grad_scale = grad_scale
-        ctx.dtypes = residual.dtype, branch.dtype
+        ctx.dtype = branch.dtype
         if inplace:
             ctx.mark_dirty(residual)
             if rows is None:
@@ -111,11 +112,7 @@ class _GatedResidualAdd(Function):
         if grad_output is None:
             return None, None, None, None, None, None
         rows, row_scale = ctx.saved_tensors
-        residual_dtype, branch_dtype = ctx.dtypes
-        if rows is None and row_scale is None and residual_dtype is branch_dtype:
-            grad_branch = grad_output * ctx.grad_scale  # nothing to fuse: PyTorch's own kernel moves no byte more
-        else:
-            grad_branch = _raw.gated_residual_add_backward(grad_output, rows, row_scale, ctx.grad_scale, branch_dtype)
+        grad_branch = branch_gradient(grad_output, rows, row_scale, ctx.grad_scale, ctx.dtype)
         return grad_output if ctx.needs_input_grad[0] else None, grad_branch, None, None, None, None
 
 

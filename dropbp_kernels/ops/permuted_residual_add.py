@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..permutation import check_permutation
+from .boundary import branch_gradient
 from .checks import check_dtype, check_holds, split_grad_scale
 from .derivative import Function, first_derivative
 from .raw import raw as _raw
@@ -89,7 +90,7 @@ class _PermutedResidualAdd(Function):
         grad_kept = None
         if grad_output is not None and ctx.needs_input_grad[1]:
             permutation, row_scale = ctx.saved_tensors
-            grad_kept = _raw.gated_residual_add_backward(
+            grad_kept = branch_gradient(
                 grad_output.reshape(ctx.shape), permutation[: ctx.num_kept], row_scale, ctx.grad_scale, ctx.dtype
             )
         return grad_output if ctx.needs_input_grad[0] else None, grad_kept, None, None, None, None, None
