@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from op_cases import RAW
 
 import dropbp_kernels
 
@@ -135,6 +136,52 @@ def test_kernels_compile_without_a_gpu(tmp_path):
             # Rows times their length is what passes 2^31: the only products of 32 bits left are of columns.
             narrow = [line for line in source.splitlines() if "arith.muli" in line and "i64" not in line]
             assert len(narrow) == (1 if "norm weight" in name else 0), (architecture, name, narrow)
+
+
+# Notes what Triton would compile a kernel for, in place of compiling and launching it; prints how often for each call.
+SIZES = """
+import importlib, json, sys
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+sys.path.insert(0, sys.argv[1])
+from op_cases import RAW, Tensors
+from dropbp_kernels.ops.schema import SCHEMAS
+
+backend, kinds = make_backend(GPUTarget("cuda", 90, 32)), set()
+
+def note(kernel, *arguments, grid, warmup, **options):
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    kinds.add((kernel.__name__, str(bind(*arguments, **options)[1])))
+
+JITFunction.run = note
+found = {}
+for stem, names in SCHEMAS.items():
+    launchers = importlib.import_module(f"dropbp_kernels._triton.{stem}")
+    for name in names:
+        for case, make in RAW[name].items():
+            kinds.clear()
+            for rows in (33, 48, 101, 128, 300):
+                getattr(launchers, f"launch_{name}")(*make(Tensors(rows, 64)))
+            found[f"{name}, {case}"] = sorted(kinds)
+print(json.dumps(found))
+"""
+
+
+def test_row_counts_are_one_compilation(tmp_path):
+    """Batches differ in length, and plans by rows in how many are kept: none of them may stop a step for a compiler."""
+    script = tmp_path / "sizes.py"
+    script.write_text(SIZES)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(dropbp_kernels.__file__).parents[1])
+    command = [sys.executable, str(script), str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found) == sum(map(len, RAW.values()))
+    for call, kinds in found.items():
+        assert len(kinds) == len({kernel for kernel, _ in kinds}), (call, kinds)
 
 
 def test_weight_gradient_is_summed_in_a_bounded_buffer(monkeypatch):

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuning import WIDEST, Config, LaunchTable, Row
-from .rows import device_guard, split_float, wide_of
+from .rows import device_guard, jit_kernel, split_float, wide_of
 
 
 def _tuned(update_only: bool, weight: Tensor, delta: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def _places(
     return row * row_stride + column * column_stride, row * num_columns + k, mask
 
 
-@triton.jit
+@jit_kernel
 def _column_update_kernel(
     weight_ptr,  # (num_rows, width), of these strides
     delta_ptr,  # (num_rows, num_columns)
@@ -73,7 +73,7 @@ def _column_update_kernel(
     tl.store(weight_ptr + place, total.to(weight_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@jit_kernel
 def _column_restore_kernel(
     weight_ptr,  # (num_rows, width), of these strides
     original_ptr,  # (num_rows, num_columns)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuning import WIDEST, Config, LaunchTable, Row
-from .rows import device_guard, split_float, wide_of
+from .rows import device_guard, jit_kernel, split_float, wide_of
 
 # 8 elements a thread: one 16-byte access of bfloat16, two of float32.
 _ROWS = [Row(WIDEST, Config(block=1024, num_warps=4))]
@@ -22,7 +22,7 @@ _ADD_BACKWARD = LaunchTable(
 )
 
 
-@triton.jit
+@jit_kernel
 def _gated_residual_add_kernel(
     residual_ptr,  # (num_rows, row_size)
     branch_ptr,  # (K, row_size)
@@ -52,7 +52,7 @@ def _gated_residual_add_kernel(
     tl.store(output_ptr + offsets, (residual + branch).to(output_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@jit_kernel
 def _gated_residual_add_backward_kernel(
     grad_output_ptr,  # (num_rows, row_size)
     grad_branch_ptr,  # (K, row_size)

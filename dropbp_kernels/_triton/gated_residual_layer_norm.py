@@ -30,7 +30,7 @@ _BACKWARD = LaunchTable(
 )
 
 
-@triton.jit
+@rows.jit_kernel
 def _gated_residual_layer_norm_kernel(
     residual_ptr,  # (num_rows, D)
     branch_ptr,  # (num_rows, D)
@@ -104,7 +104,7 @@ def _scale_chunk(
     tl.store(normed_ptr + start + columns, normed.to(normed_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@rows.jit_kernel
 def _gated_residual_layer_norm_backward_kernel(
     grad_normed_ptr,  # (num_rows, D)
     grad_new_residual_ptr,  # (num_rows, D), or unused
@@ -192,7 +192,7 @@ def _weighted(grad_normed_ptr, weight_ptr, start, columns, D: tl.constexpr, WIDE
     return grad_normed * tl.load(weight_ptr + columns, mask=mask, other=0.0).to(WIDE)
 
 
-@triton.jit
+@rows.jit_kernel
 def _gated_residual_layer_norm_weight_grad_kernel(
     grad_normed_ptr,  # (num_rows, D)
     new_residual_ptr,  # (num_rows, D)

@@ -28,7 +28,7 @@ _BACKWARD = LaunchTable(
 )
 
 
-@triton.jit
+@rows.jit_kernel
 def _gated_residual_rms_norm_kernel(
     residual_ptr,  # (num_rows, D)
     branch_ptr,  # (num_rows, D)
@@ -78,7 +78,7 @@ def _scale_chunk(
     tl.store(normed_ptr + start + columns, normed.to(normed_ptr.dtype.element_ty), mask=columns < D)
 
 
-@triton.jit
+@rows.jit_kernel
 def _gated_residual_rms_norm_backward_kernel(
     grad_normed_ptr,  # (num_rows, D)
     grad_new_residual_ptr,  # (num_rows, D), or unused
@@ -144,7 +144,7 @@ def _gated_residual_rms_norm_backward_kernel(
         tl.store(partial_ptr + program * D + columns, weight_sum, mask=columns < D)
 
 
-@triton.jit
+@rows.jit_kernel
 def _gated_residual_rms_norm_weight_grad_kernel(
     grad_normed_ptr,  # (num_rows, D)
     new_residual_ptr,  # (num_rows, D)

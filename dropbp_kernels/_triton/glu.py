@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuning import WIDEST, Config, LaunchTable, Row
-from .rows import device_guard, row_stride, wide_of
+from .rows import device_guard, jit_kernel, row_stride, wide_of
 
 # 8 elements a thread: one 16-byte access of bfloat16, two of float32.
 _ROWS = [Row(WIDEST, Config(block=1024, num_warps=4))]
@@ -35,7 +35,7 @@ def _activate(x, ACTIVATION: tl.constexpr):
         return x * s, s + x * s * (1.0 - s)
 
 
-@triton.jit
+@jit_kernel
 def _glu_kernel(
     gate_ptr,  # (num_rows, row_size)
     up_ptr,  # (num_rows, row_size)
@@ -60,7 +60,7 @@ def _glu_kernel(
     tl.store(output_ptr + row * output_stride + columns, (value * up).to(output_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@jit_kernel
 def _glu_backward_kernel(
     grad_ptr,  # (num_rows, row_size), as all of these
     gate_ptr,

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuning import WIDEST, Config, LaunchTable, Row
-from .rows import device_guard, wide_of
+from .rows import device_guard, jit_kernel, wide_of
 
 COLUMNS = 8  # of a step: TILE * TILE * COLUMNS differences are in registers at once
 
@@ -19,7 +19,7 @@ _DISTANCES = LaunchTable(
 )
 
 
-@triton.jit
+@jit_kernel
 def _l1_distances_kernel(
     features_ptr,  # (num_rows, width)
     distances_ptr,  # (num_rows, num_rows)

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuning import WIDEST, Config, LaunchTable, Row
-from .rows import device_guard, row_stride
+from .rows import device_guard, jit_kernel, row_stride
 
 # 4 elements a thread: each of them is a sector of 32 bytes in flight.
 _GATHER = LaunchTable(
@@ -16,7 +16,7 @@ _GATHER = LaunchTable(
 )
 
 
-@triton.jit
+@jit_kernel
 def _partial_gather_kernel(
     input_ptr,  # (num_rows, width), rows at `stride`
     index_ptr,  # (num_channels,) int64

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuning import LaunchTable, row_table
-from .rows import WARPS_OF_A_BACKWARD, device_guard, load_factor, max_programs, split_float, wide_of
+from .rows import WARPS_OF_A_BACKWARD, device_guard, jit_kernel, load_factor, max_programs, split_float, wide_of
 
 _FORWARD = LaunchTable(
     "permuted_norm",
@@ -28,7 +28,7 @@ _BACKWARD = LaunchTable(
 )
 
 
-@triton.jit
+@jit_kernel
 def _permuted_norm_kernel(
     residual_ptr,  # (num_rows * rows_per_index, D)
     weight_ptr,  # (D,)
@@ -105,7 +105,7 @@ def _permuted_norm_kernel(
         tl.store(dropped_ptr + (to - end_of_kept) * D + at, normed, mask=at < D - kept_end)
 
 
-@triton.jit
+@jit_kernel
 def _permuted_norm_backward_kernel(
     grad_residual_ptr,  # (num_rows * rows_per_index, D), read and written at the kept rows
     grad_kept_ptr,  # (end_of_kept, D)
@@ -187,7 +187,7 @@ def _permuted_norm_backward_kernel(
         tl.store(partial_ptr + (num_programs + program) * D + columns, bias_sum, mask=columns < D)
 
 
-@triton.jit
+@jit_kernel
 def _permuted_norm_parameter_grad_kernel(
     grad_kept_ptr,  # (end_of_kept, D)
     kept_rows_ptr,  # (end_of_kept, D)

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuning import WIDEST, Config, LaunchTable, Row
-from .rows import device_guard, wide_of
+from .rows import device_guard, jit_kernel, wide_of
 
 # 8 elements a thread: one 16-byte access of bfloat16, two of float32.
 _ADD = LaunchTable(
@@ -19,7 +19,7 @@ _ADD = LaunchTable(
 )
 
 
-@triton.jit
+@jit_kernel
 def _permuted_residual_add_kernel(
     residual_ptr,  # (num_rows, row_size)
     kept_ptr,  # (num_kept, row_size)

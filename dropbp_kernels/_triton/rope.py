@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuning import WIDEST, Config, LaunchTable, Row
-from .rows import device_guard, wide_of
+from .rows import device_guard, jit_kernel, wide_of
 
 
 def _tune(to):
@@ -22,7 +22,7 @@ def _tune(to):
 _ROPE = LaunchTable("rope", [Row(WIDEST, Config(block=1024, num_warps=4))], _tune)
 
 
-@triton.jit
+@jit_kernel
 def _rope_kernel(
     x_ptr,  # (B, S, H, D)
     cos_ptr,  # (1 or B, S, 2 * HALF)

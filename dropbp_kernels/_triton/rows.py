@@ -11,6 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# How many rows there are, and other numbers of a batch. Triton would compile a kernel anew where one of them is 1, or a
+# multiple of 16, for the first time: in the midst of a run, for nothing. Of a factor it may know that it is 1.
+COUNTS = ["count", "end_of_kept", "num_kept", "num_programs", "num_rows", "seq_len"]
+FACTORS = ["blocks_per_row", "rows_per_index"]
+jit_kernel = functools.partial(triton.jit, do_not_specialize=COUNTS, do_not_specialize_on_alignment=FACTORS)
+
 PROGRAMS_ON_CPU = 4  # of the interpreter: more than one, so that tests see partial sums
 # On a multiprocessor at a time: its 65536 registers are then 128 for each thread, which compilers use up to (sm_90).
 WARPS_OF_A_BACKWARD = 16
