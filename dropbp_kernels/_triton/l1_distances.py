@@ -1,4 +1,4 @@
-"""Triton kernel of l1_distances: a program sums a tile of TILE x TILE pairs, WIDTH columns at a time.
+"""Triton kernel of l1_distances: a program sums a tile of TILE x TILE pairs, COLUMNS columns at a time.
 
 No tensor core takes absolute differences: what a tile saves is reading, each value TILE times less often.
 """
@@ -11,9 +11,9 @@ from torch import Tensor
 from ..tuning import WIDEST, Config, LaunchTable, Row
 from .rows import device_guard, jit_kernel, wide_of
 
-COLUMNS = 8  # of a step: TILE * TILE * COLUMNS differences are in registers at once
+COLUMNS = 8  # of a step: TILE * TILE * COLUMNS sums are in registers, added up at the end
 
-# block: the pairs of a tile. 32 x 32 sums, and 8 differences for each, in 128 threads: 72 registers.
+# block: the pairs of a tile. 32 x 32 x 8 sums in 128 threads: 127 registers (sm_90, Triton 3.6).
 _DISTANCES = LaunchTable(
     "l1_distances", [Row(WIDEST, Config(block=1024, num_warps=4))], lambda to: launch_l1_distances(to.x)
 )
@@ -35,16 +35,17 @@ def _l1_distances_kernel(
     rows = (program // blocks_per_row) * TILE + tl.arange(0, TILE)
     others = (program % blocks_per_row) * TILE + tl.arange(0, TILE)
     columns = tl.arange(0, COLUMNS)
-    sums = tl.zeros((TILE, TILE), dtype=WIDE)
+    # One for each column of a step: to add columns up, threads exchange more than they sum.
+    sums = tl.zeros((TILE, TILE, COLUMNS), dtype=WIDE)
     for start in range(0, width, COLUMNS):
         at = start + columns
         is_column = at[None, :] < width
         left_mask, right_mask = (rows[:, None] < num_rows) & is_column, (others[:, None] < num_rows) & is_column
         left = tl.load(features_ptr + rows[:, None] * width + at[None, :], mask=left_mask, other=0.0).to(WIDE)
         right = tl.load(features_ptr + others[:, None] * width + at[None, :], mask=right_mask, other=0.0).to(WIDE)
-        sums += tl.sum(tl.abs(left[:, None, :] - right[None, :, :]), axis=2)
+        sums += tl.abs(left[:, None, :] - right[None, :, :])
     mask = (rows[:, None] < num_rows) & (others[None, :] < num_rows)
-    tl.store(distances_ptr + rows[:, None] * num_rows + others[None, :], sums, mask=mask)
+    tl.store(distances_ptr + rows[:, None] * num_rows + others[None, :], tl.sum(sums, axis=2), mask=mask)
 
 
 def launch_l1_distances(features: Tensor) -> Tensor:
