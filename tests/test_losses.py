@@ -212,6 +212,15 @@ def test_ignored_rows_cost_nothing():
     assert 4 * a_quarter.get_total_flops() == all_rows.get_total_flops() == 4 * 400 * 16 * 500
 
 
+@pytest.mark.parametrize(
+    ("num_classes", "num_rows"), [(32_000, 1024), (50_257, 512), (128_256, 256), (2**17, 256), (2**20, 256)]
+)
+def test_slices_are_whole_tiles_of_a_gpu(num_classes, num_rows):
+    """At most 128 MiB, or 256 rows."""
+    assert losses.rows_of_slice(num_classes) == num_rows
+    assert num_rows == 256 or 4 * num_rows * num_classes <= losses.SLICE_BYTES
+
+
 def test_in_a_simulation():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
