@@ -25,10 +25,10 @@ def column_update(weight: Tensor, delta: Tensor, index: Tensor, *, scale: float 
     Dtypes: float32, float16, bfloat16, float64, each of weight and delta; summed in float32, float64 where one of them
             is float64, and rounded once to weight's. index int64, or int32, converted first.
     Errors: ValueError when shapes or devices do not fit, TypeError when a dtype is unsupported, RuntimeError where a
-            gradient would be expected, for there is none, and where rows of weight share elements. Entries that repeat
-            or are outside 0 ... in - 1: IndexError on a CPU, weight untouched; on a GPU, where the host does not wait
-            to see them, those outside stop the CUDA kernel with a message and are skipped by the Triton kernel, and
-            what repeats is undefined.
+            gradient would be expected, for there is none, and, but by the Triton kernel, where rows of weight share
+            elements. Entries that repeat or are outside 0 ... in - 1: IndexError on a CPU, weight untouched; on a GPU,
+            where the host does not wait to see them, those outside stop the CUDA kernel with a message and are skipped
+            by the Triton kernel, and what repeats is undefined.
     Cost:   reads and writes a cache line (a sector of 32 bytes on a GPU) for each element of the columns; allocates
             the result. One kernel.
     Source: PaCA (arXiv 2503.01905), section 3; oracle reference.column_update__reference.
