@@ -216,6 +216,8 @@ def test_batch_of_equal_time_lies_on_the_line_through_two_times(monkeypatch):
 
     assert [choose(t) for t in (17.0, 11.0, 10.6, 5.0, 0.5, 30.0)] == [16, 10, 10, 4, 1, 16]
     assert choose(11.0, half_s=18.0) == 16  # noise: the line falls
+    assert choose(11.0, half_s=16.9) == 16  # ... or hardly rises: launches take the time, and not rows
+    assert choose(11.0, half_s=15.0) == 1
     full.batch_size = 1
     assert compare.equal_time_batch(full, ours) == 1
 

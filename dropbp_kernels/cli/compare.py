@@ -35,6 +35,8 @@ TARGETS, BRANCHES = "target plan", "DropBP"
 MOST_TARGETS = 0.9  # of the rows of a batch: above that a target plan has little to leave out and is not compared
 NUM_COUNTED_BATCHES = 64
 WARM_UP_ROUNDS, TIMED_ROUNDS = 1, 5
+# Of the time of a batch: where half of it takes more, launches are what takes time, and the line would lead anywhere.
+MOST_OF_HALF = 0.9
 # Plans drawn for measurements come from steps far beyond any training, so that they are none of its own.
 FIRST_MEASURED_PLAN = 1 << 40
 
@@ -162,7 +164,8 @@ def equal_time_batch(full: Run, ours: Run) -> int:
     """The batch size at which a step without dropping takes as long as a step of ours.
 
     Times forward and backward of ours, of the full batch and of half of it, in turn; the time of other batch sizes is
-    taken to lie on the line through those two.
+    taken to lie on the line through those two. The whole batch where smaller ones take as long, as on a GPU that waits
+    for launches.
     """
     batch_size = full.batch_size
     half = max(1, batch_size // 2)
@@ -178,9 +181,9 @@ def equal_time_batch(full: Run, ours: Run) -> int:
             if turn >= WARM_UP_ROUNDS:
                 times[key].append(seconds)
     median = {key: statistics.median(values) for key, values in times.items()}
-    per_row = (median["full"] - median["half"]) / (batch_size - half)
-    if per_row <= 0.0:  # steps too short to tell apart: no smaller batch is faster
+    if median["half"] > MOST_OF_HALF * median["full"]:  # no smaller batch is faster
         return batch_size
+    per_row = (median["full"] - median["half"]) / (batch_size - half)
     return min(batch_size, max(1, round(batch_size - (median["full"] - median["ours"]) / per_row)))
 
 

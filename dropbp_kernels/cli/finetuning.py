@@ -80,8 +80,10 @@ def _make_runs(model: Any, data: Data, settings: Settings, resumed: dict[str, An
     runs = compare.make_runs(model, data, settings, control_batch)
     for run in runs:
         if run.name == compare.SMALLER:
-            same_time = f"a batch of {run.batch_size} takes as long as ours of {settings.batch_size}"
-            print(f"control: without dropping, {same_time}")
+            why = f"it takes as long as ours of {settings.batch_size}"
+            if run.batch_size == settings.batch_size:
+                why = "ours is no faster, or smaller batches are not either"
+            print(f"control: without dropping, a batch of {run.batch_size}: {why}")
         if resumed is not None:
             run.load_state_dict(resumed["runs"][run.name])
     if resumed is None:
