@@ -36,6 +36,7 @@ def run_without_padding(branch: Callable[..., Any], real: Tensor, x: Any, *args:
         values = leaf.squeeze(0) if is_batch else leaf
         whole = torch.zeros((num_tokens, *values.shape[1:]), dtype=values.dtype, device=values.device)
         whole = whole.index_copy(0, real, values)
-        return whole.unflatten(0, lead) if is_batch else whole
+        whole = whole.unflatten(0, lead) if is_batch else whole
+        return whole if whole.requires_grad else whole.detach()  # a block may add to it in place: no view of no_grad
 
     return tree_map(placed, output)

@@ -54,7 +54,8 @@ def _join(outputs: list[Any], sizes: list[int], lead: torch.Size) -> Any:
 
 def _cat(pieces: tuple[Tensor, ...], sizes: list[int], lead: torch.Size) -> Tensor:
     if all(tuple(piece.shape[:2]) == (1, size) for piece, size in zip(pieces, sizes, strict=True)):
-        return torch.cat([piece.squeeze(0) for piece in pieces]).unflatten(0, lead)
+        joined = torch.cat([piece.squeeze(0) for piece in pieces]).unflatten(0, lead)
+        return joined if joined.requires_grad else joined.detach()  # a block may add to it in place: no view of no_grad
     if all(piece.shape[:1] == (size,) for piece, size in zip(pieces, sizes, strict=True)):
         return torch.cat(pieces)
     raise ValueError(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from target_cases import chat, tiny
+from target_cases import CLOSE, assert_same, backward, chat, tiny
 from torch import nn
 
 from dropbp_kernels import apply_dropbp
@@ -73,3 +73,14 @@ def test_mlps_of_ragged_stages_see_no_padding(model_type, granularity):
     tokens.clear()
     model(**few)
     assert sum(tokens) == 21 + (40 if granularity == "branch" else 39)
+
+
+def test_a_block_may_add_to_a_dropped_branch_in_place(monkeypatch):
+    """As Falcon's adds its attention to its MLP."""
+    batch, results = chat(), []
+    for least_padding in (0.1, 1.0):
+        monkeypatch.setattr("dropbp_kernels.plan.LEAST_PADDING", least_padding)
+        model = tiny("falcon")
+        apply_dropbp(model, 0.5, context="inference").set_plan([True, False, False, True])
+        results.append(backward(model, batch))
+    assert_same(*results, **CLOSE)

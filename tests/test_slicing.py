@@ -123,3 +123,17 @@ def test_what_has_no_tokens_is_refused():
         run_in_slices(lambda x: x.sum((0, 1)), 4, None, torch.ones(2, 5, 3))
     with pytest.raises(ValueError, match='expected None, "kept" or "sliced"'):
         apply_dropbp(tiny_causal_lm(), 0.5, checkpoint="slices")
+
+
+def test_a_block_may_add_to_a_dropped_branch_in_place():
+    """As Falcon's adds its attention to its MLP."""
+    results = []
+    for checkpoint in ("kept", "sliced"):
+        model = tiny_models.tiny_causal_lm("falcon").double()
+        handler = apply_dropbp(model, 0.5, checkpoint=checkpoint)
+        in_slices_of(handler, 7)
+        handler.set_plan([True, False, False, True])
+        torch.manual_seed(1)
+        model(**tiny_models.tiny_inputs(model)).loss.backward()
+        results.append(gradients(model))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
