@@ -107,7 +107,7 @@ def test_version(capsys):
         (["--rates", "none.json"], "--rates none.json: No such file"),
         (["--schedule", "linear"], "--schedule: expected a callable or one of warmup, cosine, recovery, got 'linear'"),
         (["--sampler", "lottery"], "--sampler: expected one of balanced, bernoulli, published"),
-        (["--grad-scale", "big"], "argument --grad-scale"),
+        (["--grad-scale", "big"], "argument --grad-scale: expected a finite number or 'unbiased', got 'big'"),
         (["--grad-scale", "nan"], "--grad-scale: expected a finite number or 'unbiased', got nan"),
         (["--dtype", "float8"], "--dtype: expected one of auto, float32, bfloat16"),
         (["--device", "abacus"], "--device abacus:"),

@@ -1,5 +1,6 @@
 """What a fine-tuning run is asked to do: one flat, frozen record that a checkpoint can hold."""
 
+import argparse
 import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -220,7 +221,10 @@ def _device(name: str) -> "torch.device":
 
 def parse_grad_scale(text: str) -> float | str:
     """ "unbiased" or a number."""
-    return text if text == "unbiased" else float(text)
+    try:
+        return text if text == "unbiased" else float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a finite number or 'unbiased', got {text!r}") from error
 
 
 def _option(name: str) -> str:
