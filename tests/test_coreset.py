@@ -65,6 +65,11 @@ def test_exact_features_are_the_gradient_of_each_example(kind):
     torch.testing.assert_close(grads, torch.stack(expected).flatten(1), rtol=1e-4, atol=1e-6)
 
 
+def test_a_batch_may_hold_options_of_the_forward():
+    selector, batch = CoresetSelector(tiny_causal_lm()), ragged_batch(6)
+    torch.testing.assert_close(selector.score({**batch, "use_cache": True}), selector.score(batch))
+
+
 @pytest.mark.parametrize("features", ["exact", "spsa"])
 def test_features_are_float32_under_autocast(features):
     """The loss is autocast's; what is made of it is not rounded once more."""

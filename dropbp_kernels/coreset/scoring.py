@@ -110,7 +110,7 @@ class Scorer:
         if self._keeps_logits:  # the head is most of a small model: only for columns that some row has a label for
             columns = (labels != IGNORED).any(0).nonzero().squeeze(1)
             options["logits_to_keep"], labels = columns, labels[:, columns]
-        output = self.model(**given, **options)
+        output = self.model(**{**given, **options})
         logits = output if isinstance(output, Tensor) else output["logits"] if isinstance(output, dict) else output[0]
         return causal_lm_losses(logits, labels)
 
