@@ -56,6 +56,13 @@ def test_a_sliding_window_slides_over_places_and_not_over_stages():
     assert_same(backward(model, batch), dense, **CLOSE)
 
 
+def test_a_window_that_the_model_does_not_read_is_none():
+    model, batch = tiny("llama", sliding_window=5), chat()
+    dense = backward(copy.deepcopy(model), batch)
+    apply_dropbp(model, 0.0, context="inference", context_gradient="full")
+    assert_same(backward(model, batch), dense, **CLOSE)
+
+
 @pytest.mark.parametrize("model_type", ["gemma3_text", "gpt2", "llama"])
 def test_kept_context_is_no_constant(model_type, cut_attention):
     model, batch = tiny(model_type, attn_implementation="sdpa"), chat()

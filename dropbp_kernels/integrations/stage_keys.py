@@ -5,6 +5,7 @@ by a mask of our own. Every stage writes into a place of its own, so a checkpoin
 same again. Keys of target rows keep their graph. And under a plan by rows a layer runs on some samples at a time.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -146,21 +147,33 @@ def is_flash(config: Any) -> bool:
     return str(config._attn_implementation).startswith("flash_attention_")
 
 
+def _may_slide(decoder: Any) -> bool:
+    """Whether a decoder whose layers are of one type masks by the window that its configuration names.
+
+    One of transformers' that makes no such mask does not read it (Moshi, a Llama with a Mistral's configuration).
+    """
+    forward: Any = inspect.unwrap(type(decoder).forward)
+    is_known = forward.__module__.startswith("transformers.models.")
+    return not is_known or "create_sliding_window_causal_mask" in forward.__code__.co_names
+
+
 class ModelMasks:
     """`StageMasks` as a model of transformers takes them.
 
     Args:
-        config: the decoder's; its attention and its sliding window, if any, count.
+        decoder: its attention and its sliding window, if any, count.
         documents: int64 (B, S), as in `TargetPlan`.
     """
 
-    def __init__(self, config: Any, documents: Tensor):
+    def __init__(self, decoder: Any, documents: Tensor):
+        config = decoder.config
         self.masks = StageMasks(documents)
         self.is_additive = config._attn_implementation == "eager"
         self.is_flash = is_flash(config)
         layer_types = set(getattr(config, "layer_types", None) or ())
         self.is_mixed = "sliding_attention" in layer_types
-        self.window = getattr(config, "sliding_window", None) if self.is_mixed or not layer_types else None
+        slides = self.is_mixed or (not layer_types and _may_slide(decoder))
+        self.window = getattr(config, "sliding_window", None) if slides else None
 
     def add(self, stage: Stage, dtype: torch.dtype) -> Any:
         """The mask (B, 1, L, keys so far) of a stage's rows, or one for each type of layer; None: plainly causal.

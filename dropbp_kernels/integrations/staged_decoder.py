@@ -43,7 +43,7 @@ def run_in_stages(decoder: Any, run: Callable[..., Any], inputs: dict[str, Any],
     inputs["position_ids"] = _positions(decoder, inputs, plan).expand_as(plan.documents)
     parameter = next(p for p in decoder.parameters() if p.is_floating_point())
     plan = sliced(parts, rule, plan)
-    masks = ModelMasks(decoder.config, plan.documents)
+    masks = ModelMasks(decoder, plan.documents)
     staged = plan.staged_rows(with_context=rule.context_gradient == "full")
     ends_at = None if rule.context_gradient == "full" else parts.last_keys
     keys, hidden = StageKeys(), []
