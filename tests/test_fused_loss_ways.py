@@ -168,8 +168,8 @@ def test_heads_that_cannot_defer():
     assert not patch_head(model, "auto")
     with pytest.raises(ValueError, match=r"fused_loss: expected a model with a plain nn\.Linear .* got Sequential"):
         patch_head(model, "chunked")
-    with pytest.raises(ValueError, match="for 'torch', got none"):
-        patch_head(nn.Linear(2, 2), "torch")
+    with pytest.raises(ValueError, match="for 'chunked', got none"):
+        patch_head(nn.Linear(2, 2), "chunked")
     model = tiny_causal_lm()
     patch_head(model, "chunked")
     with pytest.raises(ValueError, match="got one that is patched already"):
