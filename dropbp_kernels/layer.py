@@ -266,8 +266,9 @@ class DropBP(nn.Module):
             args, kwargs = split.arguments((args, kwargs), split.kept)
             kept = self.as_kept(branch)(*parts[0], *args, **kwargs)
         except RuntimeError as error:
-            # A compiled op that lacks memory says so in a RuntimeError (csrc/checks.h).
-            lacks_memory = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+            # A compiled op (csrc/checks.h) and a CPU's allocator say so in a RuntimeError.
+            lacks_memory = any(words in str(error) for words in ("out of memory", "can't allocate memory"))
+            lacks_memory |= isinstance(error, torch.OutOfMemoryError)
             if sys.version_info >= (3, 11) and not lacks_memory:
                 error.add_note(
                     f"The gate ran its branch by rows: {len(split.dropped)} dropped and {len(split.kept)} kept ones. "

@@ -147,7 +147,9 @@ def test_a_branch_that_closes_over_what_each_sample_needs_is_told_how_to_get_it(
     assert torch.equal(gate.residual_add(x, lambda x, mask: x * mask, mask), 2 * x)
 
     of_compiled_op = RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
-    for error in (torch.OutOfMemoryError("tried to allocate 20 GiB"), of_compiled_op):
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**48)
+    for error in (torch.OutOfMemoryError("tried to allocate 20 GiB"), of_compiled_op, raised.value):
 
         def out_of_memory(x, error=error):
             raise error

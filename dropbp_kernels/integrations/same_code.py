@@ -1,4 +1,4 @@
-"""Forwards that are known to the letter: Python made the same of their source as of one that is known.
+"""Forwards that are known by what Python made of their source: to the letter, or by what they call.
 
 So a class is known by what it computes and not by its name. Models of transformers repeat each other's lines, and so do
 those whose code comes with their weights; and a class that only bears a known name is not taken for it.
@@ -24,6 +24,12 @@ def is_same_code(function: Any, known: Callable[..., Any]) -> bool:
         for code in codes
     )
     return ours == theirs and _constants(function) == _constants(known)
+
+
+def calls(module: Any, name: str) -> bool | None:
+    """Whether the forward of a model of transformers' own names the function or method `name`; None for other code."""
+    forward: Any = inspect.unwrap(type(module).forward)
+    return name in forward.__code__.co_names if forward.__module__.startswith("transformers.models.") else None
 
 
 def _constants(function: Any) -> list[Any]:

@@ -5,7 +5,6 @@ by a mask of our own. Every stage writes into a place of its own, so a checkpoin
 same again. Keys of target rows keep their graph. And under a plan by rows a layer runs on some samples at a time.
 """
 
-import inspect
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from ..stage_masks import StageMasks
 from ..targets import Stage
+from .same_code import calls
 
 _Keys = tuple[Tensor, Tensor, Tensor | None]  # keys, values, and whose of them each sample takes (None: its own)
 
@@ -152,9 +152,7 @@ def _may_slide(decoder: Any) -> bool:
 
     One of transformers' that makes no such mask does not read it (Moshi, a Llama with a Mistral's configuration).
     """
-    forward: Any = inspect.unwrap(type(decoder).forward)
-    is_known = forward.__module__.startswith("transformers.models.")
-    return not is_known or "create_sliding_window_causal_mask" in forward.__code__.co_names
+    return calls(decoder, "create_sliding_window_causal_mask") is not False
 
 
 class ModelMasks:

@@ -11,6 +11,7 @@ from ..choices import CONTEXT_GRADIENTS
 from ..handler import check_drop_rate
 from ..targets import TargetPlan
 from .checkpointing import is_reentrant
+from .same_code import calls
 from .swapping import is_sharded
 
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -117,8 +118,7 @@ def _check_shift(lm: nn.Module) -> None:
     """Raise ValueError where labels belong to the logits beside them: of transformers' models where no loss_function
     of theirs, which shifts them, takes the loss.
     """
-    forward: Any = inspect.unwrap(type(lm).forward)
-    if forward.__module__.startswith("transformers.models.") and "loss_function" not in forward.__code__.co_names:
+    if calls(lm, "loss_function") is False:
         raise ValueError(
             f"model: expected one whose labels are shifted by its loss for context, got {type(lm).__name__}"
         )
