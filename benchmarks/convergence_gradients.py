@@ -121,7 +121,7 @@ def table(rows: list[dict[str, str]], group: str) -> str:
     """
     newest = {(row["drop_rate"], row["method"]): row for row in rows if row["group"] == group}
     out = [
-        "| method | cosine of one plan | of the mean of plans | by noise alone it were | norm of one plan |",
+        "| method | cosine of one plan | of the mean (plans) | of the mean, if only noise | norm of one plan |",
         "|---|--:|--:|--:|--:|",
     ]
     for (rate, method), row in newest.items():

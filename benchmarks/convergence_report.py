@@ -45,9 +45,9 @@ def table(group: str, adapter: str, rows: Rows, steps: Rows) -> str:
     machines = dict.fromkeys(line.timed_on for line in lines if line.timed_on)
     timed_on = f"; step times on {' and '.join(machines)}" if machines else ""
     sources = list(_by_source(full))
-    columns = ["method", "batch", "step time", "backward FLOPs", "validation loss", "- undropped"]
-    columns += ["- undropped, same time (batch)", "- undropped, same backward (batch)"]
-    columns += [*(sources or ["- published (gap closed)"]), "seeds"]
+    columns = ["method", "batch", "step time", "backward FLOPs", "validation loss", "vs undropped"]
+    columns += ["vs undropped, same time (batch)", "vs undropped, same backward (batch)"]
+    columns += [*(sources or ["vs published (gap closed)"]), "seeds"]
     out = [
         f"{task.model}, {task.data}, {task.steps} steps of {task.batch_size} x {task.seq_len} bytes, learning rate "
         f"{', '.join(rates)}; validation loss {before:.3f} before{timed_on}.\n",
