@@ -74,17 +74,20 @@ def make_page(points: dict[Point, Rows]) -> str:
 
 INTRODUCTION = """# Kernels: what was measured
 
-Written by `python -m benchmarks.page` from the rows in `benchmarks/results`; do not edit. How a time is taken, and what
-each variant is, stands in [benchmarks/results/README.md](../benchmarks/results/README.md). CPU and GPU are kept apart.
+What every op costs at every size, against eager PyTorch, `torch.compile` and other packages. Written by `python -m
+benchmarks.page` from the rows in `benchmarks/results`; do not edit. What each variant is and how a time is taken:
+[benchmarks/results/README.md](../benchmarks/results/README.md). CPU and GPU are kept apart.
 
-"of copy" is the share of the bandwidth of a plain copy measured in the same run; what fits the cache can exceed 100 %.
-A ratio is the peer's median over ours in the same interleaved run: above 1 ours is faster. Below 0.97 it is a **loss**,
-printed bold; above 1/0.97 a win; between them nobody can tell. The newest run of each point counts. Losses stay.
+- A ratio ("vs eager") is the peer's median over ours in the same interleaved run: above 1 ours is faster. Below 0.97 it
+  is a **loss**, printed bold; above 1/0.97 a win; in between, nobody can tell. Losses stay.
+- "of copy" is the share of the bandwidth of a plain copy, measured in the same run. What fits the cache can exceed
+  100 %.
+- The newest run of each point counts.
 """
 NOTES = {
     "gated_residual_add": (
-        "The raw ops. The public function leaves the sum of two whole tensors and a plain scaled gradient to PyTorch's "
-        "own kernels, so that the losses of `sum`, `sum in place` and `scaled` meet nobody."
+        "These are the raw ops. The public function leaves the sum of two whole tensors and a plain scaled gradient to "
+        "PyTorch's own kernels, so the losses of `sum`, `sum in place` and `scaled` affect nobody."
     )
 }
 
@@ -154,7 +157,7 @@ def _table(points: dict[Point, Rows]) -> str:
 def _host_table(points: dict[Point, Rows]) -> str:
     """Microseconds of ours, of the aten calls it replaces and of the raw op; ours less that one has a target."""
     lines = [
-        "Above raw: what the public function takes longer than the raw op that it calls through the dispatcher, for",
+        "Above raw: how much longer the public function takes than the raw op that it calls through the dispatcher:",
         "its checks, and the node where autograd records the call. Targets: 3 us without a gradient, 10 us recorded.",
         "",
         "| op | | eager | aten | raw op | ours | vs eager | above raw | target | |",
