@@ -107,8 +107,6 @@ def with_data(rows, callback):
 
 @pytest.mark.parametrize("make", [supervised, preferences, groups])
 def test_a_shared_context_is_exact_in_their_losses(make, tmp_path, monkeypatch):
-    if make is not supervised and Version(trl.__version__) < Version("1.16"):
-        pytest.skip("earlier DPOTrainer and GRPOTrainer call the model without labels, and step warns of it")
     num_context = []
     share = TargetPlan.with_shared_context
     monkeypatch.setattr(

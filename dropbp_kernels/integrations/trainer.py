@@ -29,10 +29,12 @@ from .checkpointing import is_reentrant
 from .meters import PlanMeter, TimeMeter, saved_bytes_by_branch
 from .row_batches import stop_telling, tell_gates_of_batches
 from .swapping import is_sharded
+from .trainer_labels import stop_telling_labels, tell_labels
 from .transformers import apply_dropbp, check_options, patched_with, remove_dropbp
 
 try:
     from transformers.modeling_utils import PreTrainedModel
+    from transformers.trainer import Trainer
     from transformers.trainer_callback import CallbackHandler, ExportableState, TrainerCallback
 except ImportError as error:
     raise ImportError("DropBPCallback: needs transformers: pip install 'dropbp_kernels[trainer]'") from error
@@ -117,6 +119,7 @@ class DropBPCallback(TrainerCallback, ExportableState):
         self.options = options
         self.handler: DropBPHandler | None = None
         self._patched: nn.Module | None = None
+        self._told_by: Trainer | None = None  # of labels, while it trains by target plans
         self._is_calibrated = False
         self._inputs: dict[str, Any] | None = None  # of the last forward, while a probe waits for them
         self._capture: Any = None
@@ -149,6 +152,9 @@ class DropBPCallback(TrainerCallback, ExportableState):
         state.stateful_callbacks.setdefault(name, self.state())  # the Trainer writes into the entry it expects to find
         self._plans = PlanMeter(self._handler())
         self._times = TimeMeter(model) if self.measure else None
+        if (targets := self._handler().targets) is not None and (trainer := _calling_trainer()) is not None:
+            tell_labels(trainer, targets)
+            self._told_by = trainer
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._times is not None and state.is_world_process_zero:
@@ -207,6 +213,9 @@ class DropBPCallback(TrainerCallback, ExportableState):
         if self._times is not None:
             self._times.close()
         self._times = None
+        if self._told_by is not None:
+            stop_telling_labels(self._told_by)
+        self._told_by = None
 
     # ---- plans
 
@@ -379,6 +388,15 @@ class DropBPCallback(TrainerCallback, ExportableState):
                 )
         self._handler().load_state_dict(state)
         self._is_calibrated = saved["attributes"]["_is_calibrated"]
+
+
+def _calling_trainer() -> Trainer | None:
+    """The Trainer that runs, found like its callbacks in the frames of the call; None where somebody else calls."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and not isinstance(frame.f_locals.get("self"), Trainer):
+        frame = frame.f_back
+    found = frame.f_locals.get("self")
+    return found if isinstance(found, Trainer) else None
 
 
 def _check_parallel(args: Any, model: nn.Module, drop_rate: float) -> None:

@@ -1,0 +1,66 @@
+"""Labels that a Trainer tells by a completion_mask, and not to the model, as TRL's did before 1.15."""
+
+import pytest
+import torch
+from target_cases import tiny
+from torch.nn.functional import cross_entropy
+from transformers import Trainer, TrainingArguments
+
+from dropbp_kernels import DropBPCallback
+from dropbp_kernels.integrations.trainer_labels import labels_of
+from dropbp_kernels.targets import IGNORED
+
+TOKENS = torch.randint(3, 96, (4, 16), generator=torch.Generator().manual_seed(1))
+IS_COMPLETION = (torch.arange(16) >= 10) & (torch.arange(16) < torch.tensor([[16], [13], [14], [16]]))
+
+
+class OwnLoss(Trainer):
+    """Takes the loss of completions from the logits of a model that is called without labels."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        is_completion = inputs["completion_mask"].bool()
+        if "completion_ids" in inputs:
+            tokens = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+            is_completion = torch.cat([torch.zeros_like(inputs["prompt_ids"]).bool(), is_completion], dim=1)
+        else:
+            tokens = inputs["input_ids"]
+        logits = model(input_ids=tokens).logits
+        return cross_entropy(logits[:, :-1][is_completion[:, 1:]], tokens[:, 1:][is_completion[:, 1:]])
+
+
+def whole():
+    return {"input_ids": TOKENS, "completion_mask": IS_COMPLETION.long()}
+
+
+def parts():
+    return {
+        "prompt_ids": TOKENS[:, :10],
+        "completion_ids": TOKENS[:, 10:],
+        "completion_mask": IS_COMPLETION[:, 10:].long(),
+    }
+
+
+@pytest.mark.parametrize("batch_of", [whole, parts])
+def test_labels_of(batch_of):
+    expected = TOKENS.masked_fill(~IS_COMPLETION, IGNORED)
+    assert torch.equal(labels_of(batch_of()), expected)
+    assert labels_of({**batch_of(), "labels": TOKENS}) is None  # which the model is called with
+    assert labels_of({"input_ids": TOKENS}) is None
+
+
+@pytest.mark.parametrize("batch_of", [whole, parts])
+def test_the_loss_is_that_of_dense_training(batch_of, tmp_path):
+    batch, losses = batch_of(), []
+    data = [{name: values[row] for name, values in batch.items()} for row in range(4)]
+    for options in ({}, {"context": "inference", "context_gradient": "full"}):
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=4, per_device_train_batch_size=1, gradient_accumulation_steps=2, logging_steps=1,
+            report_to="none", use_cpu=True, remove_unused_columns=False, dataloader_pin_memory=False,
+        )  # fmt: skip
+        callback = DropBPCallback(0.0, **options)
+        trainer = OwnLoss(tiny(dtype=torch.float32), arguments, train_dataset=data, callbacks=[callback])
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert callback.handler.targets.num_target < 8  # of the 16 tokens of the last micro-batch
+    assert "compute_loss" not in vars(trainer)
