@@ -26,6 +26,7 @@ from .gates import DEFAULT_SEQ_LEN, check_called, check_engine, check_model, fin
 from .layer import checkpoint_branch
 from .plan import DropPlan, as_entry, draw_plan, set_plan
 from .report import Books, Report
+from .row_plan import RowsOfBranch
 from .samplers import Sampler, get_sampler
 from .schedules import Schedule, factor_at, get_schedule
 from .sensitivity import mean_over_ranks
@@ -200,7 +201,7 @@ class DropBPHandler:
 
     def _tell_targets(self, labels: Tensor | None = None) -> None:
         if self.targets is not None:
-            self.targets.seed, self.targets.step, self.targets.labels = self.seed, self.plan.step, labels
+            self.targets.seed, self.targets.step, self.targets.labels = self.seed, self.num_steps - 1, labels
             self.targets.num_target, self.targets.was_dense, self.targets.num_tokens = None, False, 0
             self.targets.zero_gradient = False
 
@@ -209,9 +210,12 @@ class DropBPHandler:
 
         Errors: TypeError or ValueError when a sampler or schedule of the user's returns something else than it should.
         """
+        return self._draw(step, self.rates_at(step))
+
+    def _draw(self, step: int, rates: Sequence[float]) -> DropPlan:
         return draw_plan(
             self.gates,
-            self.rates_at(step),
+            rates,
             self._flops_of_plans,
             sampler=self.sampler,
             granularity=self.granularity,
@@ -234,7 +238,12 @@ class DropBPHandler:
                 f"plan: expected a list with one entry for each of the {len(self.gates)} branches, got "
                 f"{type(kept).__name__}"
             )
-        self._put_plan(DropPlan(tuple(map(as_entry, kept)), seed=self.seed), self.drop_rates)
+        entries = tuple(map(as_entry, kept))
+        drawn = next((entry.plan for entry in entries if isinstance(entry, RowsOfBranch)), None)
+        if drawn is None:
+            self._put_plan(DropPlan(entries, seed=self.seed), self.drop_rates)
+        else:  # rows that were drawn and are put back stay those of their step, at its rates
+            self._put_plan(DropPlan(entries, drawn.step, drawn.seed), drawn.drop_rates)
         for gate in self.gates.values():
             gate.unstepped = None
         return self.plan
@@ -245,7 +254,7 @@ class DropBPHandler:
         set_plan(self.gates, plan.kept)
         for gate, rate in zip(self.gates.values(), rates, strict=True):
             gate.grad_scale = 1.0 / (1.0 - rate) if self.grad_scale == "unbiased" else float(self.grad_scale)
-        self.plan = plan
+        self.plan, self._plan_rates = plan, list(rates)
 
     def _check_last_step(self) -> None:
         """Whether every gate was called, in strict mode; warn, once, where labels told no context from targets."""
@@ -380,6 +389,7 @@ class DropBPHandler:
             "aligned": self.aligned,
             "plan": [entry if isinstance(entry, bool) else entry.as_list() for entry in self.plan],
             "plan_step": self.plan.step,
+            "plan_rates": list(self._plan_rates),
             "num_kept": list(num_kept),
             "num_rows": list(num_rows),
         }
@@ -394,7 +404,7 @@ class DropBPHandler:
             raise TypeError(f"state: expected what state_dict returned, got {type(state).__name__}")
         if state.get("version") != STATE_VERSION:
             raise ValueError(f"state: expected version {STATE_VERSION}, got {state.get('version')!r}")
-        newer = ("granularity", "aligned", "num_rows", "total_steps")  # what older states lack
+        newer = ("granularity", "aligned", "num_rows", "total_steps", "plan_rates")  # what older states lack
         needed = [name for name in self.state_dict() if name not in newer]
         if missing := [name for name in needed if name not in state]:
             raise ValueError(f"state: expected the keys {', '.join(needed)}; it lacks {', '.join(missing)}")
@@ -412,8 +422,10 @@ class DropBPHandler:
         loaded._books = Books(state["num_kept"], state.get("num_rows", [loaded.num_steps] * len(self.gates)))
         loaded._awaits_call = False
         step, entries = state["plan_step"], state["plan"]
-        is_drawn = None in entries  # rows, which are drawn again
-        plan = loaded.draw(step) if is_drawn else DropPlan(tuple(map(as_entry, entries)), step, loaded.seed)
-        loaded._put_plan(plan, loaded.rates_at(step) if step >= 0 else loaded.drop_rates)
+        rates = state.get("plan_rates") or (loaded.rates_at(step) if step >= 0 else loaded.drop_rates)
+        if None in entries:  # rows, which are drawn again
+            drawn = loaded._draw(step, rates)
+            entries = [again if entry is None else entry for entry, again in zip(entries, drawn, strict=True)]
+        loaded._put_plan(DropPlan(tuple(map(as_entry, entries)), step, loaded.seed), rates)
         vars(self).update(vars(loaded))
         self._tell_targets()

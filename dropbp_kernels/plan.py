@@ -27,7 +27,8 @@ class DropPlan:
 
     kept: True where the backward of the branch runs, False where the branch runs like inference; under a plan that
         differs from row to row, the entry that says which rows are kept.
-    step: number of the step the plan was drawn for, from 0; -1 for a plan that was set by hand.
+    step: number of the step the plan was drawn for, from 0; -1 for a plan that was set by hand, none of whose rows
+        were drawn.
     seed: seed of the handler that drew it.
     """
 

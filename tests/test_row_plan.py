@@ -211,6 +211,35 @@ def test_rows_by_hand_are_put_back_by_a_state():
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        lambda handler: handler.set_plan(handler.plan.kept),
+        lambda handler: handler.set_plan([*handler.plan.kept[:2], False, torch.arange(8) < 3]),
+        lambda handler: handler.set_drop_rates([0.25] * 4),  # of which the step that runs knows nothing
+    ],
+    ids=["put back", "put back in part", "rates of the next step"],
+)
+def test_a_state_restores_the_rows_of_the_step_that_runs(change):
+    def fresh():
+        model = toy_model(4)
+        return model, DropBPHandler(model, 0.5, granularity="sample", grad_scale="unbiased", strict=False)
+
+    def gradients_of(model):
+        model(torch.randn(8, 3, 8, generator=torch.Generator().manual_seed(0))).square().sum().backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    model, handler = fresh()
+    handler.step()
+    handler.step()
+    change(handler)
+    resumed_model, resumed = fresh()
+    resumed.load_state_dict(json.loads(json.dumps(handler.state_dict())))
+    assert resumed.state_dict() == handler.state_dict()
+    for ours, theirs in zip(gradients_of(resumed_model), gradients_of(model), strict=True):
+        assert (ours is None and theirs is None) or torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
     ("aligned", "runs"),
     [(False, [0, 1, 2, 3, 4, 5]), (True, [0] * 6), (1, [0, 0, 1, 1, 2, 2]), (2, [0, 0, 0, 0, 1, 1])],
 )

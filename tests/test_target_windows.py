@@ -57,6 +57,21 @@ def test_equals_a_target_plan_of_the_labels_of_the_window(context_gradient):
         assert_same(backward(model, batch), backward(by_hand, {**batch, "labels": labels}), **CLOSE)
 
 
+def test_a_state_keeps_the_window_of_a_step_whose_plan_was_set_by_hand():
+    def fresh():
+        model = tiny()
+        options = {"context": "inference", "target_windows": NUM_WINDOWS, "strict": False}
+        return model, apply_dropbp(model, 0.0, **options)
+
+    model, handler = fresh()
+    for _ in range(3):
+        handler.step()
+    handler.set_plan([True] * len(handler.gates))
+    resumed_model, resumed = fresh()
+    resumed.load_state_dict(handler.state_dict())
+    assert_same(backward(resumed_model, chat()), backward(model, chat()), rtol=0.0, atol=0.0)
+
+
 def test_windows_make_up_the_whole_gradient():
     """Where nothing is left out, the mean over the windows is the dense gradient: equal windows, equal weights."""
     tokens = torch.randint(3, 96, (2, 17), generator=torch.Generator().manual_seed(1))  # 16 targets a sample
