@@ -162,6 +162,10 @@ class DropBPHandler:
     def step(self, labels: Tensor | None = None) -> DropPlan:
         """Draw the plan of the next step and set it; call once per optimizer step, before the forward.
 
+        A block in a `torch.utils.checkpoint` of your own is computed again by the plan of then, so there call it after
+        the backward of the step before: else gradients are wrong where torch does not notice. transformers'
+        checkpointing and `checkpoint` of the handler know their plan.
+
         labels: for a model patched with context="inference" that is called without labels, because the caller takes the
             loss: int64 (batch, seq_len), not shifted, -100 where there is no loss. They hold until the next step; for
             several micro-batches of one optimizer step call `step` before each.
