@@ -48,6 +48,21 @@ def test_full_is_the_dense_gradient(model_type, attention):
     assert_same(backward(model, batch), dense, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("drop_rate", [0.0, 0.5])
+def test_a_block_that_runs_several_times_leaves_its_keys_each_time(drop_rate, cut_attention):
+    """Its number is not that of its last run, in which a context stage ends."""
+    model, batch = tiny("hrm_text", attn_implementation="sdpa"), chat()
+    dense_model = cut_attention(copy.deepcopy(model), is_target(batch["labels"]))
+    with pytest.warns(UserWarning, match="only part of its blocks"):
+        handler = apply_dropbp(model, drop_rate, context="inference", granularity="sample")
+    handler.step()
+    ours, dense = backward(model, batch), backward(dense_model, batch)
+    if drop_rate:
+        torch.testing.assert_close(ours[0], dense[0], **CLOSE)
+    else:
+        assert_same(ours, dense, **CLOSE)
+
+
 def test_a_sliding_window_slides_over_places_and_not_over_stages():
     model, batch = tiny("mistral", sliding_window=5), chat()
     dense = backward(copy.deepcopy(model), batch)

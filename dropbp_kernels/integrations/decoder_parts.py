@@ -29,6 +29,9 @@ class DecoderParts:
         attention = {name: module for name, module in modules.items() if _is_attention(module)}
         self.attention: list[Any] = list(attention.values())
         self._name = max(attention, key=lambda name: attention[name].layer_idx, default="")
+        number = getattr(attention.get(self._name), "layer_idx", None)
+        stacks = {name.split(f".{number}.")[0] for name, module in attention.items() if module.layer_idx == number}
+        self._runs_last = len(stacks) == 1  # of a number that two stacks have (HRM's) nobody knows
         self.around = _around(decoder, self._name)
         self._types = [type(module) for module in self.around]
         self.gathers_weights = gathers_weights(decoder)
@@ -45,10 +48,11 @@ class DecoderParts:
     def last_keys(self) -> int | None:
         """The last layer that leaves keys to later stages: in it a context stage may end, before its attention and MLP.
 
-        None where a module around them has to see its own end, since hooks of it bring weights and take them away.
+        None where a module around them has to see its own end, since hooks of it bring weights and take them away, or
+        where the highest number does not say which layer runs last.
         """
         held = any(module._forward_hooks or hasattr(module, "_hf_hook") for module in self.around)
-        if held or self.gathers_weights or not self.attention:
+        if held or self.gathers_weights or not self._runs_last:
             return None
         return self.around[-1].layer_idx  # type: ignore[return-value]
 
