@@ -26,7 +26,7 @@ from finetune_runs import (  # noqa: F401
 )
 from transformers import AutoModelForCausalLM
 
-from dropbp_kernels.cli import builtin, compare, main, training
+from dropbp_kernels.cli import builtin, compare, compare_report, main, training
 from dropbp_kernels.cli.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("one_thread", "place")
@@ -158,6 +158,22 @@ def test_ctrl_c_in_a_process_of_its_own(tmp_path):
     assert 1 <= done < 100000
     assert torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["step"] == done
     assert len(losses(tmp_path / "out")) == done
+
+
+def test_interrupted_behind_the_last_step_leaves_what_is_known(tmp_path, monkeypatch, capsys):
+    def interrupt(run):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare_report, "measure_memory", interrupt)
+    assert finetune("out", "--no-compare") == 130
+    assert "Traceback" not in capsys.readouterr().err
+    found = report(tmp_path / "out")
+    (result,) = found["results"].values()
+    assert found["finished"]
+    assert result["saved_bytes"] is None
+    assert result["steps"] == found["steps_done"] == len(losses(tmp_path / "out"))
+    assert result["validation_loss_after"] is not None
+    assert (tmp_path / "out" / "adapter").is_dir()
 
 
 def test_interrupted_pretraining_leaves_nothing(tmp_path, monkeypatch):

@@ -57,8 +57,11 @@ def _peak_bytes(run: Run, batch: Sequence[torch.Tensor]) -> int:
     return live.peak_bytes
 
 
-def result(run: Run, with_memory: bool = True) -> dict[str, Any]:
-    """What a run cost and reached, for the table and for report.json. Times are medians, in milliseconds."""
+def result(run: Run) -> dict[str, Any]:
+    """What a run cost and reached, for the table and for report.json; its bytes are left to `measure_memory`.
+
+    Times are medians, in milliseconds.
+    """
     history = run.history
     last = history.train_loss[-max(1, len(history.train_loss) // 10) :]
     kept: float | None = 1.0 if run.handler is None else run.handler.report()["flops_kept"]
@@ -80,7 +83,8 @@ def result(run: Run, with_memory: bool = True) -> dict[str, Any]:
         "step_ms": _median_ms(history.step_s),
         "training_s": sum(history.step_s),
         "calibration_s": history.calibration_s,
-        **(measure_memory(run) if with_memory else {"saved_bytes": None, "peak_live_bytes": None}),
+        "saved_bytes": None,
+        "peak_live_bytes": None,
         "rows_with_backward": rows,
         # Of the branches' backward work for the full batch without dropping.
         "backward_flops_kept": None if kept is None else kept * run.batch_size / run.settings.batch_size,

@@ -51,7 +51,7 @@ def finetune(settings: Settings, folder: Path, resumed: dict[str, Any] | None) -
     is_finished = done == settings.steps
     if is_finished:  # first of all what was trained
         _save_model(runs[-1], tokenizer, folder)
-    results = {run.name: compare_report.result(run, with_memory=is_finished) for run in runs}
+    results = {run.name: compare_report.result(run) for run in runs}
     report = {
         "finished": is_finished,
         "steps_done": done,
@@ -64,12 +64,16 @@ def finetune(settings: Settings, folder: Path, resumed: dict[str, Any] | None) -
         "results": results,
         "wall_s": time.perf_counter() - begin,
     }
-    _write(folder, report, runs)
+    _write(folder, report, runs)  # before bytes are counted, which takes a while and may be interrupted
     if not is_finished:
         print(
             f"interrupted after {done} of {settings.steps} steps; to go on: dropbp-kernels finetune --resume {folder}"
         )
         return INTERRUPTED
+    for run in runs:
+        results[run.name].update(compare_report.measure_memory(run))
+    report["wall_s"] = time.perf_counter() - begin
+    _write_report(folder, report)
     _show(folder, report, runs)
     return 0
 
@@ -115,8 +119,12 @@ def _print_plan(settings: Settings, data: Data, folder: Path) -> None:
     )
 
 
-def _write(folder: Path, report: dict[str, Any], runs: Sequence[Run]) -> None:
+def _write_report(folder: Path, report: dict[str, Any]) -> None:
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _write(folder: Path, report: dict[str, Any], runs: Sequence[Run]) -> None:
+    _write_report(folder, report)
     rows = compare_report.loss_rows(runs)
     with open(folder / "losses.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, compare_report.LOSS_FIELDS)
