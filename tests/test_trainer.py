@@ -329,7 +329,7 @@ def test_ddp_that_does_not_look_for_unused_parameters_is_refused(option, checkpo
     trainer_module._check_parallel(args, model, 0.5)
 
 
-@pytest.mark.parametrize("wrapped_by", ["PEFT", "FSDP2", "DeepSpeed"])
+@pytest.mark.parametrize("wrapped_by", ["PEFT", "FSDP2", "DeepSpeed", "tensor parallel"])
 def test_what_ddp_finds_by_itself_or_what_is_no_ddp_is_not_refused(wrapped_by):
     """accelerate's launcher asks for FSDP and DeepSpeed past TrainingArguments."""
     from types import SimpleNamespace
@@ -338,6 +338,8 @@ def test_what_ddp_finds_by_itself_or_what_is_no_ddp_is_not_refused(wrapped_by):
     model.gradient_checkpointing_enable({"use_reentrant": False})
     if wrapped_by == "PEFT":
         model = with_lora(model)
+    if wrapped_by == "tensor parallel":
+        model._tp_size = 2
     if wrapped_by == "FSDP2":
         block = model.model.layers[0]
         block.__class__ = type("FSDPLlamaDecoderLayer", (type("FSDPModule", (), {}), type(block)), {})

@@ -414,6 +414,8 @@ def _check_parallel(args: Any, model: nn.Module, drop_rate: float) -> None:
         )
     if args.parallel_mode.value != "distributed" or drop_rate == 0.0 or args.deepspeed_plugin or is_sharded(model):
         return
+    if (getattr(model, "tp_size", None) or 1) > 1:  # tensor parallel, which accelerate wraps in no DDP
+        return
     finds_unused = args.ddp_find_unused_parameters
     if finds_unused is None:  # the Trainer's own choice then, which is another one for what PEFT has wrapped
         checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
