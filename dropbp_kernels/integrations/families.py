@@ -14,28 +14,57 @@ and a branch, "cross_attention?", one that not every block has: it exists where 
 What is applied after the add (the norms of a post-norm block: BERT) belongs to the stream and stays out.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from .family import Family
 from .fusing import pre_norm_forward
 
 
-def _layout(attention: str, mlp: str) -> dict[str, tuple[str, ...]]:
+def _chains(attention: str, mlp: str) -> dict[str, tuple[str, ...]]:
     return {"attention": tuple(attention.split()), "mlp": tuple(mlp.split())}
 
 
-_LLAMA = _layout("input_layernorm self_attn", "post_attention_layernorm mlp")
-_SANDWICH = _layout(
-    "input_layernorm self_attn post_attention_layernorm",
-    "pre_feedforward_layernorm mlp post_feedforward_layernorm",
-)
-_PARALLEL = _layout("input_layernorm self_attn", "input_layernorm mlp")
-_GLM4 = _layout("input_layernorm self_attn post_self_attn_layernorm", "post_attention_layernorm mlp post_mlp_layernorm")
+def _classes(names: str, suffix: str) -> tuple[str, ...]:
+    return tuple(name + suffix for name in names.split())
+
+
+def _sequential(
+    *blocks: str,
+    attention: str = "input_layernorm self_attn",
+    mlp: str = "post_attention_layernorm mlp",
+    when: Callable[[Any], bool] | None = None,
+    scale: str | None = None,
+    clamps_half: bool = False,
+) -> Family:
+    """Blocks that add their branches one after the other, so that an add can wait for the norm behind it.
+
+    attention, mlp: all that a branch calls between stream and add, in its order: beside its modules an activation
+    ("activation_fn") and dropouts ("...dropout", a module or a probability). when: as in `Family`. scale, clamps_half:
+    as in `pre_norm_forward`.
+    """
+    called = _chains(attention, mlp)
+    branches = {
+        branch: tuple(name for name in names if name != "activation_fn" and not name.endswith("dropout"))
+        for branch, names in called.items()
+    }
+    return Family(blocks, branches, when, pre_norm_forward(called, scale, clamps_half))
+
+
+_LLAMA = _chains("input_layernorm self_attn", "post_attention_layernorm mlp")
+_PARALLEL = _chains("input_layernorm self_attn", "input_layernorm mlp")
+_SANDWICH: dict[str, Any] = {
+    "attention": "input_layernorm self_attn post_attention_layernorm",
+    "mlp": "pre_feedforward_layernorm mlp post_feedforward_layernorm",
+}
 _BERT = {
     "attention": ("attention.self", "attention.output.dense"),
     "cross_attention?": ("crossattention.self", "crossattention.output.dense"),
     "mlp": ("intermediate", "output.dense"),
 }
+_BERT_LAYERS = """
+    Bert BertGeneration BigBird Camembert Data2VecText Electra Ernie RemBert RoCBert Roberta RoFormer XLMRoberta
+"""
 _GPT2 = {
     "attention": ("ln_1", "attn"),
     "cross_attention?": ("ln_cross_attn", "crossattention"),
@@ -54,15 +83,8 @@ _LIKE_LLAMA = """
     Ministral3 Olmoe Phimoe SeedOss SmolLM3 SolarOpen Youtu
 """
 
-
-def _sequential(*blocks: str, layout: dict[str, tuple[str, ...]] = _LLAMA, scale: str | None = None) -> Family:
-    """Blocks that add their branches one after the other, with nothing between modules and add but `scale`."""
-    forward = pre_norm_forward(" ".join(layout["attention"]), " ".join(layout["mlp"]), scale)
-    return Family(blocks, layout, forward=forward)
-
-
 FAMILIES: dict[str, Family] = {
-    "llama": _sequential(*(f"{name}DecoderLayer" for name in _LIKE_LLAMA.split())),
+    "llama": _sequential(*_classes(_LIKE_LLAMA, "DecoderLayer")),
     "mistral": _sequential("MistralDecoderLayer"),
     "qwen2": _sequential("Qwen2DecoderLayer"),
     "qwen3": _sequential("Qwen3DecoderLayer"),
@@ -70,60 +92,50 @@ FAMILIES: dict[str, Family] = {
     "qwen2_moe": _sequential("Qwen2MoeDecoderLayer"),
     "qwen3_moe": _sequential("Qwen3MoeDecoderLayer"),
     "gemma": _sequential("GemmaDecoderLayer"),
-    "gemma2": _sequential("Gemma2DecoderLayer", layout=_SANDWICH),
-    "gemma3": _sequential("Gemma3DecoderLayer", layout=_SANDWICH),
-    "vaultgemma": _sequential(
-        "VaultGemmaDecoderLayer", layout=_layout("input_layernorm self_attn", "pre_feedforward_layernorm mlp")
-    ),
+    "gemma2": _sequential("Gemma2DecoderLayer", **_SANDWICH),
+    "gemma3": _sequential("Gemma3DecoderLayer", **_SANDWICH),
+    "vaultgemma": _sequential("VaultGemmaDecoderLayer", mlp="pre_feedforward_layernorm mlp"),
     "phi": Family(("PhiDecoderLayer",), _PARALLEL),
-    "phi3": Family(
-        ("Phi3DecoderLayer", "Phi4MultimodalDecoderLayer"),
-        _LLAMA,
-        forward=pre_norm_forward(
-            "input_layernorm self_attn resid_attn_dropout", "post_attention_layernorm mlp resid_mlp_dropout"
-        ),
+    "phi3": _sequential(
+        "Phi3DecoderLayer",
+        "Phi4MultimodalDecoderLayer",
+        attention="input_layernorm self_attn resid_attn_dropout",
+        mlp="post_attention_layernorm mlp resid_mlp_dropout",
     ),
-    "gpt2": Family(
-        ("GPT2Block",),
-        _layout("ln_1 attn", "ln_2 mlp"),
-        when=lambda block: not hasattr(block, "crossattention"),
-        forward=pre_norm_forward("ln_1 attn", "ln_2 mlp"),
+    "gpt2": _sequential(
+        "GPT2Block", attention="ln_1 attn", mlp="ln_2 mlp", when=lambda block: not hasattr(block, "crossattention")
     ),
     "gpt2_cross": Family(("GPT2Block",), _GPT2, when=lambda block: hasattr(block, "crossattention")),
     "gpt_bigcode": Family(("GPTBigCodeBlock",), _GPT2),
-    "gpt_neox_sequential": Family(
-        ("GPTNeoXLayer",),
-        _layout("input_layernorm attention", "post_attention_layernorm mlp"),
+    "gpt_neox_sequential": _sequential(
+        "GPTNeoXLayer",
+        attention="input_layernorm attention post_attention_dropout",
+        mlp="post_attention_layernorm mlp post_mlp_dropout",
         when=lambda block: not block.use_parallel_residual,
-        forward=pre_norm_forward(
-            "input_layernorm attention post_attention_dropout", "post_attention_layernorm mlp post_mlp_dropout"
-        ),
     ),
     "gpt_neox": Family(
         ("GPTNeoXLayer",),
-        _layout("input_layernorm attention", "post_attention_layernorm mlp"),
+        _chains("input_layernorm attention", "post_attention_layernorm mlp"),
         when=lambda block: block.use_parallel_residual,
     ),
-    "gptj": Family(("GPTJBlock",), _layout("ln_1 attn", "ln_1 mlp")),
+    "gptj": Family(("GPTJBlock",), _chains("ln_1 attn", "ln_1 mlp")),
     "falcon": Family(
         ("FalconDecoderLayer",),
-        _layout("ln_attn|input_layernorm self_attention", "ln_mlp|post_attention_layernorm|input_layernorm mlp"),
+        _chains("ln_attn|input_layernorm self_attention", "ln_mlp|post_attention_layernorm|input_layernorm mlp"),
     ),
-    "opt": Family(
-        ("OPTDecoderLayer",),
-        _layout("self_attn_layer_norm self_attn", "final_layer_norm fc1 fc2"),
+    "opt": _sequential(
+        "OPTDecoderLayer",
+        attention="self_attn_layer_norm self_attn dropout",
+        mlp="final_layer_norm fc1 activation_fn fc2 dropout",
         when=lambda block: block.do_layer_norm_before,
-        forward=pre_norm_forward(
-            "self_attn_layer_norm self_attn dropout", "final_layer_norm fc1 activation_fn fc2 dropout"
-        ),
     ),
     "opt_post_norm": Family(
-        ("OPTDecoderLayer",), _layout("self_attn", "fc1 fc2"), when=lambda block: not block.do_layer_norm_before
+        ("OPTDecoderLayer",), _chains("self_attn", "fc1 fc2"), when=lambda block: not block.do_layer_norm_before
     ),
     # Bloom adds inside its attention and its MLP; the scores between the linears are constants when those are.
     "bloom": Family(
         ("BloomBlock",),
-        _layout(
+        _chains(
             "input_layernorm self_attention.query_key_value self_attention.dense",
             "post_attention_layernorm mlp.dense_h_to_4h mlp.dense_4h_to_h",
         ),
@@ -131,99 +143,71 @@ FAMILIES: dict[str, Family] = {
     ),
     "bloom_post_norm": Family(
         ("BloomBlock",),
-        _layout("self_attention.query_key_value self_attention.dense", "mlp.dense_h_to_4h mlp.dense_4h_to_h"),
+        _chains("self_attention.query_key_value self_attention.dense", "mlp.dense_h_to_4h mlp.dense_4h_to_h"),
         when=lambda block: block.apply_residual_connection_post_layernorm,
     ),
     "starcoder2": _sequential("Starcoder2DecoderLayer"),
     "olmo2": Family(
-        ("Olmo2DecoderLayer",), _layout("self_attn post_attention_layernorm", "mlp post_feedforward_layernorm")
+        ("Olmo2DecoderLayer",), _chains("self_attn post_attention_layernorm", "mlp post_feedforward_layernorm")
     ),
     "cohere": Family(("CohereDecoderLayer",), _PARALLEL),
-    "stablelm": Family(
-        ("StableLmDecoderLayer",),
-        _LLAMA,
+    "stablelm": _sequential(
+        "StableLmDecoderLayer",
+        mlp="post_attention_layernorm mlp dropout",
         when=lambda block: not block.use_parallel_residual,
-        forward=pre_norm_forward(mlp="post_attention_layernorm mlp dropout"),
     ),
     "stablelm_parallel": Family(("StableLmDecoderLayer",), _PARALLEL, when=lambda block: block.use_parallel_residual),
     "granite": _sequential("GraniteDecoderLayer", "GraniteSWADecoderLayer", scale="residual_multiplier"),
     "granitemoe": _sequential(
-        "GraniteMoeDecoderLayer",
-        layout=_layout("input_layernorm self_attn", "post_attention_layernorm block_sparse_moe"),
-        scale="residual_multiplier",
+        "GraniteMoeDecoderLayer", mlp="post_attention_layernorm block_sparse_moe", scale="residual_multiplier"
     ),
     "hyperclovax": _sequential(
         "HyperCLOVAXDecoderLayer",
-        layout=_layout("input_layernorm self_attn post_norm1", "post_attention_layernorm mlp post_norm2"),
+        attention="input_layernorm self_attn post_norm1",
+        mlp="post_attention_layernorm mlp post_norm2",
         scale="residual_multiplier",
     ),
     "minicpm3": _sequential("MiniCPM3DecoderLayer", scale="residual_scale"),
     "apertus": _sequential(
-        "ApertusDecoderLayer", layout=_layout("attention_layernorm self_attn", "feedforward_layernorm mlp")
+        "ApertusDecoderLayer", attention="attention_layernorm self_attn", mlp="feedforward_layernorm mlp"
     ),
-    "glm4": _sequential("Glm4DecoderLayer", "Kolibri1DecoderLayer", layout=_GLM4),
-    "jetmoe": _sequential(
-        "JetMoeDecoderLayer", layout=_layout("input_layernorm self_attention", "post_attention_layernorm mlp")
+    "glm4": _sequential(
+        "Glm4DecoderLayer",
+        "Kolibri1DecoderLayer",
+        attention="input_layernorm self_attn post_self_attn_layernorm",
+        mlp="post_attention_layernorm mlp post_mlp_layernorm",
     ),
-    "emu3": Family(
-        ("Emu3DecoderLayer",),
-        _LLAMA,
-        forward=pre_norm_forward("input_layernorm self_attn dropout", "post_attention_layernorm mlp dropout"),
+    "jetmoe": _sequential("JetMoeDecoderLayer", attention="input_layernorm self_attention"),
+    "emu3": _sequential(
+        "Emu3DecoderLayer",
+        attention="input_layernorm self_attn dropout",
+        mlp="post_attention_layernorm mlp dropout",
     ),
-    "biogpt": Family(
-        ("BioGptDecoderLayer",),
-        _layout("self_attn_layer_norm self_attn", "final_layer_norm fc1 fc2"),
-        forward=pre_norm_forward(
-            "self_attn_layer_norm self_attn dropout",
-            "final_layer_norm fc1 activation_fn activation_dropout fc2 dropout",
-        ),
+    "biogpt": _sequential(
+        "BioGptDecoderLayer",
+        attention="self_attn_layer_norm self_attn dropout",
+        mlp="final_layer_norm fc1 activation_fn activation_dropout fc2 dropout",
     ),
-    "persimmon": Family(
-        ("PersimmonDecoderLayer",),
-        _LLAMA,
-        forward=pre_norm_forward(mlp="post_attention_layernorm mlp dropout"),
-    ),
+    "persimmon": _sequential("PersimmonDecoderLayer", mlp="post_attention_layernorm mlp dropout"),
     "deepseek_v2": _sequential("DeepseekV2DecoderLayer"),
     "deepseek_v3": _sequential("DeepseekV3DecoderLayer"),
-    "bert": Family(
-        (
-            *(
-                "BertLayer",
-                "BertGenerationLayer",
-                "BigBirdLayer",
-                "CamembertLayer",
-                "Data2VecTextLayer",
-                "ElectraLayer",
-            ),
-            *("ErnieLayer", "RemBertLayer", "RoCBertLayer", "RobertaLayer", "RoFormerLayer", "XLMRobertaLayer"),
-        ),
-        _BERT,
-    ),
+    "bert": Family(_classes(_BERT_LAYERS, "Layer"), _BERT),
     "bart": Family(
         (
-            *("BartDecoderLayer", "BlenderbotSmallDecoderLayer", "MarianDecoderLayer", "MvpDecoderLayer"),
-            *("PLBartDecoderLayer", "TrOCRDecoderLayer"),
-            *("BartEncoderLayer", "BlenderbotSmallEncoderLayer", "MarianEncoderLayer", "MvpEncoderLayer"),
-            *("PLBartEncoderLayer",),
+            *_classes("Bart BlenderbotSmall Marian Mvp PLBart TrOCR", "DecoderLayer"),
+            *_classes("Bart BlenderbotSmall Marian Mvp PLBart", "EncoderLayer"),
         ),
         {"attention": ("self_attn",), "cross_attention?": ("encoder_attn",), "mlp": ("fc1", "fc2")},
     ),
     "doge": Family(("DogeDecoderLayer",), _LLAMA),  # scales the stream by parameters, which stay with the stream
-    "minimax": Family(("MiniMaxDecoderLayer",), _layout("self_attn", "mlp")),  # its norms are in the stream
-    "rwkv": Family(("RwkvBlock",), _layout("ln1 attention", "ln2 feed_forward"), per_token=()),  # shifts tokens
-    "vit": Family(
-        ("ViTLayer",),
-        _layout("layernorm_before attention", "layernorm_after mlp"),
-        forward=pre_norm_forward("layernorm_before attention dropout", "layernorm_after mlp dropout"),
-    ),
-    "whisper_encoder": Family(
-        ("WhisperEncoderLayer",),
-        _layout("self_attn_layer_norm self_attn", "final_layer_norm fc1 fc2"),
-        forward=pre_norm_forward(
-            "self_attn_layer_norm self_attn dropout",
-            "final_layer_norm fc1 activation_fn activation_dropout fc2 dropout",
-            clamps_half=True,
-        ),
+    "minimax": Family(("MiniMaxDecoderLayer",), _chains("self_attn", "mlp")),  # its norms are in the stream
+    "rwkv": Family(("RwkvBlock",), _chains("ln1 attention", "ln2 feed_forward"), per_token=()),  # shifts tokens
+    "vit": _sequential("ViTLayer", attention="layernorm_before attention dropout", mlp="layernorm_after mlp dropout"),
+    "whisper_encoder": _sequential(
+        "WhisperEncoderLayer",
+        attention="self_attn_layer_norm self_attn dropout",
+        mlp="final_layer_norm fc1 activation_fn activation_dropout fc2 dropout",
+        clamps_half=True,
     ),
     "whisper": Family(("WhisperDecoderLayer",), _WHISPER),
     "t5": Family(

@@ -15,6 +15,7 @@ is either, so that a value does not depend on what is checkpointed.
 import functools
 import inspect
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,21 +169,17 @@ class PreNormForward:
 
 
 def pre_norm_forward(
-    attention: str = "input_layernorm self_attn",
-    mlp: str = "post_attention_layernorm mlp",
-    scale: str | None = None,
-    *,
-    clamps_half: bool = False,
+    chains: Mapping[str, Sequence[str]], scale: str | None = None, clamps_half: bool = False
 ) -> PreNormForward:
     """The forward of a block that adds attention(norm(x)), then mlp(norm(x)).
 
-    attention, mlp: the names of each branch's modules, the pre-norm first, and of what else runs between them: an
-    activation, or a number, the probability of a dropout. scale: the block's attribute that multiplies what is added.
-    clamps_half: as in `PreNormForward`.
+    chains: by branch, in their order, the names of its modules, the pre-norm first, and of what else runs between them:
+    an activation, or a number, the probability of a dropout. scale: the block's attribute that multiplies what is
+    added. clamps_half: as in `PreNormForward`.
     """
     branches = tuple(
         _Branch(f"gate_{name}", norm, tuple(modules), name == "attention", scale)
-        for name, (norm, *modules) in (("attention", attention.split()), ("mlp", mlp.split()))
+        for name, (norm, *modules) in chains.items()
     )
     return PreNormForward(branches, clamps_half)
 
