@@ -33,6 +33,7 @@ from typing import Any
 import torch
 
 from . import reference
+from .choices import check_choice
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 LADDER = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -60,8 +61,8 @@ _missing: dict[str, str] = {}  # backend -> why it cannot serve
 
 def _forced() -> str | None:
     name = os.environ.get("DROPBP_KERNELS_BACKEND")
-    if name is not None and name not in BACKENDS:
-        raise ValueError(f"DROPBP_KERNELS_BACKEND: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    if name is not None:
+        check_choice("DROPBP_KERNELS_BACKEND", name, BACKENDS)
     return name
 
 
@@ -156,8 +157,7 @@ def use_backend(backend: str) -> Iterator[None]:
     `cpp` and `cuda` serve their device already where they are built, so for them this only checks that they do.
     Errors: ValueError for an unknown backend, RuntimeError when it cannot serve on this machine, with the reason.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_choice("backend", backend, BACKENDS)
     if backend in _missing:
         raise RuntimeError(f"backend {backend!r} cannot serve here: {_missing[backend]}")
     library = torch.library.Library("dropbp_kernels", "IMPL")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from . import _backend
-from .choices import ALLOCATIONS
+from .choices import ALLOCATIONS, check_choice
 
 STEP = 0.1
 CAP = 0.9
@@ -181,8 +181,7 @@ def allocate(
             elsewhere. The others: a sort and a few sums per branch.
     Source: DropBP (arXiv 2402.17812), section 3.3; github.com/WooSunghyeon/dropbp.
     """
-    if method not in ALLOCATIONS:
-        raise ValueError(f"method: expected one of {', '.join(ALLOCATIONS)}, got {method!r}")
+    check_choice("method", method, ALLOCATIONS)
     if len(sensitivities) != len(flops):
         raise ValueError(f"flops: expected one for each of the {len(sensitivities)} sensitivities, got {len(flops)}")
     if not len(flops):

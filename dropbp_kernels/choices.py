@@ -5,3 +5,9 @@ DROPPED_RUNS = ("inference", "detach")
 CONTEXT_GRADIENTS = ("none", "one_hop", "full")
 ALLOCATIONS = ("published", "optimal", "variance")
 MISSING_GRAD = ("skip", "zero")
+
+
+def check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
+    """Errors: ValueError unless `value`, given for the option `name`, is one of the words that are known."""
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .choices import check_choice
 from .sensitivity import (
     HasGates,
     check,
@@ -57,8 +58,7 @@ def measure_sensitivity(
 
     Errors: those of the three; ValueError for an unknown method or no loss.
     """
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    check_choice("method", method, METHODS)
     if isinstance(loss, Tensor) or not (callable(loss) or isinstance(loss, Sequence)):
         raise TypeError(
             "loss: expected a function that returns it, such as lambda: model(**batch).loss, or a list of those, got "

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .calibration import Calibration, check_branches
-from .choices import DROPPED_RUNS, GRANULARITIES
+from .choices import DROPPED_RUNS, GRANULARITIES, check_choice
 from .exact_sensitivity import measure_sensitivity
 from .gates import DEFAULT_SEQ_LEN, check_called, check_engine, check_model, find_gates, flops_of, look_out_for_steps
 from .layer import checkpoint_branch
@@ -105,15 +105,13 @@ class DropBPHandler:
         is_number = isinstance(grad_scale, int | float) and not isinstance(grad_scale, bool)
         if grad_scale != "unbiased" and not (is_number and math.isfinite(float(grad_scale))):
             raise ValueError(f'grad_scale: expected a finite number or "unbiased", got {grad_scale!r}')
-        if dropped_runs not in DROPPED_RUNS:
-            raise ValueError(f"dropped_runs: expected one of {', '.join(DROPPED_RUNS)}, got {dropped_runs!r}")
+        check_choice("dropped_runs", dropped_runs, DROPPED_RUNS)
         if checkpoint not in CHECKPOINTS:
             raise ValueError(f'checkpoint: expected None, "kept" or "sliced", got {checkpoint!r}')
         is_count = isinstance(total_steps, int | float) and total_steps is not True and total_steps % 1 == 0
         if total_steps is not None and not (is_count and total_steps >= 1):  # an infinite one has no remainder
             raise ValueError(f"total_steps: expected a number of steps, at least 1, got {total_steps!r}")
-        if granularity not in GRANULARITIES:
-            raise ValueError(f"granularity: expected one of {', '.join(GRANULARITIES)}, got {granularity!r}")
+        check_choice("granularity", granularity, GRANULARITIES)
         if isinstance(seed, bool) or not isinstance(seed, int | numbers.Integral):
             raise TypeError(f"seed: expected an integer, got {seed!r}")
         for name, value in (("keep_one", keep_one), ("strict", strict)):

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .autocast import is_autocast_on
 from .by_rows import RowSplit
-from .choices import DROPPED_RUNS
+from .choices import DROPPED_RUNS, check_choice
 from .ops.gated_residual_add import gated_residual_add
 from .padding import run_without_padding
 from .row_plan import Batch, ChosenRows, Rows, RowsOfBranch
@@ -129,8 +129,7 @@ class DropBP(nn.Module):
         per_token: bool = False,
     ):
         super().__init__()
-        if dropped_runs not in DROPPED_RUNS:
-            raise ValueError(f"dropped_runs: expected one of {', '.join(DROPPED_RUNS)}, got {dropped_runs!r}")
+        check_choice("dropped_runs", dropped_runs, DROPPED_RUNS)
         if flops is not None and not callable(flops):
             raise TypeError(f"flops: expected a function (batch_size, seq_len) -> FLOPs, or None, got {flops!r}")
         if isinstance(modules, nn.Module) and not isinstance(modules, nn.Sequential | nn.ModuleList):

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from .autocast import is_autocast_on, product_dtype
+from .choices import check_choice
 
 REDUCTIONS = ("mean", "sum")
 # Float32 logits of one slice: matrix products of hundreds of rows, large enough for a CPU (benchmarks/LOG.md) and, by
@@ -71,8 +72,7 @@ def linear_cross_entropy(
 
 
 def _check(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, reduction: str) -> None:
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    check_choice("reduction", reduction, REDUCTIONS)
     if target.dtype != torch.int64:
         raise TypeError(f"target: expected int64 class indices, got {target.dtype}")
     if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:

@@ -16,13 +16,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .choices import MISSING_GRAD
-
-
-def check_missing_grad(missing_grad: str) -> None:
-    """Errors: ValueError unless it is "skip" or "zero"."""
-    if missing_grad not in MISSING_GRAD:
-        raise ValueError(f"missing_grad: expected one of {', '.join(MISSING_GRAD)}, got {missing_grad!r}")
+from .choices import MISSING_GRAD, check_choice
 
 
 def fill_missing_gradients(parameters: Iterable[nn.Parameter]) -> None:
@@ -40,7 +34,7 @@ def register_missing_grad(optimizer: torch.optim.Optimizer, missing_grad: str) -
 
     Errors: ValueError for an unknown mode.
     """
-    check_missing_grad(missing_grad)
+    check_choice("missing_grad", missing_grad, MISSING_GRAD)
     if missing_grad == "skip":
         return None
 

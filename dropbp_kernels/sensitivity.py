@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .choices import check_choice
+
 DEFINITIONS = ("norm", "element")
 
 
@@ -153,8 +155,7 @@ def with_progress(total: int, enabled: bool) -> Iterator[Callable[[], Any]]:
 
 def check(handler: HasGates, definition: str) -> None:
     """Errors: ValueError for an unknown definition or a handler without gates."""
-    if definition not in DEFINITIONS:
-        raise ValueError(f"definition: expected one of {', '.join(DEFINITIONS)}, got {definition!r}")
+    check_choice("definition", definition, DEFINITIONS)
     if not handler.gates:
         raise ValueError("handler: expected at least one gate, got none")
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .blocks import LlamaBlock, RMSNorm, SeenKeys, Stream, finish
-from .choices import CONTEXT_GRADIENTS
+from .choices import CONTEXT_GRADIENTS, check_choice
 from .layer import DropBP, as_inference
 from .plan import running
 from .stage_masks import StageMasks
@@ -44,8 +44,7 @@ def run_by_targets(
     Cost:   a pass through the blocks for each stage (`plan.with_slices` bounds how many rows of context run at a time);
             saves what its target rows save, and the keys that they see.
     """
-    if context_gradient not in CONTEXT_GRADIENTS:
-        raise ValueError(f"context_gradient: expected one of {', '.join(CONTEXT_GRADIENTS)}, got {context_gradient!r}")
+    check_choice("context_gradient", context_gradient, CONTEXT_GRADIENTS)
     if x.dim() != 3 or x.shape[:2] != plan.documents.shape:
         raise ValueError(
             f"x: expected (batch, seq_len) of the plan, {tuple(plan.documents.shape)}, got {tuple(x.shape)}"

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..choices import check_choice
 from ..plain_linear import is_whole
 from .fused_loss import deferring_forward
 from .swapping import is_swapped, subclass, swap, swap_back
@@ -23,8 +24,7 @@ KINDS = ("auto", "off", "chunked", "torch", "liger")
 
 def check_fused_loss(kind: str) -> None:
     """Raise ValueError for an unknown kind, RuntimeError for one that is not installed."""
-    if kind not in KINDS:
-        raise ValueError(f"fused_loss: expected one of {', '.join(KINDS)}, got {kind!r}")
+    check_choice("fused_loss", kind, KINDS)
     if kind == "torch" and not hasattr(F, "linear_cross_entropy"):
         raise RuntimeError(f"fused_loss: 'torch' needs torch >= 2.13, this is {torch.__version__}; use 'chunked'")
     if kind == "liger" and importlib.util.find_spec("liger_kernel") is None:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..choices import CONTEXT_GRADIENTS
+from ..choices import CONTEXT_GRADIENTS, check_choice
 from ..handler import check_drop_rate
 from ..targets import TargetPlan
 from .checkpointing import is_reentrant
@@ -35,8 +35,7 @@ def check_context(
     """Raise ValueError, with the reason, unless `patch_targets` can do what these options of apply_dropbp ask for."""
     if context not in (None, "inference"):
         raise ValueError(f'context: expected None or "inference", got {context!r}')
-    if context_gradient not in CONTEXT_GRADIENTS:
-        raise ValueError(f"context_gradient: expected one of {', '.join(CONTEXT_GRADIENTS)}, got {context_gradient!r}")
+    check_choice("context_gradient", context_gradient, CONTEXT_GRADIENTS)
     check_drop_rate(context_keep, "context_keep")
     if context_keep and context_gradient == "full":
         raise ValueError(f'context_keep: expected 0 with context_gradient="full", which keeps all, got {context_keep}')

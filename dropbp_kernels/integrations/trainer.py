@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..allocation import depth_linear_rates
-from ..choices import ALLOCATIONS, MISSING_GRAD
+from ..choices import ALLOCATIONS, MISSING_GRAD, check_choice
 from ..gates import find_gates
 from ..handler import DropBPHandler, check_drop_rate
 from ..missing_grad import fill_missing_gradients
@@ -96,16 +96,12 @@ class DropBPCallback(TrainerCallback, ExportableState):
         check_drop_rate(drop_rate)
         check_drop_rate(calibrate_at, "calibrate_at")
         check_options(options, apply_dropbp, DropBPHandler)
-        is_file = isinstance(rates, str) and rates.endswith(".json")
-        for name, value, known in [
-            ("rates", "uniform" if is_file else rates, RATES),
-            ("plan", plan, PLANS),
-            ("definition", definition, DEFINITIONS),
-            ("allocation", allocation, ALLOCATIONS),
-            ("missing_grad", missing_grad, MISSING_GRAD),
-        ]:
-            if value not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        if not (isinstance(rates, str) and rates.endswith(".json")):
+            check_choice("rates", rates, RATES)
+        check_choice("plan", plan, PLANS)
+        check_choice("definition", definition, DEFINITIONS)
+        check_choice("allocation", allocation, ALLOCATIONS)
+        check_choice("missing_grad", missing_grad, MISSING_GRAD)
         self.drop_rate = drop_rate
         self.rates = rates
         self.calibrate_at = calibrate_at
