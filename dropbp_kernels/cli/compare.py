@@ -24,6 +24,7 @@ from ..handler import DropBPHandler
 from ..integrations.target_checks import check_context
 from ..integrations.transformers import apply_dropbp
 from ..target_share import TargetShare, count_targets
+from ..targets import TargetRule
 from .data import Data
 from .errors import UserError
 from .models import twin
@@ -140,7 +141,7 @@ def _has_targets(model: nn.Module, settings: Settings, share: float, done: str) 
     if share > MOST_TARGETS:
         return False
     try:
-        check_context(model, "inference", settings.context_gradient)
+        check_context(model, "inference", TargetRule(settings.context_gradient))
     except ValueError as error:
         print(f"no target plan is {done}: {error}")
         return False

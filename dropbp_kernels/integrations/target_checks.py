@@ -1,6 +1,7 @@
 """Which models, options and inputs target plans take, and why not the others."""
 
 import inspect
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from ..choices import CONTEXT_GRADIENTS, check_choice
 from ..handler import check_drop_rate
-from ..targets import TargetPlan
+from ..targets import TargetPlan, TargetRule
 from .checkpointing import is_reentrant
 from .same_code import calls
 from .swapping import is_sharded
@@ -24,44 +25,32 @@ DOCUMENTS = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_l
 RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
-def check_context(
-    model: nn.Module,
-    context: str | None,
-    context_gradient: str = "none",
-    context_keep: float = 0.0,
-    shared_context: bool = False,
-    target_windows: int = 1,
-) -> None:
+def check_context(model: nn.Module, context: str | None, rule: TargetRule) -> None:
     """Raise ValueError, with the reason, unless `patch_targets` can do what these options of apply_dropbp ask for."""
     if context not in (None, "inference"):
         raise ValueError(f'context: expected None or "inference", got {context!r}')
-    check_choice("context_gradient", context_gradient, CONTEXT_GRADIENTS)
-    check_drop_rate(context_keep, "context_keep")
-    if context_keep and context_gradient == "full":
-        raise ValueError(f'context_keep: expected 0 with context_gradient="full", which keeps all, got {context_keep}')
-    if not isinstance(shared_context, bool):
-        raise TypeError(f"shared_context: expected True or False, got {shared_context!r}")
-    if isinstance(target_windows, bool) or not isinstance(target_windows, int) or target_windows < 1:
-        raise ValueError(f"target_windows: expected a whole number from 1 on, got {target_windows!r}")
-    if context is not None:
-        decoder: Any = find_decoder(model)
-        _check_decoder(decoder)
-        _check_shift(without_peft(model))
-        if context_keep and (attention := decoder.config._attn_implementation) not in TAKES_MASKS:
-            raise ValueError(
-                f"context_keep: expected 0 with attention {attention!r}, in which no row can skip a key, got "
-                f"{context_keep}; load the model with attn_implementation in {TAKES_MASKS}"
-            )
+    check_choice("context_gradient", rule.context_gradient, CONTEXT_GRADIENTS)
+    keep = check_drop_rate(rule.context_keep, "context_keep")
+    if keep and rule.context_gradient == "full":
+        raise ValueError(f'context_keep: expected 0 with context_gradient="full", which keeps all, got {keep}')
+    if not isinstance(rule.shared_context, bool):
+        raise TypeError(f"shared_context: expected True or False, got {rule.shared_context!r}")
+    windows = rule.target_windows
+    if isinstance(windows, bool) or not isinstance(windows, int) or windows < 1:
+        raise ValueError(f"target_windows: expected a whole number from 1 on, got {windows!r}")
+    if context is None:
+        for option in fields(rule):
+            if (value := getattr(rule, option.name)) != option.default:
+                raise ValueError(f'context: expected "inference" with {option.name}={value}, got None')
         return
-    options = (
-        ("context_gradient", context_gradient, "none"),
-        ("context_keep", context_keep, 0.0),
-        ("shared_context", shared_context, False),
-        ("target_windows", target_windows, 1),
-    )
-    for name, value, default in options:
-        if value != default:
-            raise ValueError(f'context: expected "inference" with {name}={value}, got None')
+    decoder: Any = find_decoder(model)
+    _check_decoder(decoder)
+    _check_shift(without_peft(model))
+    if keep and (attention := decoder.config._attn_implementation) not in TAKES_MASKS:
+        raise ValueError(
+            f"context_keep: expected 0 with attention {attention!r}, in which no row can skip a key, got "
+            f"{keep}; load the model with attn_implementation in {TAKES_MASKS}"
+        )
 
 
 def find_decoder(model: nn.Module) -> nn.Module:

@@ -92,7 +92,8 @@ def apply_dropbp(
     if fused not in fusing.FUSED:
         raise ValueError(f'fused: expected True, False or "auto", got {fused!r}')
     check_fused_loss(fused_loss)
-    check_context(model, context, context_gradient, context_keep, shared_context, target_windows)
+    rule = TargetRule(context_gradient, context_keep, shared_context, target_windows)
+    check_context(model, context, rule)
     if shared_context and context_gradient == "full" and options.get("granularity", "branch") != "branch":
         raise ValueError(
             'granularity: expected "branch" with shared_context and context_gradient="full", since a context that '
@@ -132,7 +133,7 @@ def apply_dropbp(
         _check_flops(model)
         patch_head(model, fused_loss)
         if context is not None:
-            patch_targets(model, TargetRule(context_gradient, context_keep, shared_context, target_windows))
+            patch_targets(model, rule)
         handler = DropBPHandler(model, drop_rate, **options)
         vars(model)[_PATCHED_WITH] = {
             "fused": fused,
@@ -194,11 +195,13 @@ def remove_dropbp(model: nn.Module) -> None:
 def _known(families: Iterable[str | Family] | None) -> list[Family]:
     if families is None:
         return list(FAMILIES.values())
-    entries = [FAMILIES.get(family) if isinstance(family, str) else family for family in families]
-    for name, entry in zip(families, entries, strict=True):
+    known = []
+    for family in families:
+        entry = FAMILIES.get(family) if isinstance(family, str) else family
         if not isinstance(entry, Family):
-            raise ValueError(f"families: expected names among {', '.join(FAMILIES)} or Family entries, got {name!r}")
-    return [entry for entry in entries if isinstance(entry, Family)]
+            raise ValueError(f"families: expected names among {', '.join(FAMILIES)} or Family entries, got {family!r}")
+        known.append(entry)
+    return known
 
 
 def _find_blocks(model: nn.Module, families: list[Family]) -> list[tuple[nn.Module, Family]]:
