@@ -37,10 +37,11 @@ def keep_ours(measure):
         return measure(dataclasses.replace(case, variants=variants), *arguments, **options)
     return measured
 wanted = sys.argv[1].split(",")
-names = [name for name in run.SUITES if (name in wanted if sys.argv[1] else not name.endswith("step"))]
-for name in names:
-    module = sys.modules[run.SUITES[name].__module__]
-    module.measure = keep_ours(module.measure)
+models = ("step", "sensitivity")
+names = [name for name in run.SUITES if (name in wanted if sys.argv[1] else not name.endswith(models))]
+for module in [module for name, module in sys.modules.items() if name.startswith("benchmarks.")]:
+    if hasattr(module, "measure"):
+        module.measure = keep_ours(module.measure)
     if hasattr(module, "compiled"):
         module.compiled = lambda function: function
 sys.exit(run.main(["--only", *names, *sys.argv[2:]]) if names else 0)
