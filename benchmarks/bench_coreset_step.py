@@ -130,8 +130,7 @@ def run(settings: Settings) -> Iterator[list[CoresetStepRow]]:
         methods = ["full", "half", "exact", *(["spsa"] if batch_size <= MOST_EXAMPLES_OF_SPSA else [])]
         steppers = {method: Stepper(model, batch, sources, method) for method in methods}
         peaks = {method: _peak(stepper) for method, stepper in steppers.items()}
-        runs = {method: lambda _, stepper=stepper: stepper.step() for method, stepper in steppers.items()}
-        times = in_turn(runs, num_rounds)
+        times = in_turn({method: stepper.step for method, stepper in steppers.items()}, num_rounds)
         medians = {method: statistics.median(map(sum, times[method])) for method in methods}
         rows = []
         for method in methods:

@@ -111,7 +111,7 @@ def _rows(
         errors = (loss - exact_loss).abs() / exact_loss, (grad.double() - exact_grad).norm() / exact_grad.norm()
         counted[way] = (live.peak_bytes, *(float(error) for error in errors))
     runs = {
-        way: lambda _, loss_of=loss_of: milliseconds(lambda: step(loss_of), settings.device)
+        way: lambda loss_of=loss_of: milliseconds(lambda: step(loss_of), settings.device)
         for way, loss_of in all_ways.items()
     }
     times = in_turn(runs, NUM_ROUNDS[settings.scale])

@@ -80,7 +80,7 @@ def run(settings: Settings) -> Iterator[list[PacaStepRow]]:
     size, models, batch, ranks = build_all(settings)
     steppers = {name: Stepper(model, batch, settings.device) for name, model in models.items()}
     memory = {name: stepper.bytes() for name, stepper in steppers.items()}
-    runs = {name: lambda _, stepper=stepper: stepper.times() for name, stepper in steppers.items()}
+    runs = {name: stepper.times for name, stepper in steppers.items()}
     times = in_turn(runs, NUM_ROUNDS[settings.scale], NUM_WARM_UP_ROUNDS[settings.scale])
     yield [
         PacaStepRow(

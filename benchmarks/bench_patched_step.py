@@ -54,7 +54,7 @@ def run(settings: Settings) -> Iterator[list[PatchedStepRow]]:
             apply_dropbp(own, 0.0, fused=fused, strict=False)
         steppers[name] = Stepper(own, batch, settings.device)
 
-    runs = {name: lambda _, stepper=stepper: stepper.times() for name, stepper in steppers.items()}
+    runs = {name: stepper.times for name, stepper in steppers.items()}
     times = in_turn(runs, NUM_ROUNDS[settings.scale], NUM_WARM_UP_ROUNDS[settings.scale])
     yield [
         PatchedStepRow(

@@ -111,10 +111,10 @@ def verdicts(rows: list[RowStepRow]) -> dict[str, bool]:
     }
 
 
-def _drawn(handler: DropBPHandler, stepper: steps.Stepper) -> Callable[[int], steps.Times]:
+def _drawn(handler: DropBPHandler, stepper: steps.Stepper) -> Callable[[], steps.Times]:
     """For `in_turn`: a step under a new plan."""
 
-    def run_step(_: int) -> steps.Times:
+    def run_step() -> steps.Times:
         handler.step()
         return stepper.times()
 

@@ -90,9 +90,7 @@ def _measure(settings: Settings, adapter: str) -> list[SensitivityRow]:
         with PeakLiveBytes() as live:
             measure(method)
         peaks[method], forwards[method] = live.peak_bytes, len(num_forwards)
-    runs = {
-        method: lambda _, method=method: milliseconds(lambda: measure(method), settings.device) for method in METHODS
-    }
+    runs = {method: lambda method=method: milliseconds(lambda: measure(method), settings.device) for method in METHODS}
     times = in_turn(runs, NUM_ROUNDS[settings.scale])
     rows = []
     for method in METHODS:

@@ -3,6 +3,7 @@
 One model in one process; every round runs each method once on the same batch, with the plan of that round.
 """
 
+import itertools
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -42,9 +43,10 @@ class Method:
         flops = handler.flops()
         return sum(f for f, is_kept in zip(flops, plan, strict=True) if is_kept) / sum(flops)
 
-    def in_rounds(self, handler: DropBPHandler, stepper: steps.Stepper) -> Callable[[int], tuple[float, steps.Times]]:
-        """For `in_turn`: a step under the plan of its number; the share that the plan keeps, and the times."""
-        return lambda step: (self.set_plan(handler, step), stepper.times())
+    def in_rounds(self, handler: DropBPHandler, stepper: steps.Stepper) -> Callable[[], tuple[float, steps.Times]]:
+        """For `in_turn`: a step under the plan of its round; the share that the plan keeps, and the times."""
+        numbers = itertools.count()
+        return lambda: (self.set_plan(handler, next(numbers)), stepper.times())
 
 
 METHODS = [

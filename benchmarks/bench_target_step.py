@@ -92,7 +92,7 @@ def run(settings: Settings) -> Iterator[list[TargetStepRow]]:
         steppers = {method: Stepper(models[method], with_targets(batch, share), settings.device) for method in METHODS}
         memory = {method: stepper.bytes() for method, stepper in steppers.items()}
         measured = in_turn(
-            {method: lambda _, stepper=stepper: stepper.times() for method, stepper in steppers.items()},
+            {method: stepper.times for method, stepper in steppers.items()},
             NUM_ROUNDS[settings.scale],
             NUM_WARM_UP_ROUNDS[settings.scale],
             f"target share {share:g}",

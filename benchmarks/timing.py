@@ -140,9 +140,9 @@ def measure(case: Case, device: torch.device, *, seconds: float, min_rounds: int
 
 
 def in_turn(
-    runs: Mapping[Name, Callable[[int], Result]], num_rounds: int, num_warm_up: int = 0, what: str = "rounds"
+    runs: Mapping[Name, Callable[[], Result]], num_rounds: int, num_warm_up: int = 0, what: str = "rounds"
 ) -> dict[Name, list[Result]]:
-    """What each run returns in every round, given its number; a round starts with another run than the one before.
+    """What each run returns in every round; a round starts with another run than the one before.
 
     For what takes long enough that no cache is warm. Warm-up rounds are left out of the result.
     """
@@ -153,7 +153,7 @@ def in_turn(
     for number in tqdm(range(num_warm_up + num_rounds), desc=what, leave=False, disable=None):
         for place in range(len(names)):
             name = names[(place + number) % len(names)]
-            result = runs[name](number)
+            result = runs[name]()
             if number >= num_warm_up:
                 results[name].append(result)
     return results

@@ -106,7 +106,8 @@ def test_models_of_a_step_share_their_frozen_weights(bench, monkeypatch):
         raise Asked
 
     where = getattr(bench, "steps", bench)
-    monkeypatch.setattr(where, "Stepper", lambda model, *args: models.append(model) or SimpleNamespace(bytes=dict))
+    stepper = SimpleNamespace(bytes=dict, times=None)
+    monkeypatch.setattr(where, "Stepper", lambda model, *args: models.append(model) or stepper)
     monkeypatch.setattr(bench, "in_turn", ask)
     with pytest.raises(Asked):
         next(bench.run(Settings(CPU, "tiny")))
