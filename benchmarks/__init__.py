@@ -1,7 +1,8 @@
 """Benchmarks. `python -m benchmarks.run --help` runs them; results/README.md explains the rows; LOG.md what was tried.
 
 run.py, bench_*.py              what to run; one file per op, host overhead, whole training steps
-boundary_norms.py, steps.py     what several of these share
+directions.py, steps.py,
+boundary_norms.py               what several of these share
 baselines.py                    what ops are compared with, and the check before a time counts
 timing.py, settings.py          how a time is taken, and how many are
 rows.py                         what is written

@@ -23,7 +23,7 @@ from dropbp_kernels import _backend, reference
 
 # Error allowed on top of twice that of eager, by dtype: about a unit in the last place of the largest value.
 ATOL = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-
+RMS_EPS, LAYER_EPS = 1e-6, 1e-5  # the defaults of our ops
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -55,26 +55,24 @@ def raw_op(backend: str, stem: str, name: str, device: torch.device) -> Callable
     return getattr(reference, f"{name}_reference")
 
 
-def add_then_norm(residual: Tensor, branch: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+def add_then_norm(residual: Tensor, branch: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The boundary of two branches as Llama models write it: (normed, new_residual)."""
     new_residual = residual + branch
     x = new_residual.float()
-    normalized = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    normalized = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + RMS_EPS)
     return weight * normalized.to(branch.dtype), new_residual
 
 
-def add_then_aten_norm(residual: Tensor, branch: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+def add_then_aten_norm(residual: Tensor, branch: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The same with PyTorch's own norm."""
     new_residual = residual + branch
-    return F.rms_norm(new_residual, weight.shape, weight, eps), new_residual
+    return F.rms_norm(new_residual, weight.shape, weight, RMS_EPS), new_residual
 
 
-def add_then_aten_layer_norm(
-    residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
-) -> tuple[Tensor, Tensor]:
+def add_then_aten_layer_norm(residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """The boundary of two branches as GPT models write it: (normed, new_residual)."""
     new_residual = residual + branch
-    return F.layer_norm(new_residual, weight.shape, weight, bias, eps), new_residual
+    return F.layer_norm(new_residual, weight.shape, weight, bias, LAYER_EPS), new_residual
 
 
 class PeerMissing(RuntimeError):
@@ -101,9 +99,9 @@ def liger_add_rms_norm(device: torch.device) -> Callable[..., tuple[Tensor, Tens
     """liger-kernel's fused add and norm."""
     function = peer("liger-kernel", "liger_kernel.ops.fused_add_rms_norm", "LigerFusedAddRMSNormFunction", device)
 
-    def add_rms_norm(residual: Tensor, branch: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    def add_rms_norm(residual: Tensor, branch: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         # Not in place: its backward would overwrite the gradient that the next sample still needs.
-        return function.apply(branch, residual, weight, eps, 0.0, "llama", False)
+        return function.apply(branch, residual, weight, RMS_EPS, 0.0, "llama", False)
 
     return add_rms_norm
 
@@ -114,8 +112,8 @@ def quack_add_rms_norm(device: torch.device) -> Callable[..., tuple[Tensor, Tens
         raise PeerMissing("quack needs a Hopper GPU or a newer one")
     function = peer("quack-kernels", "quack.rmsnorm", "rmsnorm", device)
 
-    def add_rms_norm(residual: Tensor, branch: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-        return function(branch, weight, residual=residual, eps=eps, prenorm=True)
+    def add_rms_norm(residual: Tensor, branch: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return function(branch, weight, residual=residual, eps=RMS_EPS, prenorm=True)
 
     return add_rms_norm
 
@@ -168,10 +166,8 @@ def check_results(what: str, actual: Sequence[Tensor], eager: Sequence[Tensor], 
     for place, (ours, plain, truth) in enumerate(zip(actual, eager, exact, strict=True)):
         if ours.shape != plain.shape or ours.dtype != plain.dtype:
             raise WrongResult(f"{what}: result {place} is {ours.dtype} {tuple(ours.shape)}, eager's {plain.dtype}")
-        error, allowed = (
-            _error(ours, truth),
-            2 * _error(plain, truth) + ATOL[ours.dtype] * max(1.0, truth.abs().max().item()),
-        )
+        error = _error(ours, truth)
+        allowed = 2 * _error(plain, truth) + ATOL[ours.dtype] * max(1.0, truth.abs().max().item())
         if not error <= allowed:
             raise WrongResult(f"{what}: result {place} is off by {error:.3g}, allowed {allowed:.3g}")
 

@@ -10,8 +10,9 @@ from dropbp_kernels import _backend, reference
 from dropbp_kernels.ops import gated_residual_layer_norm
 
 from . import boundary_norms
-from .baselines import add_then_aten_layer_norm
+from .baselines import LAYER_EPS, add_then_aten_layer_norm
 from .boundary_norms import DIRECTIONS, Function, Norm
+from .directions import Inputs
 from .rows import Row
 from .settings import Settings
 
@@ -23,19 +24,19 @@ def functions(device: torch.device) -> dict[str, Function]:
     return {"eager": add_then_aten_layer_norm, _backend.serving(OP, device.type): gated_residual_layer_norm}
 
 
-def exact(inputs: tuple[Tensor, ...], eps: float) -> list[Tensor]:
+def exact(inputs: Inputs) -> list[Tensor]:
     """Results and gradients in float64, by the reference."""
-    residual, branch, weight, bias, grad_normed, grad_new = (tensor.detach().double() for tensor in inputs)
-    normed, *saved = reference.gated_residual_layer_norm_reference(residual, branch, weight, bias, eps)
-    new_residual, mean, rstd = saved
-    is_trained = inputs[2].requires_grad
+    residual, branch, weight, bias, grad_normed, grad_new = (t.detach().double() for part in inputs for t in part)
+    found = reference.gated_residual_layer_norm_reference(residual, branch, weight, bias, LAYER_EPS)
+    normed, new_residual, mean, rstd = found
+    is_trained = inputs[0][2].requires_grad
     grad, *grads = reference.gated_residual_layer_norm_backward_reference(
         grad_normed, grad_new, new_residual, weight, mean, rstd, is_trained, is_trained
     )
     return [normed, new_residual, grad, grad, *(grads if is_trained else [])]
 
 
-NORM = Norm(OP, num_parameters=2, eps=1e-5, functions=functions, exact=exact)
+NORM = Norm(OP, num_parameters=2, functions=functions, exact=exact)
 
 
 def run(settings: Settings) -> Iterator[list[Row]]:

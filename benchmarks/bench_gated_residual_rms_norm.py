@@ -10,8 +10,9 @@ from dropbp_kernels import _backend, reference
 from dropbp_kernels.ops import gated_residual_rms_norm
 
 from . import boundary_norms
-from .baselines import add_then_aten_norm, add_then_norm, liger_add_rms_norm, quack_add_rms_norm
+from .baselines import RMS_EPS, add_then_aten_norm, add_then_norm, liger_add_rms_norm, quack_add_rms_norm
 from .boundary_norms import DIRECTIONS, Function, Norm
+from .directions import Inputs
 from .rows import Row
 from .settings import Settings
 
@@ -27,18 +28,19 @@ def functions(device: torch.device) -> dict[str, Function]:
     }
 
 
-def exact(inputs: tuple[Tensor, ...], eps: float) -> list[Tensor]:
+def exact(inputs: Inputs) -> list[Tensor]:
     """Results and gradients in float64, by the reference."""
-    residual, branch, weight, grad_normed, grad_new = (tensor.detach().double() for tensor in inputs)
-    normed, new_residual, rstd = reference.gated_residual_rms_norm_reference(residual, branch, weight, eps, False)
+    residual, branch, weight, grad_normed, grad_new = (t.detach().double() for part in inputs for t in part)
+    normed, new_residual, rstd = reference.gated_residual_rms_norm_reference(residual, branch, weight, RMS_EPS, False)
+    is_trained = inputs[0][2].requires_grad
     grad, grad_weight = reference.gated_residual_rms_norm_backward_reference(
-        grad_normed, grad_new, new_residual, weight, rstd, False, inputs[2].requires_grad
+        grad_normed, grad_new, new_residual, weight, rstd, False, is_trained
     )
-    return [normed, new_residual, grad, grad, *([grad_weight] if inputs[2].requires_grad else [])]
+    return [normed, new_residual, grad, grad, *([grad_weight] if is_trained else [])]
 
 
 PEERS = {"liger": liger_add_rms_norm, "quack": quack_add_rms_norm}
-NORM = Norm(OP, num_parameters=1, eps=1e-6, functions=functions, exact=exact, peers=PEERS)
+NORM = Norm(OP, num_parameters=1, functions=functions, exact=exact, peers=PEERS)
 
 
 def run(settings: Settings) -> Iterator[list[Row]]:

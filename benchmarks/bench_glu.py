@@ -1,7 +1,6 @@
 """swiglu and geglu through their public functions: forward, backward, both, and in place as a dropped branch runs."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -12,9 +11,10 @@ from dropbp_kernels import _backend, reference
 from dropbp_kernels.ops import geglu, swiglu
 
 from .baselines import available, compiled, peer, right_ones
+from .directions import Inputs, results, variant
 from .rows import Row, measured_rows
 from .settings import Settings
-from .timing import Case, Variant
+from .timing import Case
 
 OP = "glu"
 Glu = Callable[[Tensor, Tensor], Tensor]
@@ -38,10 +38,10 @@ MOVED = {  # elements, in units of one input
 }
 
 
-def make_inputs(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    """gate, up and the gradient of the product, each (rows, width)."""
+def make_inputs(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """gate and up, and the gradient of the product, each (rows, width)."""
     gate, up, grad = (torch.randn(rows, width, device=device, dtype=dtype) for _ in range(3))
-    return gate.requires_grad_(), up.requires_grad_(), grad
+    return (gate.requires_grad_(), up.requires_grad_()), (grad,)
 
 
 def functions(kind: str, device: torch.device) -> dict[str, Glu]:
@@ -64,14 +64,13 @@ def make_cases(kind: str, rows: int, width: int, dtype: torch.dtype, device: tor
     variants = functions(kind, device)
     inputs = make_inputs(rows, width, dtype, device)
     activation, eager, ours = KINDS[kind]
-    gate, up, grad = (tensor.detach().double() for tensor in inputs)
+    gate, up, grad = (tensor.detach().double() for part in inputs for tensor in part)
     exact = [
         reference.glu_reference(gate, up, activation),
         *reference.glu_backward_reference(grad, gate, up, activation),
     ]
-    plain = _results(eager, inputs)
     what = f"{kind}, {dtype}, {rows} x {width}"
-    variants = right_ones(what, variants, lambda function: _results(function, inputs), plain, exact)
+    variants = right_ones(what, variants, lambda function: results(function, inputs), results(eager, inputs), exact)
 
     in_place = {**variants, _backend.serving(OP, device.type): lambda gate, up: ours(gate, up, inplace=True)}
     return {
@@ -85,7 +84,7 @@ def make_cases(kind: str, rows: int, width: int, dtype: torch.dtype, device: tor
             moved_bytes=moved * rows * width * dtype.itemsize,
             make_inputs=lambda: make_inputs(rows, width, dtype, device),
             variants={
-                name: _variant(function, direction, is_writing=name == "liger")
+                name: variant(function, direction, is_writing=name == "liger")
                 for name, function in (in_place if direction == "fwd in place" else variants).items()
             },
         )
@@ -107,35 +106,3 @@ def test_bench_glu(benchmark, direction, variant):
         pytest.skip(f"{variant} cannot serve here")
     chosen, inputs = case.variants[variant], case.make_inputs()
     benchmark.pedantic(chosen.run, setup=lambda: ((chosen.prepare(inputs),), {}), rounds=20, warmup_rounds=2)
-
-
-def _variant(function: Glu, direction: str, is_writing: bool) -> Variant:
-    """is_writing: the backward writes into gate and up. All variants are given the same ones, so it gets copies."""
-
-    def own(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if not is_writing:
-            return inputs
-        return *(tensor.detach().clone().requires_grad_() for tensor in inputs[:2]), inputs[2]
-
-    def backward(state: tuple[tuple[Tensor, ...], Tensor]) -> Any:
-        inputs, output = state
-        return torch.autograd.grad(output, inputs[:2], inputs[2])
-
-    if direction == "bwd":
-        return Variant(backward, prepare=lambda inputs: (inputs := own(inputs), function(*inputs[:2])))
-    if direction == "fwd+bwd":
-        return Variant(lambda inputs: backward((inputs, function(*inputs[:2]))), prepare=own)
-    if direction == "fwd":
-        return Variant(lambda inputs: function(*inputs[:2]))
-    # What a dropped branch runs: detached, since nothing is recorded.
-    return Variant(
-        lambda inputs: function(*inputs), prepare=lambda inputs: (inputs[0].detach().clone(), inputs[1].detach())
-    )
-
-
-def _results(function: Glu, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """The product and the gradients of gate and up, from copies: a peer writes into its inputs."""
-    gate, up = (tensor.detach().clone().requires_grad_() for tensor in inputs[:2])
-    output = function(gate, up)
-    product = output.detach().clone()
-    return [product, *torch.autograd.grad(output, (gate, up), inputs[2])]

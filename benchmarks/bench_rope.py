@@ -5,7 +5,6 @@ first, as attention hands it back. liger-kernel's rope turns queries and keys in
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -16,9 +15,10 @@ from dropbp_kernels.blocks import rotary_embedding
 from dropbp_kernels.ops import rope
 
 from .baselines import compiled, right_ones
+from .directions import Inputs, results, variant
 from .rows import Row, measured_rows
 from .settings import Settings
-from .timing import Case, Variant
+from .timing import Case
 
 OP = "rope"
 HEAD_DIM = 64
@@ -37,12 +37,12 @@ def eager(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
 
 
-def make_inputs(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    """x (1, rows, width / 64, 64), cos, sin (rows, 64), and a gradient whose heads come first in memory."""
+def make_inputs(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """x (1, rows, width / 64, 64), cos, sin (rows, 64); and a gradient whose heads come first in memory."""
     num_heads = width // HEAD_DIM
     x = torch.randn(1, rows, num_heads, HEAD_DIM, device=device, dtype=dtype).requires_grad_()
     grad = torch.randn(1, num_heads, rows, HEAD_DIM, device=device, dtype=dtype).transpose(1, 2)
-    return x, *rotary_embedding(rows, HEAD_DIM, device=device, dtype=dtype), grad
+    return (x, *rotary_embedding(rows, HEAD_DIM, device=device, dtype=dtype)), (grad,)
 
 
 def make_cases(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> dict[str, Case]:
@@ -50,11 +50,10 @@ def make_cases(rows: int, width: int, dtype: torch.dtype, device: torch.device) 
     serving = _backend.serving(OP, device.type)
     variants: dict[str, Turn] = {"eager": eager, serving: rope, "compile": compiled(eager)}
     inputs = make_inputs(rows, width, dtype, device)
-    x, cos, sin, grad = (tensor.detach().double() for tensor in inputs)
+    x, cos, sin, grad = (tensor.detach().double() for part in inputs for tensor in part)
     exact = [reference.rope_reference(x, cos, sin, False), reference.rope_reference(grad, cos, sin, True)]
-    plain = _results(eager, inputs)
     what = f"{OP}, {dtype}, {rows} x {width}"
-    variants = right_ones(what, variants, lambda function: _results(function, inputs), plain, exact)
+    variants = right_ones(what, variants, lambda function: results(function, inputs), results(eager, inputs), exact)
     in_place = {**variants, serving: lambda x, cos, sin: rope(x, cos, sin, inplace=True)}
     return {
         direction: Case(
@@ -67,7 +66,7 @@ def make_cases(rows: int, width: int, dtype: torch.dtype, device: torch.device) 
             moved_bytes=moved * rows * width * dtype.itemsize,
             make_inputs=lambda: make_inputs(rows, width, dtype, device),
             variants={
-                name: _variant(function, direction)
+                name: variant(function, direction)
                 for name, function in (in_place if direction == "fwd in place" else variants).items()
             },
         )
@@ -88,25 +87,3 @@ def test_bench_rope(benchmark, direction, variant):
         pytest.skip(f"{variant} cannot serve here")
     chosen, inputs = case.variants[variant], case.make_inputs()
     benchmark.pedantic(chosen.run, setup=lambda: ((chosen.prepare(inputs),), {}), rounds=20, warmup_rounds=2)
-
-
-def _variant(function: Turn, direction: str) -> Variant:
-    def backward(state: tuple[tuple[Tensor, ...], Tensor]) -> Any:
-        inputs, output = state
-        return torch.autograd.grad(output, inputs[0], inputs[3])
-
-    if direction == "bwd":
-        return Variant(backward, prepare=lambda inputs: (inputs, function(*inputs[:3])))
-    if direction == "fwd+bwd":
-        return Variant(lambda inputs: backward((inputs, function(*inputs[:3]))))
-    if direction == "fwd":
-        return Variant(lambda inputs: function(*inputs[:3]))
-    # What a dropped branch runs: detached, since nothing is recorded.
-    return Variant(lambda inputs: function(*inputs), prepare=lambda inputs: (inputs[0].detach().clone(), *inputs[1:3]))
-
-
-def _results(function: Turn, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """The turned heads and the gradient of x."""
-    x, cos, sin, grad = inputs
-    output = function(x, cos, sin)
-    return [output.detach(), *torch.autograd.grad(output, x, grad)]

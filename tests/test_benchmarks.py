@@ -344,9 +344,10 @@ def test_a_backward_that_writes_into_its_inputs_gets_its_own(monkeypatch):
     eager = bench_glu.KINDS["swiglu"][1]
     monkeypatch.setattr(bench_glu, "functions", lambda *args: {"eager": eager, "liger": Writing.apply})
     for case in bench_glu.make_cases("swiglu", 4, 8, torch.float32, CPU).values():
-        gate, up, grad = case.make_inputs()
-        liger, before = case.variants["liger"], gate.clone()
-        liger.run(liger.prepare((gate, up, grad)))
+        inputs = case.make_inputs()
+        liger, gate = case.variants["liger"], inputs[0][0]
+        before = gate.clone()
+        liger.run(liger.prepare(inputs))
         assert torch.equal(gate, before), case.direction
 
 
@@ -357,7 +358,7 @@ def test_benchmarks_of_a_wrong_op_are_refused(name, tmp_path, monkeypatch, capsy
     else:
         bench = {bench.OP: bench for bench in (bench_gated_residual_layer_norm, bench_gated_residual_rms_norm)}[name]
         op = getattr(bench, name)
-        wrong = lambda residual, branch, *parameters, eps: op(residual, 2 * branch, *parameters, eps=eps)  # noqa: E731
+        wrong = lambda residual, branch, *parameters: op(residual, 2 * branch, *parameters)  # noqa: E731
         monkeypatch.setattr(bench, name, wrong)
     monkeypatch.setattr(baselines, "compiler", baselines.compiler)  # put back: run sets the tiny scale's
     code = run.main(["--scale", "tiny", "--device", "cpu", "--only", name, "--out", str(tmp_path)])
