@@ -19,7 +19,7 @@ def place(tmp_path, monkeypatch):
     """A folder of its own, where nothing may be left by a command that failed, and no pretraining."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DROPBP_KERNELS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(errors, "FINETUNE_PACKAGES", ())  # these tests need none of them
+    monkeypatch.setattr(finetune, "PACKAGES", ())  # these tests need none of them
 
 
 def fails(capsys, *argv):
@@ -161,7 +161,7 @@ def test_default_folders_of_one_second_differ(tmp_path):
 
 
 def test_missing_packages_are_one_sentence(capsys, monkeypatch):
-    monkeypatch.setattr(errors, "FINETUNE_PACKAGES", ("torch", "no_such_package", "nor_this"))
+    monkeypatch.setattr(finetune, "PACKAGES", ("torch", "no_such_package", "nor_this"))
     line = fails(capsys)
     assert "finetune needs no_such_package, nor_this" in line
     assert "pip install 'dropbp_kernels[finetune]'" in line
@@ -198,7 +198,7 @@ def test_interrupt_before_the_training_is_quiet(capsys, monkeypatch):
     def interrupt(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetune, "require_finetune_packages", lambda: interrupt(None))
+    monkeypatch.setattr(finetune, "require_packages", lambda *_: interrupt(None))
     assert main(["finetune"]) == 130
     assert capsys.readouterr().err == "dropbp-kernels: interrupted\n"
 

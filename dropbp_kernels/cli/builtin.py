@@ -142,9 +142,9 @@ def _pretrain(recipe: Recipe, device: "torch.device") -> tuple[Any, float]:
     return model, sum(losses[-20:]) / len(losses[-20:])
 
 
-def scheduled(step: int, steps: int, final: float = 0.1) -> float:
-    """Factor on the learning rate: linear warm-up over a twentieth of the steps, then a cosine down to `final`."""
+def scheduled(step: int, steps: int) -> float:
+    """Factor on the learning rate: linear warm-up over a twentieth of the steps, then a cosine down to a tenth."""
     warm_up = max(1, steps // 20)
     if step < warm_up:
         return (step + 1) / warm_up
-    return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+    return 0.1 + 0.45 * (1.0 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))

@@ -3,17 +3,9 @@
 import importlib.util
 from collections.abc import Sequence
 
-# Everything that `finetune` needs beyond the package itself; `pip install 'dropbp_kernels[finetune]'` brings all of it.
-FINETUNE_PACKAGES = ("transformers", "peft", "safetensors", "rich", "tqdm", "matplotlib")
-
 
 class UserError(Exception):
     """Ends the command with one line on stderr and exit code 2, without a traceback."""
-
-
-def require_finetune_packages() -> None:
-    """Raise a UserError that names what is missing and how to get it."""
-    require_packages("finetune", FINETUNE_PACKAGES)
 
 
 def require_packages(command: str, packages: Sequence[str]) -> None:

@@ -11,10 +11,12 @@ from ..choices import ALLOCATIONS, CONTEXT_GRADIENTS, GRANULARITIES, MISSING_GRA
 from ..schedules import SCHEDULES
 from . import checkpoint
 from .documents import BUILTIN
-from .errors import UserError, require_finetune_packages
+from .errors import UserError, require_packages
 from .output import choose_folder
 from .settings import ADAPTERS, CONTEXTS, DTYPES, RATES, Settings, parse_grad_scale, resolve, settings_of
 
+# What it needs beyond the package itself; `pip install 'dropbp_kernels[finetune]'` brings all of it.
+PACKAGES = ("transformers", "peft", "safetensors", "rich", "tqdm", "matplotlib")
 EXAMPLES = """examples:
   dropbp-kernels finetune                                   the built-in model and task, several ways compared
   dropbp-kernels finetune --drop-rate 0.75                  branches dropped in place of tokens without a loss, compared
@@ -99,7 +101,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    require_finetune_packages()
+    require_packages("finetune", PACKAGES)
     given = vars(args)
     explicit = {field.name: given[field.name] for field in fields(Settings) if field.name in given}
     resumed: dict[str, Any] | None = None

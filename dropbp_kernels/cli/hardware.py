@@ -5,7 +5,6 @@ import os
 import platform
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,3 @@ def git_commit() -> str | None:
         return None
     commit = git("rev-parse", "HEAD")
     return commit and commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-
-
-def command() -> str:
-    return " ".join(["dropbp-kernels", *sys.argv[1:]])

@@ -27,19 +27,13 @@ def collect() -> dict[str, Any]:
     from ..ops.schema import SCHEMAS
     from . import hardware
 
+    no_host = _backend.why_no_host()
     return {
         "versions": hardware.versions(),
         "hardware": hardware.hardware(),
-        "host": _host(),
+        "host": "C++ (_host)" if no_host is None else f"plain Python: {no_host}",
         "ops": [_serving(stem, device) for stem in SCHEMAS for device in _backend.LADDER],
     }
-
-
-def _host() -> str:
-    from .. import _backend
-
-    reason = _backend.why_no_host()
-    return "C++ (_host)" if reason is None else f"plain Python: {reason}"
 
 
 def _serving(stem: str, device: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from .. import tuning
 from ..ops.schema import SCHEMAS
 from ..tuning import Config, Inputs, LaunchTable
 from . import progress
-from .errors import UserError
+from .errors import UserError, require_packages
 
 NUM_WARPS = (1, 2, 4, 8, 16, 32)
 ELEMENTS_OF_A_THREAD = range(4, 65)
@@ -31,9 +31,7 @@ def measure_all(tables: Sequence[LaunchTable], widths: Sequence[int], rows_at: C
     """
     if not torch.cuda.is_available():
         raise UserError("tune measures on a CUDA GPU, and torch sees none here; --dry-run shows what it would measure")
-    if importlib.util.find_spec("tqdm") is None:
-        raise UserError("tune needs tqdm, not installed here; run: pip install 'dropbp_kernels[finetune]'")
-
+    require_packages("tune", ("tqdm",))
     from triton.testing import do_bench  # writes the L2 before each call
 
     def time(call: Callable[[], Any]) -> float:

@@ -132,8 +132,9 @@ def _check(settings: Settings) -> None:
         "missing_grad": MISSING_GRAD,
         "sampler": tuple(SAMPLERS),
         "granularity": GRANULARITIES,
+        "context": CONTEXTS,
+        "context_gradient": CONTEXT_GRADIENTS,
     }
-    choices |= {"context": CONTEXTS, "context_gradient": CONTEXT_GRADIENTS}
     for name, allowed in choices.items():
         if (value := getattr(settings, name)) not in allowed:
             raise UserError(f"{_option(name)}: expected one of {', '.join(allowed)}, got {value!r}")

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+EPS = 1e-8
+
 
 class AdamMoments:
     """Running moments of a gradient (P,), and the update that Adam would take from each of several gradients.
@@ -15,8 +17,8 @@ class AdamMoments:
     Source: CoLM (arXiv 2407.19580), section 4.2.
     """
 
-    def __init__(self, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
-        self.betas, self.eps = betas, eps
+    def __init__(self, betas: tuple[float, float]):
+        self.betas = betas
         self.step = 0
         self.first: Tensor | None = None
         self.second: Tensor | None = None
@@ -28,7 +30,7 @@ class AdamMoments:
         first, second = (1 - beta1) * grads, (1 - beta2) * grads.square()
         if self.first is not None and self.second is not None:
             first, second = first.add_(self.first, alpha=beta1), second.add_(self.second, alpha=beta2)
-        scale = second.div_(1 - beta2**step).sqrt_().add_(self.eps)
+        scale = second.div_(1 - beta2**step).sqrt_().add_(EPS)
         return first.div_(1 - beta1**step).div_(scale)
 
     def update(self, grad: Tensor) -> None:

@@ -32,15 +32,12 @@ def find_projection(model: nn.Module, name: str | None = None) -> Projection:
     Errors: ValueError when there is none; the message lists the linears of the last block.
     """
     modules = dict(model.named_modules())
-    found = None
     if name is None:
-        for names in (VALUE_NAMES, FUSED_NAMES):
-            matches = [path for path, module in modules.items() if path.split(".")[-1] in names and _is_linear(module)]
-            if matches and found is None:
-                found = matches[-1]
+        linears = [path for path in reversed(modules) if _is_linear(modules[path])]
+        matches = (path for names in (VALUE_NAMES, FUSED_NAMES) for path in linears if path.split(".")[-1] in names)
     else:
-        found = next((path for path in reversed(modules) if path == name or path.endswith(f".{name}")), None)
-    if found is None:
+        matches = (path for path in reversed(modules) if path == name or path.endswith(f".{name}"))
+    if (found := next(matches, None)) is None:
         wanted = f"one of {', '.join((*VALUE_NAMES, *FUSED_NAMES))}" if name is None else "the name of a linear"
         raise ValueError(f"projection: expected {wanted}, got {name!r}; {_last_linears(modules)}")
     if not _is_linear(modules[found]):

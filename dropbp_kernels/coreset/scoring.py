@@ -7,7 +7,7 @@ What comes before the block of the linear runs once; only that block and what fo
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -155,8 +155,7 @@ class Scorer:
 
         (loss at W + epsilon Z - loss at W - epsilon Z) / (2 epsilon), two replays for each direction.
         """
-        with ExitStack() as stack:
-            replay = stack.enter_context(_Replay(self.projection.blocks))
+        with _Replay(self.projection.blocks) as replay:
             losses = self.losses(inputs)
             replay.begin()
             changes = []

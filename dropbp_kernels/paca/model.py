@@ -34,8 +34,7 @@ class PacaModel(BaseTuner):
             found = self._check_target_module_exists(peft_config, key) if key else False
             if not found or isinstance(found, _ExcludedModule):
                 continue
-            base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-            r, (in_features, _) = _rank(peft_config, key), layer_features(base, key)
+            r, (in_features, _) = _rank(peft_config, key), layer_features(_base_of(module), key)
             if r > in_features:
                 raise ValueError(f"r: expected at most the {in_features} inputs of {key}, got {r}")
             if isinstance(module, PacaLayer) and peft_config.published and module.merged:
@@ -80,6 +79,11 @@ def _rank(config: PacaConfig, key: str) -> int:
     return config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.r)
 
 
+def _base_of(target: nn.Module) -> Any:
+    """The linear itself, where a layer of a tuner stands around it."""
+    return target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+
+
 def layer_features(base: nn.Module, key: str) -> tuple[int, int]:
     try:
         return features(base)
@@ -88,8 +92,7 @@ def layer_features(base: nn.Module, key: str) -> tuple[int, int]:
 
 
 def new_layer(target: nn.Module, adapter_name: str, **settings: Any) -> Linear:
-    kind: type[Linear] = Linear
-    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    kind, base = Linear, _base_of(target)
     if is_quantised(base):
         from .bnb import LAYERS
 
@@ -98,7 +101,7 @@ def new_layer(target: nn.Module, adapter_name: str, **settings: Any) -> Linear:
 
 
 def _choose(config: PacaConfig, target: nn.Module, r: int, key: str) -> Tensor:
-    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    base = _base_of(target)
     in_features, _ = features(base)
     if config.selection == "gradient":
         return torch.full((r,), NOT_CHOSEN, dtype=torch.int64, device="cpu")
