@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from dropbp_kernels.cli.model_config import load_config
-from dropbp_kernels.cli.planning import Setting, StepModel
+from dropbp_kernels.cli.planning import Prediction, Setting, StepModel
 
 from .rows import RESULTS, Machine, append_rows, machine
 
@@ -118,11 +118,8 @@ def simulated(
     """The columns of one row."""
     model = StepModel(load_config(name), adapter_dtype=getattr(torch, adapter_dtype), use_cache=use_cache)
     runs, fused = "detach" if method == "detach" else "inference", method.endswith("fused")
-    short, long = (
-        model.predict(Setting(1, tokens, drop_rate, checkpoint, runs, fused_loss, fused)).by_tag
-        for tokens in (SHORT, LONG)
-    )
-    peaks = [sum(n for tag, n in by_tag.items() if tag not in ("weights", "optimizer")) for by_tag in (short, long)]
+    settings = [Setting(1, tokens, drop_rate, checkpoint, runs, fused_loss, fused) for tokens in (SHORT, LONG)]
+    short, long = map(model.predict, settings)
     return {
         "kind": "simulated",
         "model": name,
@@ -132,10 +129,10 @@ def simulated(
         "fused_loss": fused_loss,
         "use_cache": use_cache,
         "adapter_dtype": adapter_dtype,
-        "peak_bytes_4096": peaks[0],
-        "peak_bytes_8192": peaks[1],
-        "kib_per_token": (peaks[1] - peaks[0]) / (LONG - SHORT) / 1024,
-        "at_the_peak": " ".join(f"{tag} {n >> 20} MiB" for tag, n in long.items() if tag in ("activations", "logits")),
+        "peak_bytes_4096": _peak(short),
+        "peak_bytes_8192": _peak(long),
+        "kib_per_token": (_peak(long) - _peak(short)) / (LONG - SHORT) / 1024,
+        "at_the_peak": _at_the_peak(long),
     }
 
 
@@ -146,8 +143,7 @@ def simulated_targets(name: str, seq_len: int, num_targets: int, checkpoint: str
         Setting(1, seq_len, 0.0, checkpoint, fused_loss=fused_loss, target_share=share)
         for share in (None, num_targets / seq_len)
     ]
-    tags = [model.predict(setting).by_tag for setting in settings]
-    peaks = [sum(n for tag, n in by_tag.items() if tag not in ("weights", "optimizer")) for by_tag in tags]
+    undropped, by_targets = map(model.predict, settings)
     return {
         "kind": "simulated",
         "model": name,
@@ -156,13 +152,20 @@ def simulated_targets(name: str, seq_len: int, num_targets: int, checkpoint: str
         "adapter_dtype": "float32",
         "seq_len": seq_len,
         "num_targets": num_targets,
-        "peak_bytes_undropped": peaks[0],
-        "peak_bytes": peaks[1],
-        "times_less": peaks[0] / peaks[1],
-        "at_the_peak": " ".join(
-            f"{tag} {n >> 20} MiB" for tag, n in tags[1].items() if tag in ("activations", "logits")
-        ),
+        "peak_bytes_undropped": _peak(undropped),
+        "peak_bytes": _peak(by_targets),
+        "times_less": _peak(undropped) / _peak(by_targets),
+        "at_the_peak": _at_the_peak(by_targets),
     }
+
+
+def _peak(found: Prediction) -> int:
+    """Without weights and optimizer state."""
+    return found.peak_bytes - found.by_tag["weights"] - found.by_tag["optimizer"]
+
+
+def _at_the_peak(found: Prediction) -> str:
+    return " ".join(f"{tag} {n >> 20} MiB" for tag, n in found.by_tag.items() if tag in ("activations", "logits"))
 
 
 if __name__ == "__main__":
