@@ -7,7 +7,6 @@ torch    F.linear_cross_entropy with its default options, where torch has it (2.
 Every round runs each way once. The loss is compared with the one in float64, the gradient of hidden too.
 """
 
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -21,7 +20,7 @@ from dropbp_kernels.measure import PeakLiveBytes
 
 from .rows import Machine, machine
 from .settings import Settings
-from .timing import in_turn, milliseconds, quantile
+from .timing import Timing, in_turn, milliseconds
 
 # (rows, width, classes): on a CPU a small model's head, on a GPU that of Llama-3-8B.
 SIZES = {"tiny": (40, 16, 100), "cpu": (2048, 512, 32000), "cuda": (8192, 4096, 128256)}
@@ -114,8 +113,7 @@ def _rows(
         way: lambda loss_of=loss_of: milliseconds(lambda: step(loss_of), settings.device)
         for way, loss_of in all_ways.items()
     }
-    times = in_turn(runs, NUM_ROUNDS[settings.scale])
-    unfused_ms = statistics.median(times["unfused"])
+    times = {way: Timing(samples) for way, samples in in_turn(runs, NUM_ROUNDS[settings.scale]).items()}
     return [
         LossStepRow(
             **asdict(where),
@@ -125,16 +123,16 @@ def _rows(
             width=width,
             classes=num_classes,
             trained_weight=trained,
-            num_samples=len(samples),
-            median_ms=statistics.median(samples),
-            p20_ms=quantile(samples, 0.2),
-            p80_ms=quantile(samples, 0.8),
-            speedup_vs_unfused=unfused_ms / statistics.median(samples),
+            num_samples=len(timing.samples_ms),
+            median_ms=timing.median_ms,
+            p20_ms=timing.p20_ms,
+            p80_ms=timing.p80_ms,
+            speedup_vs_unfused=times["unfused"].median_ms / timing.median_ms,
             peak_live_bytes=counted[way][0],
             loss_error=counted[way][1],
             gradient_error=counted[way][2],
         )
-        for way, samples in times.items()
+        for way, timing in times.items()
     ]
 
 

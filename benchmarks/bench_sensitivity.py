@@ -4,7 +4,6 @@
 runs each method once, in turn, on the same micro-batch.
 """
 
-import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
@@ -17,10 +16,11 @@ from dropbp_kernels.exact_sensitivity import METHODS, measure_sensitivity
 from dropbp_kernels.measure import PeakLiveBytes
 from dropbp_kernels.sensitivity import DEFINITIONS
 
+from .coreset_agreement import rank_correlation
 from .rows import machine
 from .settings import Settings
 from .steps import ModelRow, build, size_of
-from .timing import in_turn, milliseconds, quantile
+from .timing import Timing, in_turn, milliseconds
 
 ADAPTERS = ("lora", "full")
 NUM_ROUNDS = {"full": 5, "quick": 3, "tiny": 1}
@@ -91,7 +91,7 @@ def _measure(settings: Settings, adapter: str) -> list[SensitivityRow]:
             measure(method)
         peaks[method], forwards[method] = live.peak_bytes, len(num_forwards)
     runs = {method: lambda method=method: milliseconds(lambda: measure(method), settings.device) for method in METHODS}
-    times = in_turn(runs, NUM_ROUNDS[settings.scale])
+    times = {method: Timing(samples) for method, samples in in_turn(runs, NUM_ROUNDS[settings.scale]).items()}
     rows = []
     for method in METHODS:
         pairs = {d: (found[method, d], found["published", d]) for d in DEFINITIONS}
@@ -103,13 +103,13 @@ def _measure(settings: Settings, adapter: str) -> list[SensitivityRow]:
                 num_branches=len(handler.gates),
                 method=method,
                 num_forwards=forwards[method],
-                num_samples=len(times[method]),
-                median_ms=statistics.median(times[method]),
-                p20_ms=quantile(times[method], 0.2),
-                p80_ms=quantile(times[method], 0.8),
-                speedup_vs_published=statistics.median(times["published"]) / statistics.median(times[method]),
+                num_samples=len(times[method].samples_ms),
+                median_ms=times[method].median_ms,
+                p20_ms=times[method].p20_ms,
+                p80_ms=times[method].p80_ms,
+                speedup_vs_published=times["published"].median_ms / times[method].median_ms,
                 peak_live_bytes=peaks[method],
-                **{f"rank_correlation_{d}": rank_correlation(*pair) for d, pair in pairs.items()},
+                **{f"rank_correlation_{d}": rank_correlation(*map(torch.tensor, pair)) for d, pair in pairs.items()},
                 **{f"largest_difference_{d}": _largest_difference(*pair) for d, pair in pairs.items()},
             )
         )
@@ -123,12 +123,6 @@ def _train(model: nn.Module, batch: dict[str, Any]) -> None:
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-
-
-def rank_correlation(values: list[float], expected: list[float]) -> float:
-    """Spearman's: the correlation of the ranks."""
-    ranks = [torch.tensor(each).argsort().argsort().double() for each in (values, expected)]
-    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
 
 
 def _largest_difference(values: list[float], expected: list[float]) -> float:
