@@ -371,7 +371,8 @@ class DropBPHandler:
         """What was dropped so far: realised rate and FLOPs kept, overall and per branch (`branches`, model order).
 
         A dict; `print` and rich show it as a table, `draw(path)` as a picture. Counts are those of steps or, under
-        plans that differ from row to row, of rows: samples or tokens.
+        plans that differ from row to row, of rows: samples or tokens, of all micro-batches of a step (in a model that
+        was not patched by `apply_dropbp`, of the first).
         """
         return self._books.report(list(self.gates), self.drop_rate, self.drop_rates, self.flops(), self.num_steps)
 
@@ -429,5 +430,7 @@ class DropBPHandler:
             drawn = loaded._draw(step, rates)
             entries = [again if entry is None else entry for entry, again in zip(entries, drawn, strict=True)]
         loaded._put_plan(DropPlan(tuple(map(as_entry, entries)), step, loaded.seed), rates)
+        if step == loaded.num_steps - 1:  # the plan of the step that runs
+            loaded._books.reopen(loaded.plan)
         vars(self).update(vars(loaded))
         self._tell_targets()

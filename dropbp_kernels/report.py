@@ -98,8 +98,15 @@ class Books:
         """Close the plan before, and count `plan` from now on."""
         self._closed, self._open = self.counts(), tuple(plan)
 
+    def reopen(self, plan: Iterable[Any]) -> None:
+        """Go on with `plan`, which these books count already: what its rows keep from now on comes on top."""
+        counts, self._open = self.counts(), tuple(plan)
+        self._closed = [(0, 0)] * len(counts)
+        now = self.counts()
+        self._closed = [(k - kept, n - rows) for (k, n), (kept, rows) in zip(counts, now, strict=True)]
+
     def counts(self) -> list[tuple[int, int]]:
-        """(num_kept, num_rows) of each branch: of a bool one step, of an entry over rows those of its last batch."""
+        """(num_kept, num_rows) of each branch: of a bool one step, of an entry over rows those of its batches."""
         if not self._open:
             return self._closed
         of_open = [(int(entry), 1) if isinstance(entry, bool) else entry.counts() for entry in self._open]

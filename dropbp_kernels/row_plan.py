@@ -93,6 +93,8 @@ class RowPlan:
         self.seed = seed
         self.step = step
         self._drawn: _Drawn | None = None  # of the last batch
+        self._counts = [(0, 0)] * len(self.drop_rates)
+        self._uncounted = set(range(len(self.drop_rates)))  # branches whose next call is of a batch not yet counted
 
     def rows(self, branch: int, batch: Batch) -> Rows:
         """The rows of a branch. Drawn for all branches when the first of them asks.
@@ -103,16 +105,26 @@ class RowPlan:
         """
         if self._drawn is None or not _is_same(self._drawn.batch, batch):
             self._drawn = self._draw(batch)
+        if branch in self._uncounted:
+            self._uncounted.remove(branch)
+            kept, rows = self._counts[branch]
+            self._counts[branch] = (kept + self._drawn.counts[branch][0], rows + self._drawn.counts[branch][1])
         return self._drawn.rows[batch.stage][branch]
+
+    def expect_batch(self, branch: int) -> None:
+        """Let the next rows of the branch be counted: a batch begins. Nobody says so of a recompute."""
+        self._uncounted.add(branch)
 
     def kept_share(self, branch: int) -> float:
         """The share of its rows that the branch kept in the last batch; before that, what is expected."""
-        num_kept, num_rows = self.counts(branch)
+        if self._drawn is None:
+            return 1.0 - self.drop_rates[branch]
+        num_kept, num_rows = self._drawn.counts[branch]
         return num_kept / num_rows if num_rows else 1.0 - self.drop_rates[branch]
 
     def counts(self, branch: int) -> tuple[int, int]:
-        """(rows kept, rows) of the branch in the last batch; before one, none."""
-        return (0, 0) if self._drawn is None else self._drawn.counts[branch]
+        """(rows kept, rows) of the branch in all batches that began; where nobody says so, in the first."""
+        return self._counts[branch]
 
     def num_kept(self, num_samples: int, num_tokens: int) -> list[int]:
         """How many rows each branch keeps of a batch of so many samples and (real) tokens: numbers of the host.
@@ -255,8 +267,12 @@ class RowsOfBranch(NamedTuple):
         return self.plan.kept_share(self.branch)
 
     def counts(self) -> tuple[int, int]:
-        """(rows kept, rows) of the last batch."""
+        """(rows kept, rows) of the batches so far."""
         return self.plan.counts(self.branch)
+
+    def expect_batch(self) -> None:
+        """A batch begins."""
+        self.plan.expect_batch(self.branch)
 
     def as_list(self) -> None:
         """Nothing: the rows are drawn anew from the seed and the step."""

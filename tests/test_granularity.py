@@ -109,7 +109,7 @@ def test_padding_is_told_to_the_gates_and_never_kept(model_type):
     step(model, inputs)
     inputs["attention_mask"] = torch.ones(BATCH, 1, SEQ, SEQ, dtype=torch.bool).tril()
     step(model, inputs)
-    assert handler.report()["branches"][1]["num_dropped"] == 9  # nor is it of one whose mask does not say
+    assert handler.report()["branches"][1]["num_dropped"] == 9 + 6 + 9  # nor is it of one whose mask does not say
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
@@ -228,6 +228,35 @@ def test_the_backward_does_equal_work_in_every_step():
     assert len(counted) == 1
 
 
+@pytest.mark.parametrize("checkpointing", [None, False, True])
+def test_report_counts_all_micro_batches(checkpointing):
+    """Also where they differ in size, once each where blocks are computed again, and on from a state between two."""
+    model = tiny_llama()
+    handler = apply_dropbp(model, 0.5, granularity="sample")
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+
+    def run_step():
+        for size in (2, 8, 8):
+            model(**tiny_batch(size)).loss.backward()
+        with torch.no_grad():
+            model(**tiny_batch(4))
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "gradient checkpointing: it is reentrant")
+        for _ in range(2):
+            handler.step()
+            state = handler.state_dict()
+            run_step()
+        report = handler.report()
+        assert [(branch["num_kept"], branch["num_dropped"]) for branch in report["branches"]] == [(18, 18)] * 6
+        remove_dropbp(model)
+        resumed = apply_dropbp(model, 0.5, granularity="sample")
+        resumed.load_state_dict(state)
+        run_step()
+    assert resumed.report() == report
+
+
 def test_callback_with_accumulation(tmp_path):
     from transformers import Trainer, TrainingArguments
 
@@ -243,7 +272,7 @@ def test_callback_with_accumulation(tmp_path):
     trainer = Trainer(tiny_llama(), arguments, train_dataset=data, callbacks=[callback])
     trainer.train()
     report = callback.handler.report()
-    assert [branch["num_kept"] for branch in report["branches"]] == [4, 24] * 3
+    assert [branch["num_kept"] for branch in report["branches"]] == [8, 48] * 3  # of four micro-batches
     log = next(entry for entry in trainer.state.log_history if "dropbp_flops_kept" in entry)
     assert log["dropbp_flops_kept"] == pytest.approx(0.5)
     assert log["dropbp_drop_rate"] == pytest.approx(0.5)

@@ -1,4 +1,5 @@
-"""What gates have to be told of a batch where a plan differs from row to row: how many samples, and what is padding.
+"""What gates have to be told of a batch where a plan differs from row to row: that it begins, how many samples it has,
+and what is padding.
 
 A gate sees the residual stream alone. The modules above the blocks (the model, its decoder) see the inputs: a hook in
 front of each tells the gates below it. The innermost speaks last, so an encoder and a decoder each tell their own.
@@ -8,9 +9,11 @@ import inspect
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..layer import DropBP
+from ..row_plan import RowsOfBranch
 
 _HANDLE = "_dropbp_batch_handle"
 _GATES = "_dropbp_gates_below"
@@ -66,6 +69,8 @@ def _tell(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     for gate in vars(module)[_GATES]:
         if first is not None:
             gate.num_samples = first.shape[0]
+        if torch.is_grad_enabled() and isinstance(gate.kept, RowsOfBranch):
+            gate.kept.expect_batch()
     if "attention_mask" not in names and "attention_mask" not in inputs:
         return
     mask = inputs.get("attention_mask")
