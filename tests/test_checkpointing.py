@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from models import CAUSAL_LMS, gradients, tiny_batch, tiny_causal_lm, toy_model, with_lora
+from models import CAUSAL_LMS, gradients, tiny_batch, tiny_causal_lm, tiny_gpt2, toy_model, with_lora
 
 from dropbp_kernels import DropBPHandler, apply_dropbp, remove_dropbp
 from dropbp_kernels.integrations import checkpointing
@@ -181,6 +181,19 @@ def test_a_cache_left_on_does_not_see_keys_twice(way):
         assert model.eval()(**batch).past_key_values.get_seq_length() == 10
         if way == "kept":  # in training mode too, as TRL generates
             assert model.train()(**batch).past_key_values.get_seq_length() == 10
+
+
+@pytest.mark.parametrize("checkpoint", ["kept", "sliced"])
+def test_a_cache_given_by_its_place_does_not_see_keys_twice(checkpoint):
+    """GPT-2's blocks take it so, and its config asks for one."""
+    batch, seen = tiny_batch(), []
+    for use_cache in (False, True):
+        model = tiny_gpt2()
+        model.config.use_cache = use_cache
+        apply_dropbp(model, 0.5, checkpoint=checkpoint).step()
+        seen.append(backward(model, batch))
+    assert_same(seen[1], seen[0])
+    assert model(**batch).past_key_values.get_seq_length() == 0
 
 
 def test_gradient_checkpointing_switched_on_before_patching_and_left_after():

@@ -102,8 +102,10 @@ def test_other_adapters(adapter, model_type, order):
 
 
 @pytest.mark.parametrize("options", [{"checkpoint": "kept"}, {"granularity": "sample"}])
-def test_prefixes_are_refused_where_their_cache_would_be_taken_away(options):
-    model = adapted(tiny_causal_lm("llama"), "prefix")
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_prefixes_are_refused_where_their_cache_would_be_taken_away(model_type, options):
+    """Also where blocks are given it by its place, as GPT-2's."""
+    model = adapted(tiny_causal_lm(model_type), "prefix")
     inputs = tiny_inputs(model)
     apply_dropbp(model, 0.5, **options).step()
     with pytest.raises(ValueError, match=r"past_key_values: .* that holds keys \(prefix tuning\?\); patch with"):

@@ -138,8 +138,10 @@ def _warn_of_reentrant() -> None:
     )
 
 
-def without_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
+def without_cache(forward: Callable[..., Any], names: Iterable[str]) -> Callable[..., Any]:
     """`forward` of a block that passes no key/value cache on while it trains with gates that checkpoint or go by rows.
+
+    names: of its arguments, in order; some models (GPT-2) give their blocks the cache by its place.
 
     A branch that is computed again would append its keys twice, unless the cache `is_recomputable`. transformers takes
     the cache away from the blocks that it checkpoints; this is for apply_dropbp(..., checkpoint="kept"). A branch by
@@ -149,12 +151,16 @@ def without_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
     Errors of the forward: ValueError for a cache that holds keys already, as that of prefix tuning does.
     """
 
+    places = [place for place, name in enumerate(names) if name in _CACHES]
+
     @functools.wraps(forward)
     def forward_without_cache(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         caches = [kwargs[name] for name in _CACHES if kwargs.get(name) is not None]
+        caches += [args[place] for place in places if place < len(args) and args[place] is not None]
         is_safe = not torch.is_grad_enabled() or all(getattr(cache, "is_recomputable", False) for cache in caches)
         if not is_safe and ((self.training and _checkpoints(self)) or _goes_by_rows(self)):
             _check_empty(self, caches)
+            args = tuple(None if place in places else argument for place, argument in enumerate(args))
             kwargs.update(dict.fromkeys(_CACHES & kwargs.keys()))
             if "use_cache" in kwargs:
                 kwargs["use_cache"] = False

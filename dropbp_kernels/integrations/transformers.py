@@ -242,7 +242,7 @@ def _class_with(original: Any, forward: Callable[..., Any] | None) -> Any:
     return subclass(
         original,
         (_class_with, forward),
-        forward=without_cache(forward or original.forward),
+        forward=without_cache(forward or original.forward, list(inspect.signature(original.forward).parameters)[1:]),
         _gradient_checkpointing_func=CheckpointByPlan(),
     )
 
