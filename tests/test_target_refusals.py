@@ -4,7 +4,18 @@ import pytest
 import torch
 from target_cases import CLOSE, assert_same, backward, chat, tiny
 from torch import nn
-from transformers import DynamicCache, StaticCache, T5Config, T5ForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    DynamicCache,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    SiglipVisionConfig,
+    StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from dropbp_kernels import DropBPHandler, apply_dropbp
 from dropbp_kernels.integrations import checkpointing
@@ -181,6 +192,52 @@ def test_positions_of_several_axes_are_refused():
     inputs = {"inputs_embeds": model.get_input_embeddings()(batch["input_ids"])}
     with pytest.raises(ValueError, match="position_ids: expected"):
         model.model(**inputs, position_ids=torch.arange(16).expand(3, 3, 16))
+
+
+def test_images_that_attend_in_both_directions_are_refused():
+    """Gemma 3 makes a mask by which the tokens of an image see each other; without one in the batch it is causal."""
+    vision = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, image_size=16, patch_size=4
+    )
+    text = {**tiny("gemma3_text").config.to_dict(), "vocab_size": 99}  # of which the last three belong to images
+    config = Gemma3Config(
+        text_config=text, vision_config=vision.to_dict(), mm_tokens_per_image=4, image_token_index=98,
+        boi_token_index=97, eoi_token_index=96,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration(config).double().train()
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.1)
+    batch = {**chat(), "token_type_ids": torch.zeros(3, 16, dtype=torch.long)}
+    dense = backward(model, batch)
+    apply_dropbp(model, 0.0, context="inference", context_gradient="full", families=["gemma3"])
+    assert_same(backward(model, batch), dense, **CLOSE)
+    tokens, types = batch["input_ids"].clone(), batch["token_type_ids"].clone()
+    tokens[:, :4], types[:, :4] = 98, 1
+    pixels = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    batch = {**chat(), "input_ids": tokens, "token_type_ids": types, "pixel_values": pixels}
+    batch["labels"][:, :4] = -100
+    with pytest.raises(ValueError, match="attention_mask: expected rows that attend to no later ones with context"):
+        model(**batch)
+
+
+def test_prompts_of_other_images_are_not_shared():
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    config = LlavaConfig(vision_config=vision, text_config=tiny().config, image_token_index=2, vision_feature_layer=-1)
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config).double().train()
+    tokens = chat()["input_ids"]
+    tokens[:, :4], tokens[:, 4:8] = 2, tokens[0, 4:8]  # an image and a question to it
+    labels = tokens.masked_fill(torch.arange(16) < 8, -100)
+    batch = {"input_ids": tokens, "labels": labels, "use_cache": False}
+    one = torch.randn(1, 3, 16, 16, dtype=torch.float64).expand(3, -1, -1, -1)
+    dense = backward(model, {**batch, "pixel_values": one})
+    options = {"context": "inference", "context_gradient": "full", "families": ["llama"]}
+    apply_dropbp(model, 0.0, shared_context=True, **options)
+    assert_same(backward(model, {**batch, "pixel_values": one}), dense, **CLOSE)
+    with pytest.raises(ValueError, match=r"inputs_embeds: expected the same .* \(another image\?\)"):
+        model(**batch, pixel_values=torch.cat([one[:2], -one[2:]]))
 
 
 def test_reentrant_checkpointing_serves_one_turn_alone():

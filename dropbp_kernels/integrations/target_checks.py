@@ -160,6 +160,13 @@ def check_inputs(decoder: Any, inputs: dict[str, Any], plan: TargetPlan) -> None
         if inputs.get(name, getattr(decoder.config, name, False)):
             raise ValueError(f"{name}: expected False with labels and context: context and targets run apart")
     shape = plan.documents.shape
+    masks = inputs.get("attention_mask")
+    if any(map(_looks_ahead, masks.values() if isinstance(masks, dict) else [masks])):
+        raise ValueError(
+            "attention_mask: expected rows that attend to no later ones with context, got a mask of the model's by "
+            "which some do (those of an image?)"
+        )
+    _check_shared(inputs.get("inputs_embeds"), plan)
     position_ids = inputs.get("position_ids")
     if position_ids is not None and tuple(position_ids.shape) not in (tuple(shape), (1, shape[1])):
         raise ValueError(
@@ -176,3 +183,25 @@ def check_inputs(decoder: Any, inputs: dict[str, Any], plan: TargetPlan) -> None
             )
         if name not in REPLACED and value.shape[:2] == shape:
             raise ValueError(f"{name}: expected no further input by token with context, got shape {tuple(value.shape)}")
+
+
+def _looks_ahead(mask: Any) -> bool:
+    """Whether a row attends to a later one by `mask`, (B, heads, S, S), which models with images make themselves."""
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        return False
+    sees = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return bool(sees.triu(1).any())
+
+
+def _check_shared(embeds: Tensor | None, plan: TargetPlan) -> None:
+    """Raise ValueError where samples that share a context by their tokens have other `embeds` there."""
+    first = plan.stages[0]
+    if embeds is None or first.samples is None or first.sample_of is None or embeds.shape[:2] != plan.documents.shape:
+        return
+    rows = first.gather(embeds)
+    is_other = (rows != rows[first.samples][first.sample_of]).any(-1) & first.is_row
+    if is_other.any():
+        raise ValueError(
+            "inputs_embeds: expected the same where samples have the same prompt with shared_context, got others "
+            "(another image?); patch without shared_context"
+        )
