@@ -75,11 +75,9 @@ class Calibration:
 
         Errors: ImportError without matplotlib; OSError when the file cannot be written.
         """
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(10, 1.2 + 0.18 * len(self.branches)), layout="constrained")
-        FigureCanvasAgg(figure)
         panels = figure.subplots(1, 3, sharey=True)
         columns = [
             (f"sensitivity ({self.definition})", self.sensitivities, "#0072B2"),

@@ -50,12 +50,10 @@ class Report(dict[str, Any]):
 
         Errors: ImportError without matplotlib; OSError when the file cannot be written.
         """
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         branches = self["branches"]
         figure = Figure(figsize=(8, 1.2 + 0.18 * len(branches)), layout="constrained")
-        FigureCanvasAgg(figure)
         axes = figure.subplots()
         places = range(len(branches))
         realised = [branch["realised_drop_rate"] or 0.0 for branch in branches]
