@@ -117,6 +117,8 @@ def install(schemas: dict[str, dict[str, str]]) -> None:
         for name, signature in names.items():
             _library.define(name + signature)
             _library.impl(name, getattr(reference, f"{name}_reference"), "CompositeExplicitAutograd")
+            if signature.endswith("-> ()"):  # no result of which a fake would have to say shape and dtype
+                torch.library.register_fake(f"dropbp_kernels::{name}", lambda *args: None, lib=_library)
 
     _load("cpp", "_C")
     if torch.version.cuda is None:
@@ -133,7 +135,7 @@ def install(schemas: dict[str, dict[str, str]]) -> None:
         _missing["triton"] = reason
 
     if "triton" not in _missing and torch.version.cuda is not None:
-        _register(_library, "triton", "CUDA", [stem for stem in schemas if not _serves("cuda", stem)])
+        _register(_library, "triton", "CUDA", [stem for stem in schemas if why_not("cuda", stem) is not None])
     if "triton" not in _missing and _forced() == "triton" and is_interpreting():
         _register(_library, "triton", "CPU", schemas)
 
@@ -144,10 +146,6 @@ def _register(library: torch.library.Library, backend: str, key: str, stems: Any
             kernel = getattr(reference, f"{name}_reference") if backend == "reference" else _launcher(stem, name)
             # Triton's own registration may stand there: torch 2.11 refuses another one unless it is asked for.
             library.impl(name, kernel, key, allow_override=True)
-
-
-def _serves(backend: str, stem: str) -> bool:
-    return backend not in _missing and (backend != "cuda" or stem in CUDA_STEMS)
 
 
 @contextlib.contextmanager

@@ -71,8 +71,3 @@ def _check(weight: Tensor, name: str, columns: Tensor, index: Tensor) -> Tensor:
 @torch.library.register_fake("dropbp_kernels::column_update_")
 def _(weight: Tensor, delta: Tensor, index: Tensor, scale: float) -> Tensor:
     return weight.new_empty((weight.shape[0], index.shape[0]))
-
-
-@torch.library.register_fake("dropbp_kernels::column_restore_")
-def _(weight: Tensor, original: Tensor, index: Tensor) -> None:
-    pass

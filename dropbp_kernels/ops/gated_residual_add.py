@@ -144,11 +144,6 @@ def _(residual: Tensor, branch: Tensor, rows: Tensor | None) -> Tensor:
     return torch.empty_like(residual, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("dropbp_kernels::gated_residual_add_")
-def _(residual: Tensor, branch: Tensor, rows: Tensor | None) -> None:
-    pass
-
-
 @torch.library.register_fake("dropbp_kernels::gated_residual_add_backward")
 def _(
     grad_output: Tensor, rows: Tensor | None, row_scale: Tensor | None, grad_scale: float, dtype: torch.dtype

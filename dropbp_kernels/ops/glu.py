@@ -139,17 +139,7 @@ def _(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return torch.empty_like(gate, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("dropbp_kernels::glu_")
-def _(gate: Tensor, up: Tensor, activation: str) -> None:
-    pass
-
-
 @torch.library.register_fake("dropbp_kernels::glu_backward")
 def _(grad_output: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     grad_gate = torch.empty_like(gate, memory_format=torch.contiguous_format)
     return grad_gate, torch.empty_like(grad_gate)
-
-
-@torch.library.register_fake("dropbp_kernels::glu_backward_")
-def _(grad_output: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
-    pass

@@ -91,8 +91,3 @@ class _Rope(Function):
 @torch.library.register_fake("dropbp_kernels::rope")
 def _(x: Tensor, cos: Tensor, sin: Tensor, transpose: bool) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@torch.library.register_fake("dropbp_kernels::rope_")
-def _(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    pass
