@@ -17,11 +17,6 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _along_dim_0(scale: Tensor, like: Tensor) -> Tensor:
-    """(K,) -> (K, 1, ..., 1), to be broadcast against `like` (K, ..., D)."""
-    return scale.reshape(-1, *[1] * (like.dim() - 1))
-
-
 def gated_residual_add_reference(residual: Tensor, branch: Tensor, rows: Tensor | None) -> Tensor:
     """residual (R, ..., D) + branch (K, ..., D) at the rows (K,) of dim 0, in residual's dtype. rows are unique."""
     output = residual.clone(memory_format=torch.contiguous_format)
@@ -47,7 +42,7 @@ def gated_residual_add_backward_reference(
     wide = torch.promote_types(_wide(grad.dtype), _wide(dtype))
     grad_branch = grad.to(wide) * grad_scale
     if row_scale is not None:
-        scale = _along_dim_0(row_scale.to(wide), grad)
+        scale = row_scale.to(wide).reshape(-1, *[1] * (grad.dim() - 1))  # (K, 1, ..., 1)
         # where, and not the product alone: an infinite gradient in a dropped row must not become NaN.
         grad_branch = torch.where(scale == 0, torch.zeros((), dtype=wide, device=grad.device), grad_branch * scale)
     return grad_branch.to(dtype, memory_format=torch.contiguous_format, copy=True)
@@ -159,16 +154,10 @@ def gated_residual_layer_norm_backward_reference(
     if grad_new_residual is not None:
         grad_x = grad_x + grad_new_residual.to(wide)
     grad_residual = grad_x.to(new_residual.dtype, memory_format=torch.contiguous_format, copy=True)
-    grad_weight = grad_bias = None
-    if weight_grad:
-        grad_weight = (grad_normed.to(wide) * normalized).reshape(rstd.numel(), width).sum(0).to(weight.dtype)
-    if bias_grad:
-        grad_bias = grad_normed.to(wide).reshape(rstd.numel(), width).sum(0).to(weight.dtype)
-    return (
-        grad_residual,
-        weight.new_empty(0) if grad_weight is None else grad_weight,
-        weight.new_empty(0) if grad_bias is None else grad_bias,
-    )
+    grads = grad_normed.to(wide).reshape(rstd.numel(), width)
+    grad_weight = (grads * normalized.reshape(grads.shape)).sum(0) if weight_grad else weight.new_empty(0)
+    grad_bias = grads.sum(0) if bias_grad else weight.new_empty(0)
+    return grad_residual, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
 
 
 def _row_shape(shape: torch.Size, num_rows: int) -> tuple[int, ...]:

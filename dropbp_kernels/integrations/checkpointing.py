@@ -47,14 +47,11 @@ class CheckpointByPlan:
         if block is None:
             return self
         if _FUNCTION not in vars(block):
-            raise AttributeError(f"{owner.__name__!r} object has no attribute {_FUNCTION!r}")
+            raise AttributeError(_FUNCTION)  # nn.Module says it in full
         return functools.partial(_checkpoint_block, block, vars(block)[_FUNCTION])
 
     def __set__(self, block: nn.Module, function: Callable[..., Any]) -> None:
         vars(block)[_FUNCTION] = function
-
-    def __delete__(self, block: nn.Module) -> None:
-        del vars(block)[_FUNCTION]
 
 
 def _checkpoint_block(block: nn.Module, function: Callable[..., Any], run: Callable[..., Any], *args: Any) -> Any:
@@ -158,7 +155,7 @@ def without_cache(forward: Callable[..., Any], names: Iterable[str]) -> Callable
         caches = [kwargs[name] for name in _CACHES if kwargs.get(name) is not None]
         caches += [args[place] for place in places if place < len(args) and args[place] is not None]
         is_safe = not torch.is_grad_enabled() or all(getattr(cache, "is_recomputable", False) for cache in caches)
-        if not is_safe and ((self.training and _checkpoints(self)) or _goes_by_rows(self)):
+        if not is_safe and _leaves_keys_twice(self):
             _check_empty(self, caches)
             args = tuple(None if place in places else argument for place, argument in enumerate(args))
             kwargs.update(dict.fromkeys(_CACHES & kwargs.keys()))
@@ -179,11 +176,7 @@ def _check_empty(block: nn.Module, caches: list[Any]) -> None:
         )
 
 
-def _goes_by_rows(block: nn.Module) -> bool:
-    """Whether a branch is called with some rows at a time, whose keys a cache of the batch cannot take."""
+def _leaves_keys_twice(block: nn.Module) -> bool:
+    """Whether a branch runs again in the backward, or is called with some rows at a time: neither suits a cache."""
     gates = (gate for gate in block.modules() if isinstance(gate, DropBP))
-    return any(not isinstance(gate.kept, bool) for gate in gates)
-
-
-def _checkpoints(block: nn.Module) -> bool:
-    return any(gate.checkpoint is not None for gate in block.modules() if isinstance(gate, DropBP))
+    return any(not isinstance(gate.kept, bool) or (block.training and gate.checkpoint is not None) for gate in gates)

@@ -160,10 +160,9 @@ def _from_leaf(block: nn.Module, finish: Any) -> Iterator[None]:
         return tuple(map(swap, args)), {name: swap(value) for name, value in kwargs.items()}
 
     def end(module: nn.Module, args: Any, output: Any) -> None:
-        result = output if isinstance(output, Tensor) else first_tensor(*output) if isinstance(output, tuple) else None
         if leaves and not seen:
             seen.append(True)
-            finish(leaves[0], result)
+            finish(leaves[0], _first_of(output))
 
     handles = [block.register_forward_pre_hook(start, with_kwargs=True), block.register_forward_hook(end)]
     try:
@@ -173,15 +172,18 @@ def _from_leaf(block: nn.Module, finish: Any) -> Iterator[None]:
             handle.remove()
 
 
+def _first_of(output: Any) -> Tensor | None:
+    """What a module returned, or of a tuple the first tensor that may be a stream."""
+    return output if isinstance(output, Tensor) else first_tensor(*output) if isinstance(output, tuple) else None
+
+
 @contextmanager
 def _traced(name: str, block: nn.Module, found: dict[str, Family], reasons: dict[str, str]) -> Iterator[None]:
     outputs: list[tuple[str, Any]] = []  # module name and the node of what it returned, in the order of the calls
 
     def note(path: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            result = (
-                output if isinstance(output, Tensor) else first_tensor(*output) if isinstance(output, tuple) else None
-            )
+            result = _first_of(output)
             if result is not None and result.grad_fn is not None:
                 outputs.append((path, result.grad_fn))
 
@@ -210,12 +212,12 @@ def _branches(block: nn.Module, leaf: Tensor, output: Tensor | None, outputs: li
     if output is None or output.shape != leaf.shape or output.grad_fn is None:
         raise NotFound("it does not map a stream to a stream of the same shape")
     is_output = {node for _, node in outputs}
-    roots = _roots(output.grad_fn, leaf, is_output)
+    roots, stream = _roots(output.grad_fn, leaf, is_output)
     if not roots:
         raise NotFound("no path of plain adds leads from its output to its input (is there a norm after the add?)")
     owner = {id(p): name for name, p in block.named_parameters()}
     branches: dict[str, tuple[str, ...]] = {}
-    for root, stream in roots:
+    for root in roots:
         nodes = _below(root, stream)
         inside = {path for path, node in outputs if node in nodes}
         paths = [path for path, node in outputs if node in nodes and not _has_parent(path, inside)]
@@ -231,8 +233,8 @@ def _branches(block: nn.Module, leaf: Tensor, output: Tensor | None, outputs: li
     return Family((type(block).__name__,), branches, per_token=())  # what a name promises was not proved
 
 
-def _roots(end: Any, leaf: Tensor, is_output: set[Any]) -> list[tuple[Any, set[Any]]]:
-    """The nodes that enter the stream by an add, the first first, each with the nodes of the stream."""
+def _roots(end: Any, leaf: Tensor, is_output: set[Any]) -> tuple[list[Any], set[Any]]:
+    """The nodes that enter the stream by an add, from the block's input to its output; and those of the stream."""
     clean: dict[Any, bool] = {}
     order: list[Any] = []
 
@@ -251,7 +253,7 @@ def _roots(end: Any, leaf: Tensor, is_output: set[Any]) -> list[tuple[Any, set[A
         return result
 
     if not is_clean(end):
-        return []
+        return [], set()
     stream = {node for node, result in clean.items() if result}
     roots: list[Any] = []
 
@@ -269,7 +271,7 @@ def _roots(end: Any, leaf: Tensor, is_output: set[Any]) -> list[tuple[Any, set[A
             for parent, _ in node.next_functions:
                 if parent is not None and parent not in stream:
                     split(parent)
-    return [(root, stream) for root in dict.fromkeys(roots)]
+    return list(dict.fromkeys(roots)), stream
 
 
 def _below(root: Any, stream: set[Any]) -> set[Any]:

@@ -56,13 +56,11 @@ class Family:
 
         Errors: those of `paths`.
         """
+        kind = ModuleGate if self.forward_of(block) is None else _BlockGate
         gates: dict[str, DropBP] = {}
-        calls_its_branches = self.forward_of(block) is not None
         for branch, paths in self.paths(block).items():
             flops = BranchFlops(block, paths, is_attention="attention" in branch)
-            per_token = branch in self.per_token
-            kind = _BlockGate if calls_its_branches else ModuleGate
-            gates[branch] = kind(block, paths, flops, per_token=per_token)
+            gates[branch] = kind(block, paths, flops, per_token=branch in self.per_token)
         return gates
 
 

@@ -59,7 +59,7 @@ class ModuleGate(DropBP):
         (block,) = self._block
         fused_lora.refresh(block)
         modules = tuple(block.get_submodule(path) for path in self.paths)
-        if len(modules) == len(self.modules_of_branch) and all(map(_is, modules, self.modules_of_branch)):
+        if modules == self.modules_of_branch:
             return
         if vars(modules[-1]).get("_dropbp_last_of", self) is not self:
             raise ValueError(
@@ -99,10 +99,6 @@ class ModuleGate(DropBP):
             # A hook and not an autograd.Function, whose result no block could add to in place (Falcon does).
             output.register_hook(functools.partial(_times, self.grad_scale))
         return output
-
-
-def _is(a: object, b: object) -> bool:
-    return a is b
 
 
 def _times(factor: float, grad: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ class StageKeys(Cache):
         all_keys, all_values = zip(*pairs, (key_states, value_states), strict=True)
         return torch.cat(all_keys, dim=-2), torch.cat(all_values, dim=-2)
 
-    def of_next(self, stage: Stage, *, is_last: bool = False, ends_at: int | None = None) -> "StageKeys":
+    def of_next(self, stage: Stage, *, is_last: bool, ends_at: int | None) -> "StageKeys":
         """What `stage` sees, which runs after this one; a recompute of this one keeps nothing more."""
         own, self._own = self._own or {}, None
         num_own = 0 if self.stage is None else self.stage.rows.shape[1]

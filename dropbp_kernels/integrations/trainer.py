@@ -352,18 +352,8 @@ class DropBPCallback(TrainerCallback, ExportableState):
 
     def _settings(self) -> dict[str, Any]:
         """The arguments that JSON can hold; a function stands there as its name."""
-        settings = {
-            "drop_rate": self.drop_rate,
-            "rates": self.rates,
-            "calibrate_at": self.calibrate_at,
-            "plan": self.plan,
-            "definition": self.definition,
-            "allocation": self.allocation,
-            "missing_grad": self.missing_grad,
-            "measure": self.measure,
-            "remove_at_end": self.remove_at_end,
-            **self.options,
-        }
+        names = "drop_rate rates calibrate_at plan definition allocation missing_grad measure remove_at_end"
+        settings = {name: getattr(self, name) for name in names.split()} | self.options
         return json.loads(json.dumps(settings, default=lambda value: getattr(value, "__qualname__", repr(value))))
 
     def _resume(self, saved: dict[str, Any] | None, global_step: int) -> None:

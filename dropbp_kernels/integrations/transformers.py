@@ -111,11 +111,8 @@ def apply_dropbp(
         blocks = discover(model, traced, is_guess=not inputs)
     if not blocks:
         found = ", ".join(sorted({type(module).__name__ for module in model.modules()}))
-        names = (
-            ", ".join(dict.fromkeys(name for family in known for name in family.block))
-            if families
-            else "docs/models.md"
-        )
+        classes = dict.fromkeys(name for family in known for name in family.block)
+        names = ", ".join(classes) if families else "docs/models.md"
         raise ValueError(
             f"model: expected blocks of a known family ({names}), got none; module types found: {found}. "
             "Name your blocks' branches with register_family, or pass inputs=... to have them looked for."
