@@ -40,6 +40,10 @@ class Stream(NamedTuple):
     branch: Tensor | None = None
     grad_scale: float = 1.0
 
+    def added(self) -> Tensor:
+        """The residual with the branch, where one is pending."""
+        return self.residual if self.branch is None else add_branch(self.residual, self.branch, self.grad_scale)
+
 
 class SeenKeys:
     """Keys and values of one block in one stage of a target plan: those that its rows see beside their own.
@@ -228,9 +232,7 @@ def extend(stream: Stream, norm: RMSNorm, gate: DropBP, branch: Callable[..., Te
     By rows the norm reads through the permutation, and holds the kept rows instead of the sum.
     """
     if torch.is_grad_enabled() and not isinstance(gate.kept, bool):
-        residual = stream.residual
-        if stream.branch is not None:
-            residual = add_branch(residual, stream.branch, stream.grad_scale)
+        residual = stream.added()
         split = gate.split(residual)
         if split is None or gate.checkpoint is not None:  # the norm is then dropped, or computed again, with its branch
             return Stream(gate.residual_add(residual, lambda x, *args: branch(norm(x), *args), *args))

@@ -10,6 +10,7 @@ from models import SIZES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dropbp_kernels import apply_dropbp
+from dropbp_kernels.blocks import Stream
 from dropbp_kernels.integrations import fusing
 
 MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -93,7 +94,7 @@ def count_adds(monkeypatch):
         return run
 
     monkeypatch.setattr(fusing, "_add_and_normalise", counted("fused", fusing._add_and_normalise))
-    monkeypatch.setattr(fusing, "_add", counted("added", fusing._add))
+    monkeypatch.setattr(Stream, "added", counted("added", Stream.added))
     return found
 
 

@@ -206,7 +206,7 @@ def test_dropped_boundaries_save_nothing_and_kept_ones_less_than_unfused():
                 x = layer(x, position_embeddings=rope, **({fusing._HANDS_ON: True} if fused else {}))
             if fused:
                 assert isinstance(x, fusing.Pending)
-                x = fusing._add(x.take())
+                x = x.take().added()
         return saved.num_bytes, num_autograd_nodes(x)
 
     assert stack((False,) * 6, True) == (0, 6)

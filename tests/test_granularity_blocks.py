@@ -32,12 +32,17 @@ class FusedStack(torch.nn.Module):
 
 @pytest.mark.parametrize("tokens", [False, True], ids=["sample", "token"])
 @pytest.mark.parametrize("checkpoint", [None, "kept"])
-def test_own_blocks(tokens, checkpoint):
+@pytest.mark.parametrize("attention", ["by rows", "whole"])
+def test_own_blocks(tokens, checkpoint, attention):
+    """Whole branches leave their output pending: what goes by rows behind them adds it."""
     torch.manual_seed(0)
     model = FusedStack().double()
     handler = DropBPHandler(model, 0.5, checkpoint=checkpoint)
     assert [gate.per_token for gate in handler.gates.values()] == [False, True] * 2
     masks = draw_masks(handler, tokens)
+    if attention == "whole":
+        masks[::2] = [torch.ones_like(mask) for mask in masks[::2]]
+    plan = [True if mask.all() else mask for mask in masks]
     x = torch.randn(BATCH, SEQ, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
 
     def run():
@@ -47,7 +52,7 @@ def test_own_blocks(tokens, checkpoint):
         out.square().sum().backward()
         return out.detach(), {**gradients(model), "x": x.grad}
 
-    handler.set_plan(masks)
+    handler.set_plan(plan)
     ours = run()
     handler.set_plan([True] * 4)
     for gate in handler.gates.values():

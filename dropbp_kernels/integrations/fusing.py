@@ -25,7 +25,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import _backend
 from ..blocks import Stream
-from ..layer import DropBP, add_branch
+from ..layer import DropBP
 from ..ops.gated_residual_layer_norm import gated_residual_layer_norm
 from ..ops.gated_residual_rms_norm import gated_residual_rms_norm
 from ..ops.permuted_norm import permuted_layer_norm, permuted_rms_norm
@@ -105,12 +105,12 @@ class _Branch:
         gate, norm = getattr(block, self.gate), getattr(block, self.norm)
         stream = pending.take()
         if not isinstance(gate.kept, bool) and torch.is_grad_enabled():
-            pending.put(Stream(self.add_by_rows(block, gate, _add(stream), norm, kwargs)))
+            pending.put(Stream(self.add_by_rows(block, gate, stream.added(), norm, kwargs)))
             return
         run = functools.partial(self.run, block, kwargs)
         casting = _casting(norm, stream) if is_fused else None
         if casting is None:
-            residual = _add(stream)
+            residual = stream.added()
             del stream
             output = gate.run(residual, lambda x: run(norm(x)))
         else:
@@ -161,7 +161,7 @@ class PreNormForward:
         # transformers records hidden states by hooks, which it installs after the decision to hand on.
         if hands_on and not block._forward_hooks and not is_clamped:
             return Pending(stream)
-        hidden_states = _add(stream)
+        hidden_states = stream.added()
         if not is_clamped:
             return hidden_states
         limit = torch.finfo(torch.float16).max - 1000
@@ -191,17 +191,11 @@ def _final_norm_forward(self: Any, hidden_states: Any) -> Tensor:
     stream = hidden_states.take()
     casting = _casting(self, stream)
     if casting is None:  # of another dtype than what it reads
-        return type(self)._dropbp_original.forward(self, _add(stream))
+        return type(self)._dropbp_original.forward(self, stream.added())
     return _add_and_normalise(stream, self, casting, True)[0]
 
 
 # ---- inside a block
-
-
-def _add(stream: Stream) -> Tensor:
-    if stream.branch is None:
-        return stream.residual
-    return add_branch(stream.residual, stream.branch, stream.grad_scale)
 
 
 def _add_and_normalise(stream: Stream, norm: Any, casting: str, next_kept: bool) -> tuple[Tensor, Tensor]:
@@ -317,7 +311,7 @@ def install(model: nn.Module, fused: bool | str) -> None:
 
 
 def uninstall(model: nn.Module) -> None:
-    """Undo `install`, but for classes: whose has a `_dropbp_original` gets that back with all the others."""
+    """Undo `install`, but for the class of the final norm, which is given back with those of all patched modules."""
     for module in model.modules():
         for name in ("_dropbp_fused", "_dropbp_arguments"):
             vars(module).pop(name, None)
@@ -353,18 +347,15 @@ def _is_backbone(module: Any) -> bool:
 def _hand_on(backbone: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     """Forward pre-hook of a model: decides whether its blocks hand on what is pending in this call."""
     blocks, norm = _blocks_and_norm(backbone)
-    if torch.compiler.is_compiling() or norm is None or _known_casting(norm) is None or "forward" in vars(norm):
+    if torch.compiler.is_compiling() or _has_any_global_hook() or not hasattr(type(norm), "_dropbp_is_final_norm"):
         return None
-    if not hasattr(type(norm), "_dropbp_is_final_norm") or _has_any_global_hook():
+    if "forward" in vars(norm) or _known_casting(norm) is None:
         return None
     device: Any = norm.weight.device
     for block in blocks:
         # What wraps or replaces a block (FSDP, accelerate's device map) would be passed something unknown to it; and
         # one that is compiled by itself would be compiled for it as well, and fuses nothing.
-        if "_dropbp_fused" not in vars(block) or "forward" in vars(block) or is_watched(block):
-            return None
-        if block._compiled_call_impl is not None:
-            return None
-        if not _is_fused(block, device):
+        is_ours = "_dropbp_fused" in vars(block) and not ("forward" in vars(block) or is_watched(block))
+        if not is_ours or block._compiled_call_impl is not None or not _is_fused(block, device):
             return None
     return args, {**kwargs, _HANDS_ON: True}
