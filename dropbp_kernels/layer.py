@@ -26,7 +26,7 @@ from .choices import DROPPED_RUNS, check_choice
 from .ops.gated_residual_add import gated_residual_add
 from .padding import run_without_padding
 from .row_plan import Batch, ChosenRows, Rows, RowsOfBranch
-from .slicing import run_in_slices
+from .slicing import Records, run_in_slices
 from .targets import StagedRows
 
 # What a plan holds for a branch: kept, dropped, or which of its rows are kept.
@@ -103,11 +103,12 @@ class DropBP(nn.Module):
             says otherwise.
         num_samples, is_real: the batch size of the model and which of its tokens, bool (batch, seq), are not padding,
             where somebody knows and tells the gate; 0 and None: unknown, and all are real.
-        stage: while a target plan runs, the rows that do so with autograd and which of their stages this is, or None.
-        real_rows: of a branch per token, the tokens of the stage that are no padding, int64 (K,), where it runs on
-            these alone; None: on all.
-        records: None, or where somebody keeps what modules inside the branch return (transformers: router logits), by
-            name; what a call by rows adds there twice is put together.
+        stage: while a stage of a target plan runs with autograd, all stages that do and the number of this one; else
+            None.
+        real_rows: the tokens of a stage that are no padding, int64 (K,), where a branch per token runs on these alone;
+            None: it runs on all.
+        records: gives, by name, the lists in which somebody keeps what modules inside the branch return (transformers:
+            router logits), by default none; what a call by rows adds there twice is put together.
         checkpoint: None, or the function(branch, residual) that runs a kept branch in training mode so that it saves
             its input alone: `checkpoint_branch`, or what transformers was told to use.
         slice_tokens: how many tokens at most a checkpointed or a dropped branch takes at a time; 0: all.
@@ -144,7 +145,7 @@ class DropBP(nn.Module):
         self.is_real: Tensor | None = None
         self.stage: tuple[StagedRows, int] | None = None
         self.real_rows: Tensor | None = None
-        self.records: Callable[[], dict[str, list[Any]]] | None = None
+        self.records: Records = dict
         self.checkpoint: Callable[..., Any] | None = None
         self.slice_tokens = 0
         self.watch: Watch | None = None
@@ -253,7 +254,7 @@ class DropBP(nn.Module):
         are apart already. The dropped rows run first: what they need in passing is freed before the kept rows save
         anything.
         """
-        records = {} if self.records is None else self.records()
+        records = self.records()
         begin = {name: len(values) for name, values in records.items()}
         is_inference = self.dropped_runs == "inference"
         try:

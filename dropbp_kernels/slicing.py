@@ -14,7 +14,7 @@ Records = Callable[[], dict[str, list[Any]]]
 
 
 def run_in_slices(
-    branch: Callable[..., Any], num_tokens: int, records: Records | None, x: Any, *args: Any, **kwargs: Any
+    branch: Callable[..., Any], num_tokens: int, records: Records, x: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """Return branch(x, ...), computed for at most num_tokens tokens at a time.
 
@@ -32,7 +32,7 @@ def run_in_slices(
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] <= num_tokens:
         return branch(x, *args, **kwargs)
-    recorded = {} if records is None else records()
+    recorded = records()
     begin = {name: len(values) for name, values in recorded.items()}
     slices = rows.split(num_tokens)
     sizes = [len(piece) for piece in slices]

@@ -115,12 +115,12 @@ def test_branches_of_samples_and_calls_with_other_tensors_run_whole():
     handler = DropBPHandler(torch.nn.ModuleList([DropBP()]), 0.0, checkpoint="sliced")
     assert in_slices_of(handler, 4) == []
     x = torch.ones(2, 5, 3)
-    assert run_in_slices(lambda x, scale: (x * scale).shape, 4, None, x, torch.ones(2, 5, 1)) == x.shape
+    assert run_in_slices(lambda x, scale: (x * scale).shape, 4, dict, x, torch.ones(2, 5, 1)) == x.shape
 
 
 def test_what_has_no_tokens_is_refused():
     with pytest.raises(ValueError, match=r"branch: expected 4 tokens returned for a slice of as many, got .*\(3,\)"):
-        run_in_slices(lambda x: x.sum((0, 1)), 4, None, torch.ones(2, 5, 3))
+        run_in_slices(lambda x: x.sum((0, 1)), 4, dict, torch.ones(2, 5, 3))
     with pytest.raises(ValueError, match='expected None, "kept" or "sliced"'):
         apply_dropbp(tiny_causal_lm(), 0.5, checkpoint="slices")
 
