@@ -51,7 +51,7 @@ class RowSplit:
         return rows.unsqueeze(0) if self.rows.by_token else rows
 
     def rows_of_output(self, output: Tensor, num_rows: int) -> tuple[Tensor, tuple[int, ...]] | None:
-        """What the branch made of num_rows rows, a row at a time, and the leading dimensions that all rows would have.
+        """An output for num_rows rows, as (num_rows, ...), and the leading dimensions that one for all rows would have.
 
         None for a tensor that has no such rows. Flattened tokens (a router's logits) are rows too.
         """
@@ -141,7 +141,7 @@ class RowSplit:
             rows, dropped_rows[0].detach(), self.kept, self.dropped, self.num_padding, shape, grad_scale
         )
 
-    def add(self, residual: Tensor, kept: Tensor, dropped: Tensor, grad_scale: float | Tensor) -> Tensor:
+    def add(self, residual: Tensor, kept: Tensor, dropped: Tensor, grad_scale: float) -> Tensor:
         """residual + the output of the branch, which is given by rows."""
         shape = self.row_shape(residual)
         dropped = dropped.detach()

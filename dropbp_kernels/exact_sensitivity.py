@@ -202,7 +202,7 @@ def estimate_sensitivity(handler: HasGates, losses: Losses, definition: str = "n
 
 
 def _change(before: Tensor, after: Tensor, definition: str) -> float:
-    """What of the stream's gradient below a branch (`before`) the branch makes; `after` is the gradient above it."""
+    """The share of the stream's gradient below a branch (`before`) that the branch makes; `after`: that above it."""
     size = norm(before)
     if size == 0.0:
         return 0.0
@@ -224,7 +224,7 @@ def _own_parameters(
     for name in in_order:
         own: list[int] = []
         others: list[int] = []
-        modules = getattr(handler.gates[name], "modules_of_branch", ())
+        modules = handler.gates[name].modules_of_branch
         known = {id(parameter) for module in modules for parameter in module.parameters()}
         for index in parameters_above({edge.node for edge, _ in backward.entries[name]}, seen, index_of):
             (own if id(backward.parameters[index]) in known or not known else others).append(index)

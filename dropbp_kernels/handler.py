@@ -189,9 +189,9 @@ class DropBPHandler:
         return self.plan
 
     def _look_out_for_steps(self) -> None:
-        """Let the second plan that was due be missed aloud, where plans differ from step to step.
+        """Have a loop warned of that forgets `step`, where plans differ from step to step (`gates.UnsteppedCalls`).
 
-        No longer than that: who has called `step` twice calls it in the loop.
+        Only until the second `step`: who has called it twice calls it in the loop.
         """
         for gate in self.gates.values():
             gate.unstepped = None

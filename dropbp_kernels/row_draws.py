@@ -16,7 +16,7 @@ from .permutation import draw_permutation
 def draw_samples(most_kept: dict[int, int], samples: Sequence[int], *, seed: int, step: int) -> dict[int, list[int]]:
     """A random order of `samples` for each run of branches; every one is kept by some run, as far as these reach.
 
-    most_kept: for each run, how many samples those of its branches keep that are to reach every sample; 0: none are.
+    most_kept: for each run, the most samples that one of its branches keeps, where these help to reach every one; or 0.
     Cost:   on the host, that of `draw_permutation` and `cover`.
     """
     runs = list(most_kept)
@@ -77,9 +77,9 @@ def tokens_by_stage(
 ) -> tuple[list[Tensor], list[list[int]]]:
     """What falls into each stage of orders of all stages' tokens, which stand side by side in each sample.
 
-    num_kept: (place of an order in drawn, a number of its first tokens), whose tokens are counted by stage.
-    Shapes: drawn (orders, B * sum(widths)); a stage's orders (orders, B * width), as drawn; counts by entry of
-            num_kept, then stage.
+    num_kept: for each branch, which order of drawn is its own and how many of the first tokens of that it keeps.
+    Shapes: drawn (orders, B * sum(widths)); a stage's orders (orders, B * width), as drawn; how many of its tokens each
+            branch keeps in each stage.
     Cost:   two sorts on the device, which is waited for once; nothing where there is one stage.
     """
     if len(widths) == 1:

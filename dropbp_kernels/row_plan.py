@@ -221,10 +221,11 @@ class _Drawn(NamedTuple):
 
 
 class _Stages(NamedTuple):
-    """What is drawn from: a batch as a whole is one stage.
+    """The stages of a target plan whose rows are drawn from; without one, the batch is the only stage.
 
-    widths: tokens of a sample, with padding, by stage. counts: rows of each sample, by stage (of a whole batch: 1).
-    num_tokens: real ones of all stages. is_real: which, bool (B, sum(widths)); None: all.
+    widths: of each stage, how many tokens a sample has, padding included. counts: of each stage, how many rows each
+    sample has (of a whole batch 1: whether it is there). num_tokens: real tokens of all stages together. is_real: which
+    tokens those are, bool (B, sum(widths)); None: all.
     """
 
     widths: list[int]

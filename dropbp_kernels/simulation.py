@@ -213,7 +213,7 @@ def extend(segments: Sequence[Segment], num_more: Mapping[int, int]) -> list[Seg
     """The segments of a deeper model, in which num_more[i] more blocks like block i follow block i.
 
     Exact when those blocks would do what block i does: same shapes, same plan entries, and neighbours like its own.
-    What a block left to a later pass, and what is freed outside of all blocks (the keys of a stage), each of them left.
+    What a block leaves to a later pass (the keys of a stage) is freed outside of all blocks: there it counts for each.
     """
 
     def of_all(counted: Counter[Origin], num_passes: int) -> Counter[Origin]:

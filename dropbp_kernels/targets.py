@@ -33,7 +33,7 @@ _CONTEXT = -1  # stands for the context where rows of branches are drawn: no bra
 
 @dataclass
 class TargetRule:
-    """By what the plans of a model are made: options of apply_dropbp, and what its handler was told in `step`.
+    """What the target plans of a model follow: options of apply_dropbp, and what its handler was told in `step`.
 
     labels: of the batches until the next step, where the model is called without any.
     num_target: targets of the last batch since the step; None: no batch yet. was_dense: whether it had nothing to save.

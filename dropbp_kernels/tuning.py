@@ -93,7 +93,7 @@ class Inputs:
 def row_table(widest_block: int, chunk: int, warps_per_multiprocessor: int = 0) -> list[Row]:
     """For kernels of one row at a time: whole rows up to widest_block, wider ones in chunks; 16 elements a thread.
 
-    warps_per_multiprocessor: of a persistent kernel, in programs of as many as a row takes, so that narrow rows keep as
+    warps_per_multiprocessor: of a persistent kernel, all of its programs' warps together, so that narrow rows keep as
     many bytes in flight as wide ones.
     """
     blocks = {1 << bits: 1 << bits for bits in range(NARROWEST.bit_length() - 1, widest_block.bit_length())}

@@ -46,9 +46,9 @@ class DecoderParts:
 
     @property
     def last_keys(self) -> int | None:
-        """The last layer that leaves keys to later stages: in it a context stage may end, before its attention and MLP.
+        """The last layer that leaves keys to later stages: once they are made, a context stage may end.
 
-        None where a module around them has to see its own end, since hooks of it bring weights and take them away, or
+        None where it has to run through, since hooks bring the weights of a module and take them away at its end, or
         where the highest number does not say which layer runs last.
         """
         held = any(module._forward_hooks or hasattr(module, "_hf_hook") for module in self.around)

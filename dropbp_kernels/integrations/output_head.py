@@ -80,7 +80,7 @@ def _owner_class(original: Any, head: str, kind: str) -> Any:
 
 
 def _succeed(old: nn.Module | None, new: nn.Module, kind: str) -> None:
-    """Let a new head defer its logits; one that cannot is told of where somebody asked for this way by name."""
+    """Let a new head defer its logits; warn of one that cannot, unless "auto" left that open."""
     if old is not None and _defers(old) and old not in new.modules():
         swap_back(old)
     reason = _why_not(new)

@@ -84,8 +84,8 @@ def branch_gradient(
 ) -> Tensor:
     """The gradient of a branch from that of its sum, at rows and times its scale, a number or one for each row.
 
-    torch.compile takes a raw op's number for a constant and compiles anew for the next: there PyTorch multiplies, or it
-    is one for each row.
+    torch.compile takes a raw op's number for a constant, and would compile anew for another one: there PyTorch
+    multiplies, or the op is given the number once for each row.
     """
     is_compiling = torch.compiler.is_compiling()
     if rows is None and row_scale is None and (grad.dtype is dtype or is_compiling):

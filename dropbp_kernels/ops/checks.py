@@ -13,7 +13,7 @@ def check_dtype(name: str, dtype: torch.dtype) -> None:
 
 
 def check_holds(residual: torch.dtype, name: str, dtype: torch.dtype) -> None:
-    """That a residual of the first dtype can take the sum with what `name` is."""
+    """Raise TypeError unless a residual of the first dtype can take its sum with `name`, of the second."""
     if torch.promote_types(residual, dtype) != residual:
         raise TypeError(f"residual: expected a dtype that holds {name}'s {dtype}, got {residual}")
 
@@ -35,7 +35,7 @@ def is_gemma(casting: str) -> bool:
 
 
 def split_grad_scale(grad_scale: float | Tensor, branch: Tensor) -> tuple[float, Tensor | None]:
-    """grad_scale as a number and a factor for each index of branch's dim 0, of which one says nothing."""
+    """grad_scale as (number, None) or, where it is a factor for each index of branch's dim 0, as (1, tensor)."""
     if isinstance(grad_scale, (float, int)):
         return grad_scale, None
     if not isinstance(grad_scale, Tensor):
