@@ -126,9 +126,20 @@ def backward(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Te
     return output.logits.detach(), gradients(model)
 
 
-def with_lora(model: nn.Module, r: int = 4) -> nn.Module:
+def step(
+    model: nn.Module, batch: dict[str, torch.Tensor], seed: int = 1
+) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+    """The loss of a batch and its gradients; seed: of dropout."""
+    torch.manual_seed(seed)
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+def with_lora(model: nn.Module, **options) -> nn.Module:
     """The model with LoRA on all linears, B not zero, so that every adapter matters; the same weights at every call."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(1)
-    config = peft.LoraConfig(r=r, target_modules="all-linear", init_lora_weights=False)
+    config = peft.LoraConfig(**{"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **options})
     return peft.get_peft_model(model, config).train()

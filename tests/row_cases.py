@@ -1,7 +1,7 @@
 """Plans by rows on tiny models, beside detach-after row by row, done by hooks."""
 
 import torch
-from models import gradients
+from models import step
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -42,14 +42,6 @@ def detach_rows(mask):
         return output
 
     return lambda module, args, output: tree_map(detach, output)
-
-
-def step(model, inputs):
-    torch.manual_seed(2)
-    model.zero_grad()
-    loss = model(**inputs).loss
-    loss.backward()
-    return loss.detach(), gradients(model)
 
 
 def expected_step(model, masks, last_modules, inputs):

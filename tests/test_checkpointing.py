@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from models import CAUSAL_LMS, gradients, tiny_batch, tiny_causal_lm, tiny_gpt2, toy_model, with_lora
+from models import CAUSAL_LMS, gradients, step, tiny_batch, tiny_causal_lm, tiny_gpt2, toy_model, with_lora
 
 from dropbp_kernels import DropBPHandler, apply_dropbp, remove_dropbp
 from dropbp_kernels.integrations import checkpointing
@@ -26,15 +26,6 @@ def build(plan, way=None, use_reentrant=False, wrap=lambda model: model, **overr
         model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     handler.set_plan(plan)
     return model, handler
-
-
-def backward(model, batch):
-    """Loss and gradients of a step that starts from the same RNG state at every call."""
-    torch.manual_seed(3)
-    model.zero_grad()
-    loss = model(**batch).loss
-    loss.backward()
-    return loss.detach(), gradients(model)
 
 
 def assert_same(ours, expected):
@@ -59,9 +50,9 @@ def count_calls(model):
 @pytest.mark.parametrize("way", WAYS)
 def test_gradients_and_dropout_are_those_without_checkpointing_bit_for_bit(way, plan):
     batch = tiny_batch()
-    expected = backward(build(plan, attention_dropout=0.3)[0], batch)
+    expected = step(build(plan, attention_dropout=0.3)[0], batch)
     model, handler = build(plan, way, attention_dropout=0.3)
-    assert_same(backward(model, batch), expected)
+    assert_same(step(model, batch), expected)
     assert handler.plan.kept == plan
 
 
@@ -69,8 +60,8 @@ def test_gradients_and_dropout_are_those_without_checkpointing_bit_for_bit(way, 
 @pytest.mark.parametrize("way", WAYS)
 def test_lora_of_every_family(family, way):
     batch = tiny_batch()
-    expected = backward(build(MIXED, family=family, wrap=with_lora)[0], batch)
-    assert_same(backward(build(MIXED, way, family=family, wrap=with_lora)[0], batch), expected)
+    expected = step(build(MIXED, family=family, wrap=with_lora)[0], batch)
+    assert_same(step(build(MIXED, way, family=family, wrap=with_lora)[0], batch), expected)
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -125,7 +116,7 @@ def test_a_plan_drawn_before_the_backward_does_not_change_it(use_reentrant, monk
     monkeypatch.setattr(checkpointing, "_warn_of_reentrant", lambda: None)
     batch = tiny_batch()
     for plan in PLANS:
-        expected = backward(build(plan)[0], batch)
+        expected = step(build(plan)[0], batch)
         for way in WAYS[: 1 if use_reentrant else 3]:
             model, handler = build(plan, way, use_reentrant)
             loss = model(**batch).loss
@@ -142,12 +133,12 @@ def test_a_plan_drawn_before_the_backward_does_not_change_it(use_reentrant, monk
 def test_reentrant_has_the_same_gradients_and_a_warning_says_what_it_costs(plan):
     checkpointing._warn_of_reentrant.cache_clear()
     batch = tiny_batch()
-    expected = backward(build(plan)[0], batch)
+    expected = step(build(plan)[0], batch)
     model, _ = build(plan, "transformers", use_reentrant=True)
     if any(plan):
         with pytest.warns(UserWarning, match=r"reentrant.*computes its dropped branches again.*use_reentrant"):
-            assert_same(backward(model, batch), expected)
-    assert_same(backward(model, batch), expected)  # once: a second warning would be an error here
+            assert_same(step(model, batch), expected)
+    assert_same(step(model, batch), expected)  # once: a second warning would be an error here
 
 
 def test_reentrant_blocks_without_a_kept_branch_are_not_computed_again(monkeypatch):
@@ -172,9 +163,9 @@ def test_a_cache_left_on_does_not_see_keys_twice(way):
     batch = tiny_batch()
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     batch["attention_mask"][0, :3] = 0
-    expected = backward(build(MIXED)[0], batch)
+    expected = step(build(MIXED)[0], batch)
     model, _ = build(MIXED, way, use_cache=True)
-    assert_same(backward(model, batch), expected)
+    assert_same(step(model, batch), expected)
     cache = model(**batch).past_key_values
     assert cache is None or cache.get_seq_length() == 0
     with torch.no_grad():  # and generation has its cache
@@ -191,25 +182,25 @@ def test_a_cache_given_by_its_place_does_not_see_keys_twice(checkpoint):
         model = tiny_gpt2()
         model.config.use_cache = use_cache
         apply_dropbp(model, 0.5, checkpoint=checkpoint).step()
-        seen.append(backward(model, batch))
+        seen.append(step(model, batch))
     assert_same(seen[1], seen[0])
     assert model(**batch).past_key_values.get_seq_length() == 0
 
 
 def test_gradient_checkpointing_switched_on_before_patching_and_left_after():
     batch = tiny_batch()
-    expected = backward(build(MIXED)[0], batch)
+    expected = step(build(MIXED)[0], batch)
     model = tiny_causal_lm()
     model.gradient_checkpointing_enable()
     before = model.model.layers[0]._gradient_checkpointing_func
     apply_dropbp(model, 0.5).set_plan(MIXED)
     calls = count_calls(model)
-    assert_same(backward(model, batch), expected)
+    assert_same(step(model, batch), expected)
     assert sum(calls.values()) == 6 + 2
     remove_dropbp(model)
     assert model.model.layers[0]._gradient_checkpointing_func is before
     calls.clear()
-    backward(model, batch)
+    step(model, batch)
     assert sum(calls.values()) == 12
 
 
@@ -240,7 +231,7 @@ def test_unknown_checkpoint_is_refused_and_leaves_the_model_unpatched():
 def test_backward_twice(way):
     """With retain_graph gradients double; without, torch's own error names the cause, and nothing is left half-done."""
     batch = tiny_batch()
-    _, expected = backward(build(MIXED)[0], batch)
+    _, expected = step(build(MIXED)[0], batch)
     model, _ = build(MIXED, way)
     loss = model(**batch).loss
     loss.backward(retain_graph=True)
@@ -249,7 +240,7 @@ def test_backward_twice(way):
         assert grad is None or torch.equal(grad, 2 * expected[name]), name
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
-    assert_same(backward(model, batch), (loss.detach(), expected))
+    assert_same(step(model, batch), (loss.detach(), expected))
 
 
 @pytest.mark.parametrize("way", [None, *WAYS])
@@ -275,7 +266,7 @@ def test_an_evaluation_between_two_micro_batches_changes_nothing(way):
 @pytest.mark.parametrize("way", WAYS)
 def test_evaluation_mode_between_forward_and_backward(way):
     batch = tiny_batch()
-    expected = backward(build(MIXED)[0], batch)
+    expected = step(build(MIXED)[0], batch)
     model, _ = build(MIXED, way)
     loss = model(**batch).loss
     model.eval()
@@ -288,16 +279,16 @@ def test_evaluation_mode_between_forward_and_backward(way):
 def test_patching_a_compiled_model_compiles_it_again(is_whole_model):
     torch.compiler.reset()
     batch = tiny_batch()
-    _, expected = backward(build(MIXED)[0], batch)
+    _, expected = step(build(MIXED)[0], batch)
     model = tiny_causal_lm()
     for module in [model] if is_whole_model else model.model.layers:
         module.compile(backend="aot_eager")
-    backward(model, batch)  # compiled unpatched
+    step(model, batch)  # compiled unpatched
     apply_dropbp(model, 0.5).set_plan(MIXED)
-    _, grads = backward(model, batch)
+    _, grads = step(model, batch)
     assert {n for n, grad in grads.items() if grad is None} == {n for n, grad in expected.items() if grad is None}
     remove_dropbp(model)
-    assert all(grad is not None for grad in backward(model, batch)[1].values())
+    assert all(grad is not None for grad in step(model, batch)[1].values())
 
 
 @pytest.mark.parametrize("way", ["transformers", "kept"])
@@ -307,7 +298,7 @@ def test_compiles_with_equal_gradients(way, plan):
         pytest.skip("torch 2.11 compiles vars(block)[name] as block.name, which is the descriptor that asked: no end")
     torch.compiler.reset()
     batch = tiny_batch()
-    _, expected = backward(build(plan)[0], batch)
+    _, expected = step(build(plan)[0], batch)
     model, _ = build(plan, way)
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(model, backend="aot_eager")

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from fused_models import MIXED, build
-from models import gradients, tiny_batch, tiny_gpt2, with_lora
+from models import step, tiny_batch, tiny_gpt2, with_lora
 from torch import nn
 
 from dropbp_kernels import apply_dropbp, remove_dropbp
@@ -34,28 +34,14 @@ def calls(monkeypatch):
     return found
 
 
-def step(model, batch=None):
-    model.zero_grad()
-    loss = model(**(batch or tiny_batch())).loss
-    loss.backward()
-    return loss.detach(), gradients(model)
-
-
 def both(model, plan=MIXED, **options):
     """Loss and gradients of the patched model, unfused and fused."""
     results = []
     for fused in (False, True):
         own = copy.deepcopy(model)
         apply_dropbp(own, 0.5, fused=fused, **options).set_plan(plan)
-        torch.manual_seed(1)  # of dropout
-        results.append(step(own))
+        results.append(step(own, tiny_batch()))
     return results
-
-
-def lora(model, **options):
-    torch.manual_seed(1)
-    config = peft.LoraConfig(**{"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **options})
-    return peft.get_peft_model(model, config).train()
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma2"])
@@ -67,18 +53,18 @@ def test_loss_and_gradients_are_pefts(model_type, calls):
 
 
 def test_other_base_layers_are_called_and_added_to(calls):
-    unfused, fused = both(lora(tiny_gpt2(), fan_in_fan_out=True), MIXED[:4])  # Conv1D
+    unfused, fused = both(with_lora(tiny_gpt2(), fan_in_fan_out=True), MIXED[:4])  # Conv1D
     torch.testing.assert_close(fused, unfused, rtol=1e-4, atol=1e-5)
     assert set(calls) == {"add_lora"}
     assert len(calls) == 2 * 4
 
 
 def test_dropout_of_the_adapters_input_is_drawn_as_by_peft(calls):
-    unfused, fused = both(lora(build(), lora_dropout=0.5))
+    unfused, fused = both(with_lora(build(), lora_dropout=0.5))
     torch.testing.assert_close(fused, unfused, rtol=1e-4, atol=1e-5)
     assert set(calls) == {"add_lora"}
     calls.clear()
-    model = lora(build(), lora_dropout=0.5)
+    model = with_lora(build(), lora_dropout=0.5)
     apply_dropbp(model, 0.5, fused=True)
     model.eval()(**tiny_batch())
     assert set(calls) == {"lora_linear", "glu_linear"}
@@ -142,7 +128,7 @@ def test_autocast(calls):
         model = with_lora(build())
         apply_dropbp(model, 0.5, fused=fused).set_plan(MIXED)
         with torch.autocast("cpu", torch.bfloat16):
-            results.append(step(model))
+            results.append(step(model, tiny_batch()))
     torch.testing.assert_close(results[1][0], results[0][0], rtol=2e-2, atol=1e-2)
     for name, gradient in results[0][1].items():
         if gradient is not None:
@@ -153,11 +139,11 @@ def test_autocast(calls):
 
 
 def dora(model):
-    return lora(model, use_dora=True)
+    return with_lora(model, use_dora=True)
 
 
 def with_bias(model):
-    return lora(model, lora_bias=True)
+    return with_lora(model, lora_bias=True)
 
 
 def two_adapters(model):
@@ -211,7 +197,7 @@ def test_watched_and_trained_base_layers_are_called(calls):
     layers[0].base_layer.register_forward_hook(lambda *_: seen.append(None))
     layers[1].base_layer.weight.requires_grad_()
     apply_dropbp(model, 0.0, strict=False, fused=True)
-    step(model)
+    step(model, tiny_batch())
     assert calls.count("add_lora") == 2
     assert calls.count("lora_linear") + calls.count("glu_linear") == len(layers) - 2
     assert len(seen) == 1
@@ -224,7 +210,7 @@ def test_watched_layers_behind_an_mlp_are_called(calls):
     seen = []
     for layer in model.base_model.model.model.layers[:2]:
         layer.mlp.down_proj.register_forward_hook(lambda *_: seen.append(None))
-    step(model)
+    step(model, tiny_batch())
     assert len(seen) == 2
     assert calls.count("glu_linear") == 1
 
@@ -239,7 +225,7 @@ def test_weights_that_compute_otherwise_are_left_to_their_layer(calls):
     adapter = layers[1].lora_A["default"]
     adapter.weight = nn.Parameter(adapter.weight.data.as_subclass(Other))
     apply_dropbp(model, 0.0, strict=False, fused=True)
-    step(model)
+    step(model, tiny_batch())
     assert calls.count("add_lora") == 1
     assert calls.count("lora_linear") + calls.count("glu_linear") == len(layers) - 2
 

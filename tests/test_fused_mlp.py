@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from fused_models import FUSED_MODELS, build
-from models import gradients, tiny_batch, tiny_causal_lm, with_lora
+from models import step, tiny_batch, tiny_causal_lm, with_lora
 from torch import nn
 from transformers.activations import ACT2FN
 
@@ -45,13 +45,6 @@ def calls(monkeypatch):
 
     counted("glu"), counted("glu_linear")
     return found
-
-
-def step(model, batch):
-    model.zero_grad()
-    loss = model(**batch).loss
-    loss.backward()
-    return loss.detach(), gradients(model)
 
 
 @pytest.mark.parametrize("model_type", sorted(set(FUSED_MODELS) - WITHOUT))

@@ -5,9 +5,9 @@ import warnings
 
 import pytest
 import torch
-from models import encoder_decoder, gradients, tiny_batch, toy_model, with_lora
+from models import encoder_decoder, gradients, step, tiny_batch, toy_model, with_lora
 from models import tiny_causal_lm as tiny_llama
-from row_cases import BATCH, SEQ, assert_close, check, double, expected_step, step
+from row_cases import BATCH, SEQ, assert_close, check, double, expected_step
 from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode

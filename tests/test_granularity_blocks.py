@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from models import gradients, tiny_batch, with_lora
+from models import gradients, step, tiny_batch, with_lora
 from models import tiny_causal_lm as tiny_llama
-from row_cases import BATCH, SEQ, assert_close, detach_rows, double, draw_masks, step
+from row_cases import BATCH, SEQ, assert_close, detach_rows, double, draw_masks
 
 from benchmarks.tiny_models import tiny_causal_lm, tiny_inputs
 from dropbp_kernels import DropBPHandler, apply_dropbp, blocks, ownership
