@@ -1,3 +1,5 @@
+"""Drop rates from sensitivities and FLOPs: the published greedy in both twins, and the exact allocations."""
+
 import math
 
 import pytest

@@ -1,3 +1,5 @@
+"""The published package's names: a script written against it gives the same numbers, bit for bit."""
+
 import contextlib
 import io
 import random

@@ -1,3 +1,5 @@
+"""Samplers: which branches a plan keeps, how often, together with which, and at which cost."""
+
 import itertools
 import math
 import random

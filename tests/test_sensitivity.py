@@ -1,3 +1,5 @@
+"""Sensitivities as published: the numbers, what the probes see, and that all is left as found."""
+
 import random
 import subprocess
 import sys

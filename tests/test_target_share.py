@@ -1,3 +1,5 @@
+"""What a target plan would leave out of some batches, counted by hand."""
+
 import pytest
 import torch
 

@@ -1,3 +1,5 @@
+"""The target plan of a batch: which rows run, in which stages, and that each runs after all that it sees."""
+
 import pytest
 import torch
 from hypothesis import given, settings
