@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 from models import tiny_causal_lm, with_lora
-from transformers import Trainer, TrainingArguments
+from trainer_runs import arguments, data
+from transformers import Trainer
 
 from dropbp_kernels import DropBPCallback
 
@@ -20,24 +21,11 @@ RUNS = {
 
 def run(name: str, batch_size: int) -> dict:
     """Train a tiny model; its weights, and where the handler stands."""
-    tokens = torch.randint(64, (32, 8), generator=torch.Generator().manual_seed(3))
     callback = DropBPCallback(0.5, **RUNS[name])
     with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(
-            output_dir=folder,
-            max_steps=6,
-            per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=2,
-            learning_rate=1e-2,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            dataloader_pin_memory=False,
-        )
+        args = arguments(folder, per_device_train_batch_size=batch_size, gradient_accumulation_steps=2)
         model = with_lora(tiny_causal_lm())
-        data = [{"input_ids": row, "labels": row} for row in tokens]
-        Trainer(model, args, train_dataset=data, callbacks=[callback]).train()
+        Trainer(model, args, train_dataset=data(), callbacks=[callback]).train()
     return {"weights": model.state_dict(), "handler": callback.handler.state_dict()}
 
 

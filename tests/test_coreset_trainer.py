@@ -8,7 +8,8 @@ from models import tiny_causal_lm, with_lora
 
 pytest.importorskip("accelerate")
 
-from transformers import Trainer, TrainingArguments
+from trainer_runs import arguments
+from transformers import Trainer
 
 from dropbp_kernels import DropBPCallback
 from dropbp_kernels.coreset import CoresetSelector, apply_coreset
@@ -24,21 +25,9 @@ def data(num_rows=44):
     return [{"input_ids": row, "labels": row, "source": names[i % 8]} for i, row in enumerate(rows)]
 
 
-def trainer_of(folder, rows=None, callbacks=(), coreset=True, options=None, **overrides):
-    defaults = {
-        "output_dir": str(folder),
-        "max_steps": 4,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-    }
-    args = TrainingArguments(**{**defaults, **overrides})
-    rows = data() if rows is None else rows
+def trainer_of(folder, callbacks=(), coreset=True, options=None, **overrides):
+    args = arguments(folder, **{"max_steps": 4, "per_device_train_batch_size": 8, "logging_steps": 1, **overrides})
+    rows = data()
     trainer = Trainer(
         with_lora(tiny_causal_lm()), args, train_dataset=rows, eval_dataset=rows[:4], callbacks=list(callbacks)
     )

@@ -19,9 +19,7 @@ def test_sft_trains_on_subsets(tmp_path):
 
     names = ["code", "text", "code", "code", "rare", "text", "code", "text"]
     rows = [{"input_ids": row["input_ids"].tolist(), "source": names[place % 8]} for place, row in enumerate(data())]
-    settings = arguments(tmp_path, max_steps=3, per_device_train_batch_size=8, logging_steps=1).to_dict()
-    known = {field for field in SFTConfig.__dataclass_fields__ if field in settings}
-    config = SFTConfig(**{name: settings[name] for name in known - {"push_to_hub_token", "logging_dir"}}, max_length=16)
+    config = arguments(tmp_path, SFTConfig, max_steps=3, per_device_train_batch_size=8, logging_steps=1, max_length=16)
     trainer = SFTTrainer(
         tiny_causal_lm(),
         config,
@@ -44,10 +42,12 @@ def test_batches_without_a_row_for_each_example_are_refused(tmp_path):
     from datasets import Dataset
 
     rows = [{"input_ids": row["input_ids"].tolist()} for row in data()]
-    settings = {"use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 1, "dataloader_pin_memory": False}
+    config = arguments(
+        tmp_path, SFTConfig, max_steps=1, per_device_train_batch_size=8, padding_free=True, max_length=None
+    )
     trainer = SFTTrainer(
         tiny_causal_lm(),
-        SFTConfig(str(tmp_path), per_device_train_batch_size=8, padding_free=True, max_length=None, **settings),
+        config,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer(),
     )

@@ -85,7 +85,7 @@ def preferences():
     from dropbp_kernels import DropBPCallback
 
     rows = [{"prompt": f"w{n} w5", "chosen": "w7", "rejected": "w4"} for n in range(8)]
-    settings = DPOConfig(**{**arguments("out").to_dict(), "bf16": False, "max_steps": 1})
+    settings = arguments("out", DPOConfig, max_steps=1)
 
     words = tokenizer()
     words.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -258,18 +258,16 @@ def test_report_counts_all_micro_batches(checkpointing):
 
 
 def test_callback_with_accumulation(tmp_path):
-    from transformers import Trainer, TrainingArguments
+    from trainer_runs import arguments
+    from transformers import Trainer
 
     from dropbp_kernels import DropBPCallback
 
     tokens = torch.randint(64, (16, 8), generator=torch.Generator().manual_seed(1)).tolist()
     data = [{"input_ids": row, "labels": row, "attention_mask": [1] * 6 + [0] * 2} for row in tokens]
-    arguments = TrainingArguments(
-        tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=2, logging_steps=1,
-        report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
-    )  # fmt: skip
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 2, "logging_steps": 1}
     callback = DropBPCallback(drop_rate=0.5, granularity="token", aligned=2)
-    trainer = Trainer(tiny_llama(), arguments, train_dataset=data, callbacks=[callback])
+    trainer = Trainer(tiny_llama(), arguments(tmp_path, **settings), train_dataset=data, callbacks=[callback])
     trainer.train()
     report = callback.handler.report()
     assert [branch["num_kept"] for branch in report["branches"]] == [8, 48] * 3  # of four micro-batches

@@ -293,17 +293,16 @@ def test_one_sample_with_targets_is_no_share():
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_in_the_trainer(tmp_path):
-    from transformers import Trainer, TrainingArguments
+    from trainer_runs import arguments
+    from transformers import Trainer
 
     from dropbp_kernels import DropBPCallback
 
     batch = chat(8)
     data = [{name: batch[name][index] for name in ("input_ids", "labels")} for index in range(8)]
-    arguments = TrainingArguments(
-        str(tmp_path), max_steps=2, per_device_train_batch_size=4, logging_steps=1, report_to="none", use_cpu=True
-    )
+    settings = arguments(tmp_path, max_steps=2, per_device_train_batch_size=4, logging_steps=1)
     callback = DropBPCallback(0.5, granularity="token", context="inference")
-    trainer = Trainer(tiny(dtype=torch.float32), arguments, train_dataset=data, callbacks=[callback])
+    trainer = Trainer(tiny(dtype=torch.float32), settings, train_dataset=data, callbacks=[callback])
     trainer.train()
     log = next(entry for entry in trainer.state.log_history if "dropbp_flops_kept" in entry)
     assert log["dropbp_flops_kept"] == pytest.approx(0.5, abs=0.05)

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from target_cases import chat, tiny
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from trainer_runs import arguments
+from transformers import Trainer, TrainerCallback
 
 from dropbp_kernels import DropBPCallback
 from dropbp_kernels.integrations import meters
@@ -20,12 +21,9 @@ def test_in_the_trainer(tmp_path):
     data = [{name: batch[name][index] for name in ("input_ids", "labels")} for index in range(4)]
     losses = []
     for options in ({}, {"context": "inference", "context_gradient": "full"}):
-        arguments = TrainingArguments(
-            str(tmp_path), max_steps=2, per_device_train_batch_size=2, logging_steps=1, report_to="none", use_cpu=True
-        )
-        trainer = Trainer(
-            tiny(dtype=torch.float32), arguments, train_dataset=data, callbacks=[DropBPCallback(0.0, **options)]
-        )
+        settings = arguments(tmp_path, max_steps=2, logging_steps=1, learning_rate=5e-5)
+        callback = DropBPCallback(0.0, **options)
+        trainer = Trainer(tiny(dtype=torch.float32), settings, train_dataset=data, callbacks=[callback])
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -43,13 +41,13 @@ def test_a_trainer_goes_on_after_a_batch_without_a_target(tmp_path, num_micro_ba
     batch = chat(3)
     batch["labels"][1] = IGNORED
     data = [{name: batch[name][index] for name in ("input_ids", "labels")} for index in range(3)]
-    arguments = TrainingArguments(
-        str(tmp_path), max_steps=4, per_device_train_batch_size=1, gradient_accumulation_steps=num_micro_batches,
-        logging_steps=1, report_to="none", use_cpu=True, optim="sgd", learning_rate=0.1, lr_scheduler_type="constant",
+    settings = arguments(
+        tmp_path, max_steps=4, per_device_train_batch_size=1, gradient_accumulation_steps=num_micro_batches,
+        optim="sgd", learning_rate=0.1, lr_scheduler_type="constant",
     )  # fmt: skip
     model, watch = tiny(dtype=torch.float32), Watch()
     callback = DropBPCallback(0.0, context="inference", rates="sensitivity", calibrate_at=0.0)
-    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[callback, watch])
+    trainer = Trainer(model, settings, train_dataset=data, callbacks=[callback, watch])
     with pytest.warns(UserWarning, match="no target in a batch; its gradient is zero"):
         trainer.train()
     weights = (*watch.weights, [p.detach() for p in model.parameters()])
@@ -66,11 +64,9 @@ def test_tokens_a_second_are_those_of_whole_batches(tmp_path, monkeypatch):
     monkeypatch.setattr(meters, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     tokens = torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(1))
     labels = tokens.masked_fill(torch.arange(16) < 12, IGNORED)
-    arguments = TrainingArguments(
-        str(tmp_path), max_steps=1, per_device_train_batch_size=2, logging_steps=1, report_to="none", use_cpu=True
-    )
+    settings = arguments(tmp_path, max_steps=1, logging_steps=1)
     data = [{"input_ids": row, "labels": label} for row, label in zip(tokens, labels, strict=True)]
     callback = DropBPCallback(0.0, context="inference")
-    trainer = Trainer(tiny(dtype=torch.float32), arguments, train_dataset=data, callbacks=[callback])
+    trainer = Trainer(tiny(dtype=torch.float32), settings, train_dataset=data, callbacks=[callback])
     trainer.train()
     assert trainer.state.log_history[0]["dropbp_tokens_per_second"] == 32.0

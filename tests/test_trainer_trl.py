@@ -22,10 +22,8 @@ def train(folder, resume=None, rates="sensitivity", **overrides):
     from peft import LoraConfig
 
     rows = Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in data()])
-    settings = {**arguments(folder).to_dict(), "gradient_accumulation_steps": 2, "logging_steps": 1, **overrides}
-    names = {field for field in SFTConfig.__dataclass_fields__ if field in settings}
-    names -= {"push_to_hub_token", "logging_dir"}
-    config = SFTConfig(**{name: settings[name] for name in names}, max_length=16)
+    settings = {"gradient_accumulation_steps": 2, "logging_steps": 1, "max_length": 16, **overrides}
+    config = arguments(folder, SFTConfig, **settings)
     callback = DropBPCallback(0.5, rates=rates, calibrate_at=0.3)
     torch.manual_seed(0)
     trainer = SFTTrainer(
@@ -56,29 +54,17 @@ def test_plans_calibration_logs_and_an_exact_resume(tmp_path):
         assert_same(weights(resumed), weights(whole))
 
 
-ON_CPU = {
-    "max_steps": 2,
-    "per_device_train_batch_size": 4,
-    "learning_rate": 1e-2,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "bf16": False,
-    "use_cpu": True,
-    "gradient_checkpointing": False,
-    "dataloader_pin_memory": False,
-}
+SHORT = {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1}
 
 
 def supervised(folder, model, callback):
     rows = [{"prompt": f"w{n} w5 w6 w7 w8", "completion": f"w{n} w9"} for n in range(3, 11)]
-    return SFTTrainer(model, SFTConfig(folder, **ON_CPU), **with_data(rows, callback))
+    return SFTTrainer(model, arguments(folder, SFTConfig, **SHORT), **with_data(rows, callback))
 
 
 def preferences(folder, model, callback):
     rows = [{"prompt": f"w{n} w5 w6", "chosen": f"w{n} w7 w9", "rejected": f"w4 w{n}"} for n in range(3, 11)]
-    return DPOTrainer(model, args=DPOConfig(folder, **ON_CPU), **with_data(rows, callback))
+    return DPOTrainer(model, args=arguments(folder, DPOConfig, **SHORT), **with_data(rows, callback))
 
 
 def groups(folder, model, callback):
@@ -86,7 +72,7 @@ def groups(folder, model, callback):
         return [float(len(text.replace("w1", ""))) for text in completions]
 
     rows = [{"prompt": f"w{n} w5 w6" + " w7" * (n % 3)} for n in range(3, 11)]
-    config = GRPOConfig(folder, num_generations=2, max_completion_length=4, **ON_CPU)
+    config = arguments(folder, GRPOConfig, num_generations=2, max_completion_length=4, **SHORT)
     return GRPOTrainer(model, length, args=config, **with_data(rows, callback))
 
 
@@ -151,8 +137,8 @@ def test_packed_samples_are_documents_of_a_target_plan(tmp_path, monkeypatch):
     plans = []
     whole = TargetPlan.head_rows.fget
     monkeypatch.setattr(TargetPlan, "head_rows", property(lambda plan: (plans.append(plan), whole(plan))[1]))
-    monkeypatch.setitem(ON_CPU, "packing", True)
-    monkeypatch.setitem(ON_CPU, "max_length", 16)
+    monkeypatch.setitem(SHORT, "packing", True)
+    monkeypatch.setitem(SHORT, "max_length", 16)
     trainer = supervised(str(tmp_path), tiny_causal_lm(), DropBPCallback(0.0, context="inference"))
     trainer.train()
     assert plans

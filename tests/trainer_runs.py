@@ -16,12 +16,13 @@ QUIET = [
 ]
 
 
-def data(num_rows=48, seq_len=12):
-    tokens = torch.randint(64, (num_rows, seq_len), generator=torch.Generator().manual_seed(3))
+def data(num_rows=48):
+    tokens = torch.randint(64, (num_rows, 12), generator=torch.Generator().manual_seed(3))
     return [{"input_ids": row, "labels": row} for row in tokens]
 
 
-def arguments(folder, **overrides):
+def arguments(folder, kind=TrainingArguments, **overrides):
+    """Those of a Trainer, or of TRL's `kind`, for a short run on a CPU."""
     defaults = {
         "output_dir": str(folder),
         "max_steps": 6,
@@ -32,9 +33,11 @@ def arguments(folder, **overrides):
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
         "dataloader_pin_memory": False,
     }
-    return TrainingArguments(**{**defaults, **overrides})
+    return kind(**{**defaults, **overrides})
 
 
 def tokenizer():
