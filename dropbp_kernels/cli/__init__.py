@@ -1,8 +1,8 @@
 """The command line.
 
-dropbp-kernels finetune   fine-tune a causal language model with DropBP; on the built-in one several ways are compared
+dropbp-kernels finetune   fine-tune a causal language model with DropBP; compares several ways on the built-in one
 dropbp-kernels info       versions, devices, and which backend serves each op here
-dropbp-kernels plan       predict memory and step time of a fine-tuning, without a GPU and without weights
+dropbp-kernels plan       predict memory and step time of fine-tuning, without a GPU and without weights
 dropbp-kernels profile    what each branch does in one step, and whether dropped ones do nothing
 dropbp-kernels tune       measure launch parameters of the Triton kernels on this GPU
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     2 is for a user's error, and for a GPU that has too little memory.
     """
-    parser = Parser(prog="dropbp-kernels", description="Fine-tuning with dropped backward propagation.")
+    parser = Parser(prog="dropbp-kernels", description="Fine-tuning with parts of the backward pass left out.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     for command in (finetune, info, plan, profile, tune):

@@ -32,9 +32,9 @@ RESERVE_GIB = 1.0  # CUDA context, cuBLAS workspaces and what the allocator cann
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "plan",
-        help="predict memory and step time of a fine-tuning, without a GPU and without weights",
-        description="Predict peak memory and relative step time of a fine-tuning with DropBP, without a GPU and\n"
-        "without weights; with --gpu-memory also what fits, and which setting to take.",
+        help="predict memory and step time of fine-tuning, without a GPU and without weights",
+        description="Predict peak memory and relative step time of fine-tuning with DropBP, without a GPU and without\n"
+        "weights. With --gpu-memory also what fits, and which setting to take (minutes for a 7B model).",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -43,24 +43,35 @@ def add_parser(commands: Any) -> None:
     names = ", ".join([NAME, *shipped()])
     add = parser.add_option
     add("--model", f"{names}, a config.json, its folder, or a Hugging Face hub id", required=True)
-    add("--seq-len", "tokens of a row", 2048, type=int)
-    add("--batch-size", "rows of a micro-batch", 1, type=int)
+    add("--seq-len", "tokens in a sample", 2048, type=int)
+    add("--batch-size", "samples in a micro-batch", 1, type=int)
     add("--adapter", "LoRA or PaCA on all linear layers, q: over a 4-bit base; or train everything", "lora", ADAPTERS)
     add("--lora-rank", "rank of LoRA; how many columns PaCA trains of each weight", 8, type=int)
     add("--drop-rate", "share of the branches' backward to drop, 0 <= drop rate < 1", 0.75, type=float)
-    add("--checkpoint", "gradient checkpointing", "none", CHECKPOINTS)
+    add(
+        "--checkpoint",
+        "gradient checkpointing: of whole blocks, as in transformers; of kept branches; or that with MLPs in slices",
+        "none",
+        CHECKPOINTS,
+    )
     add("--dtype", "of weights and activations", "bfloat16", DTYPES)
     add("--adapter-dtype", "of what the adapter trains; PEFT's own choice is float32", "float32", DTYPES)
-    add("--optimizer", "whose state is counted", "adamw", OPTIMIZERS)
+    add("--optimizer", "the optimizer whose state is counted", "adamw", OPTIMIZERS)
     parser.add_argument(
-        "--gradient-accumulation", action="store_true", help="gradients stay from one micro-batch to the next"
+        "--gradient-accumulation",
+        action="store_true",
+        help="count gradients that stay from one micro-batch to the next",
     )
     add("--gpu-memory", "memory of the GPU in GiB: also find what fits", metavar="GIB")
     add("--reserve", "GiB of it that tensors cannot have", RESERVE_GIB, type=float)
-    add("--fused-loss", "as in apply_dropbp; chunked: logits never exist as a whole", "auto", FUSED_LOSSES)
+    add("--fused-loss", "as in apply_dropbp; chunked: the logits are never stored whole", "auto", FUSED_LOSSES)
     parser.add_argument("--fused", action="store_true", help="as in apply_dropbp: norms, MLPs and LoRA save less")
-    add("--target-share", "share of a row's tokens with a loss: compare target plans too", type=float)
-    add("--data", "as for finetune: take --target-share and --seq-len from this, as its batches are padded")
+    add(
+        "--target-share",
+        "share of a sample's tokens with a loss: also predict steps that run the others like inference",
+        type=float,
+    )
+    add("--data", "as for finetune: take --target-share and --seq-len from these data, as their batches are padded")
     add("--tokenizer", "for --data: a hub id or folder, or 'builtin' for bytes (default: --model)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)

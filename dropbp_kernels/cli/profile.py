@@ -28,19 +28,29 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "profile",
         help="what each branch does in one step, and whether dropped ones do nothing",
-        description="Run one step of a model with random weights; show time, saved bytes and FLOPs of each branch, and "
-        "check with a profiler trace that dropped branches have no backward and save nothing (exit code 1 if they do).",
+        description="Run one step of a model with random weights. Show time, saved bytes and FLOPs of each branch (the "
+        "attention or the MLP of a block), and check with a profiler trace that dropped branches have no backward and "
+        "save nothing (exit code 1 if they do).",
         allow_abbrev=False,
     )
     add = parser.add_option
     add("--model", "as for plan: a name, a config.json, its folder, or a hub id", required=True)
     add("--drop-rate", "share of the branches' backward to drop, 0 <= drop rate < 1", 0.75, type=float)
     add("--lora-rank", "rank of LoRA on all linear layers; 0: train everything", 8, type=int)
-    add("--batch-size", "rows of the batch", 2, type=int)
-    add("--seq-len", "tokens of a row", 128, type=int)
-    add("--dropped-runs", "how dropped branches run", "inference", DROPPED_RUNS)
-    add("--seed", "seed of weights, tokens and plan", 0, type=int)
-    add("--target-share", "share of each row's tokens, its last ones, that carry a loss: run a target plan", type=float)
+    add("--batch-size", "samples in the batch", 2, type=int)
+    add("--seq-len", "tokens in a sample", 128, type=int)
+    add(
+        "--dropped-runs",
+        "how dropped branches run: like inference, or as published, with autograd and detached afterwards",
+        "inference",
+        DROPPED_RUNS,
+    )
+    add("--seed", "seed of weights, tokens and of which branches are dropped", 0, type=int)
+    add(
+        "--target-share",
+        "share of tokens with a loss, the last of each sample; the others run like inference",
+        type=float,
+    )
     add("--output", "output folder (default: a new one under runs/)", metavar="DIR")
     parser.set_defaults(run=run)
 

@@ -14,14 +14,14 @@ def add_parser(commands: Any) -> None:
         "tune",
         help="measure launch parameters of the Triton kernels on this GPU",
         description=(
-            "Measure launch parameters of the Triton kernels on this GPU, in bfloat16, and keep the fastest on disk, "
-            "in $DROPBP_KERNELS_CACHE/tuning or the user's cache, one file for each GPU. Every later run on such a GPU "
-            "uses them. Results do not depend on it, only times."
+            "Measure launch parameters (block, warps, programs) of the Triton kernels on this GPU, in bfloat16, and "
+            "keep the fastest on disk: in $DROPBP_KERNELS_CACHE/tuning or the user's cache, one file for each GPU. "
+            "Every later run on such a GPU uses them. They change times, never results."
         ),
         epilog="examples: dropbp-kernels tune --dry-run | dropbp-kernels tune --op gated_residual_add --width 4096",
     )
     add = parser.add_option
-    add("--op", "launchers (default: all; --dry-run lists them)", nargs="+")
+    add("--op", "kernels to measure (default: all; --dry-run lists them)", nargs="+")
     add("--width", "row widths", list(WIDTHS), nargs="+", type=int)
     add("--rows", f"rows of the inputs (default: {ELEMENTS >> 20} Mi elements / width)", type=int)
     parser.add_argument("--dry-run", action="store_true", help="show what would be measured, and what is used now")
