@@ -1,4 +1,4 @@
-"""dropbp_kernels: dropped branches run like inference, kept branches like the leanest training code there is.
+"""dropbp_kernels: fine-tuning with parts of the backward pass left out; what is left out runs like inference.
 
 apply_dropbp, remove_dropbp   one line on a Hugging Face model      integrations/transformers.py
 DropBPCallback                the same in a Trainer or SFTTrainer   integrations/trainer.py
@@ -13,8 +13,8 @@ measure                       exact counts of saved work            measure.py
 paca                          partial connections, a PEFT tuner     paca/
 coreset                       examples worth a backward             coreset/
 
-Importing the package imports none of it, nor torch: each name when it is asked for. The command line, which starts here
-too, so answers at once.
+Importing the package imports neither torch nor any of these: each name is imported when it is asked for, so that the
+command line, which starts here too, answers at once.
 """
 
 import importlib

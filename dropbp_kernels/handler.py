@@ -47,30 +47,31 @@ def check_drop_rate(drop_rate: float, name: str = "drop_rate") -> float:
 
 
 class DropBPHandler:
-    """Draws the drop plan of each step for all gates of a model.
+    """Draws the plan of each step: which branches of a model are kept and which are dropped.
 
     Args:
-        model: a module that contains `DropBP` gates.
+        model: a module that contains `DropBP` gates, one for each branch.
         drop_rate: target share of backward work to drop, 0 <= drop_rate < 1; every branch starts with it.
-        sampler: "balanced" (equal FLOPs every step), "bernoulli", "cyclic", "published", or a callable like those in
-            `samplers`.
-        schedule: how the drop rates change over the run: None, "warmup", "cosine" or "recovery", with a share of the
-            run as in "recovery:0.2", or a callable like those in `schedules`. It needs total_steps, the number of
-            steps of the run, which may also be set later, before the first step.
+        sampler: how a plan is drawn: "balanced" (equal FLOPs every step), "bernoulli", "cyclic", "published", or a
+            callable like those in `samplers`.
+        schedule: how the drop rates change over the run: None, "warmup", "cosine" or "recovery", with the share of the
+            run in which they do as in "recovery:0.2", or a callable like those in `schedules`. It needs total_steps,
+            the number of steps of the run, which may also be set later, before the first step.
         grad_scale: factor on the gradient entering a kept branch, or "unbiased" for 1/(1 - drop_rate of the branch).
         seed: seed of the plans; ranks that share it draw the same plans.
         keep_one: keep at least one branch that has trainable parameters, so that a step is never lost.
         strict: raise in `step` when a gate was not called since the last one.
         dropped_runs: how dropped branches run, see `DropBP`.
-        checkpoint: None, or "kept": kept branches save only their inputs and are computed again in the backward (by
-            torch's non-reentrant checkpoint, dropout included). Dropped branches save nothing either way. "sliced": as
-            "kept", and branches that treat each token for itself (MLPs), kept or dropped, take the tokens a slice at
-            a time: less lives at once, values are the same up to rounding, and dropout draws other numbers.
-        granularity: what a branch sends a gradient for. "branch": all rows or none. "sample": its share of the samples
-            of the batch. "token": its share of the tokens where it treats each for itself (MLPs; see `DropBP`), of
-            the samples elsewhere. The sampler then rounds shares that are not whole, and keep_one lets every sample
-            have a branch that keeps it, as far as shares reach.
-        aligned: which branches keep the same rows: False, each its own; True, all; n, those of n blocks in a row.
+        checkpoint: None, or "kept": kept branches save only their inputs and are recomputed in the backward (by torch's
+            non-reentrant checkpoint, dropout included). Dropped branches save nothing either way. "sliced": as "kept",
+            and branches that treat each token for itself (MLPs), kept or dropped, take a slice of the tokens at a time:
+            less lives at once, values are the same up to rounding, and dropout draws other numbers.
+        granularity: what a plan drops. "branch": whole branches. "sample": in every branch a share of the samples of
+            the batch. "token": a share of the tokens where a branch treats each for itself (MLPs; see `DropBP`), of the
+            samples elsewhere. The sampler then rounds shares that are not whole numbers of rows, and keep_one sees to
+            it that some branch keeps each sample, as far as shares reach.
+        aligned: which branches keep the same rows (samples or tokens): False, each its own; True, all; n, those of n
+            consecutive blocks.
 
     Errors: ValueError without gates (the message names the module types found), for a drop_rate outside [0, 1) or an
     unknown sampler; TypeError for arguments of a wrong type. The model is unchanged then.
@@ -160,13 +161,13 @@ class DropBPHandler:
     def step(self, labels: Tensor | None = None) -> DropPlan:
         """Draw the plan of the next step and set it; call once per optimizer step, before the forward.
 
-        A block in a `torch.utils.checkpoint` of your own is computed again by the plan of then, so there call it after
-        the backward of the step before: else gradients are wrong where torch does not notice. transformers'
-        checkpointing and `checkpoint` of the handler know their plan.
+        If blocks are wrapped in a `torch.utils.checkpoint` of your own, call it after the backward of the step before:
+        they are recomputed by the plan of that moment, and torch does not always notice. The handler's `checkpoint` and
+        transformers' checkpointing recompute by the plan of their forward.
 
-        labels: for a model patched with context="inference" that is called without labels, because the caller takes the
-            loss: int64 (batch, seq_len), not shifted, -100 where there is no loss. They hold until the next step; for
-            several micro-batches of one optimizer step call `step` before each.
+        labels: for a model patched with context="inference" that is called without labels, because the caller computes
+            the loss: int64 (batch, seq_len), not shifted, -100 where there is no loss. They hold until the next step;
+            with several micro-batches per optimizer step call `step` before each.
         Errors: RuntimeError in strict mode when a gate was not called with gradients enabled since the last `step`;
             ValueError for labels where no context is to be told from targets; RuntimeError for a plan that drops
             under DeepSpeed's ZeRO-3 (see `gates.check_engine`). The plan stays then.

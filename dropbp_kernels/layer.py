@@ -89,18 +89,18 @@ class DropBP(nn.Module):
 
     Args:
         flops: forward FLOPs of the branch as a function of (batch_size, seq_len), or None when unknown
-            (then for all gates of a model).
+            (if so, it has to be for all gates of a model).
         modules: the modules that make up the branch, norm included; they tell a handler whether the branch has anything
             to train. They stay where they are: the gate does not register them. Empty: unknown, taken as trainable.
         grad_scale: factor on the gradient entering the branch when it is kept; 1 is DropBP as published.
         dropped_runs: how a dropped branch runs. "inference" (default): under no_grad. "detach": with autograd and
             detached afterwards, as the published code does; the same gradients, nothing saved. Kept as a control.
-        per_token: whether the branch treats each token for itself, as an MLP does and an attention does not. Then a
-            plan of granularity "token" keeps a share of its tokens; else a share of the samples.
+        per_token: whether the branch treats each token for itself, as an MLP does and an attention does not. If so, a
+            plan of granularity "token" keeps a share of its tokens, else a share of the samples.
 
     Attributes:
-        kept: the plan entry, a bool or, where a plan differs from row to row, which rows are kept; True until a handler
-            says otherwise.
+        kept: the gate's entry of the plan: a bool or, in a plan by rows (samples or tokens), which rows are kept; True
+            until a handler says otherwise.
         num_samples, is_real: the batch size of the model and which of its tokens, bool (batch, seq), are not padding,
             where somebody knows and tells the gate; 0 and None: unknown, and all are real.
         stage: while a stage of a target plan runs with autograd, all stages that do and the number of this one; else

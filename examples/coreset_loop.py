@@ -1,8 +1,8 @@
-"""Coresets in a plain loop: half of each batch is trained on, the half whose gradients stand for all.
+"""Coresets in a plain loop: train on the half of each batch whose gradients stand for all of it. Seconds on a CPU.
 
-Three sources of unequal size (counting up, counting down, repeating a token) on a tiny random Llama, so that nothing is
-downloaded. The examples of the smallest source are always kept. Composes with DropBP, which drops branches of what is
-kept. Runs in seconds on a CPU.
+The data are three sources of unequal size (counting up, counting down, repeating a token), the model a tiny random
+Llama, so that nothing is downloaded. All examples of the smallest source are kept. DropBP drops branches of what is
+kept.
 
 python examples/coreset_loop.py --keep 0.5 --drop-rate 0.5
 """

@@ -1,6 +1,6 @@
-"""Coresets in transformers' Trainer: one line more, half of each batch is trained on. Runs in seconds on a CPU.
+"""Coresets in transformers' Trainer: one more line, and half of each batch is trained on. Runs in seconds on a CPU.
 
-A column of the data says which source an example is from. DropBP's callback drops branches of what is kept.
+A column of the data names the source of each example. DropBP's callback drops branches of what is kept.
 
 python examples/coreset_trainer.py --keep 0.5 --drop-rate 0.5
 """

@@ -1,7 +1,7 @@
 """DropBP in a Lightning Fabric loop: mixed precision, gradient accumulation and an exact resume. Seconds on a CPU.
 
-The handler is one more thing in the checkpoint; nothing else is asked of Fabric. Under its DDP strategy pass
-find_unused_parameters=True: the parameters of a dropped branch get no gradient in that step.
+Fabric needs nothing but the handler in its checkpoint. Under its DDP strategy pass find_unused_parameters=True, since
+the parameters of a dropped branch get no gradient in that step.
 
 python examples/fabric_loop.py --drop-rate 0.75
 """

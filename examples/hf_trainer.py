@@ -1,7 +1,7 @@
 """DropBP in transformers' Trainer, with LoRA: one callback. Runs in seconds on a CPU.
 
-Uses a tiny random Llama and counting as its task, so that nothing is downloaded; put your own model and data in their
-place. What was dropped is logged with the loss, to wherever --report-to says.
+The model is a tiny random Llama and the task is counting, so that nothing is downloaded; put in your own. What was
+dropped is logged with the loss, to wherever --report-to says.
 
 python examples/hf_trainer.py --drop-rate 0.75 --measure
 """

@@ -1,10 +1,11 @@
-"""DropBP on a Hugging Face model with LoRA: three lines more than without, in a plain loop. Runs in seconds on a CPU.
+"""DropBP on a Hugging Face model with LoRA, in a plain loop: three more lines. Runs in seconds on a CPU.
 
-Uses a tiny random Llama so that nothing is downloaded; for a real one, put AutoModelForCausalLM.from_pretrained(...) in
-its place. Needs the extra: pip install 'dropbp_kernels[finetune]'
+The model is a tiny random Llama, so that nothing is downloaded; put AutoModelForCausalLM.from_pretrained(...) in its
+place. Needs the extra: pip install 'dropbp_kernels[finetune]'
 
-With --granularity token every branch sends its share of the gradient in every step (docs/row_plans.md); with --context
-inference tokens without a loss run like inference (docs/target_plans.md): here the first half of each row.
+By default whole branches (the attention or the MLP of a block) are dropped. With --granularity token every branch drops
+a share of the samples or tokens in every step (docs/row_plans.md). With --context inference tokens without a loss, here
+the first half of each sample, run like inference (docs/target_plans.md).
 
 python examples/huggingface.py --drop-rate 0.75
 python examples/huggingface.py --drop-rate 0.75 --granularity token
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> float:
         "--granularity",
         choices=("branch", "sample", "token"),
         default="branch",
-        help="what a branch keeps its share of: steps, samples or tokens (default branch)",
+        help="what is dropped: whole branches, or a share of samples or tokens in every branch (default branch)",
     )
     parser.add_argument(
         "--context", choices=("inference",), help="run tokens without a loss like inference (default no)"

@@ -1,8 +1,8 @@
-"""A GPT of your own in LitGPT's manner (Block, CausalSelfAttention, MLP, one Config): two gates a block. Runs on a CPU.
+"""DropBP in a GPT of your own, in LitGPT's manner (Block, CausalSelfAttention, MLP, one Config). Runs on a CPU.
 
-What DropBP needs of a model is marked: a gate for each residual branch, the norm inside the branch. With parallel
+What DropBP needs of a model is marked: a gate for each residual branch, and the norm inside the branch. With parallel
 residuals (GPT-NeoX, Phi) both branches read the same input and each still has its own gate. The loss comes from the
-last hidden state, so that the logits of a large vocabulary never exist as a whole.
+last hidden state, so that the logits of a large vocabulary are never stored whole.
 
 python examples/litgpt_block.py --drop-rate 0.5 --parallel-residual
 """

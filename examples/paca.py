@@ -1,7 +1,8 @@
-"""DropBP with PaCA: dropped branches keep nothing, kept ones a few channels; then the adapter as LoRA. On a CPU.
+"""DropBP with a PaCA adapter, which trains a few columns of each weight; --save writes it as LoRA too. On a CPU.
 
-Uses a tiny random Llama so that nothing is downloaded; for a real one, put AutoModelForCausalLM.from_pretrained(...) in
-its place. Needs the extra: pip install 'dropbp_kernels[finetune]'
+Dropped branches save nothing for the backward, kept ones a few channels. The model is a tiny random Llama, so that
+nothing is downloaded; put AutoModelForCausalLM.from_pretrained(...) in its place. Needs the extra: pip install
+'dropbp_kernels[finetune]'
 
 python examples/paca.py --drop-rate 0.75
 """

@@ -2,8 +2,7 @@
 
 Each prompt runs once, without autograd, and its keys and values serve its whole group of completions:
 `context="inference", shared_context=True`. With `--context-gradient full` the gradient is exact. Runs in seconds on a
-CPU. Uses a tiny random Llama and a tokenizer of characters, so that nothing is downloaded; put your own model,
-tokenizer and data in their place.
+CPU. The model is a tiny random Llama with a tokenizer of characters, so that nothing is downloaded; put in your own.
 
 python examples/trl_grpo.py --context-gradient none
 """

@@ -1,8 +1,8 @@
 """Supervised fine-tuning with TRL's SFTTrainer, LoRA and a target plan: one callback. Runs in seconds on a CPU.
 
-Prompts carry no loss, completions do: with --context inference prompts run like inference, and the loss is the same.
-With --drop-rate branches are dropped, in its place or as well. Uses a tiny random Llama and a tokenizer of characters,
-so that nothing is downloaded; put your own model, tokenizer and data in their place.
+Only completions carry a loss: with --context inference prompts run like inference, and the loss is the same. With
+--drop-rate branches (the attention or the MLP of a block) are dropped, instead or as well. The model is a tiny random
+Llama with a tokenizer of characters, so that nothing is downloaded; put in your own.
 
 python examples/trl_sft.py
 python examples/trl_sft.py --context off --drop-rate 0.75

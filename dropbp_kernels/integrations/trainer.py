@@ -49,18 +49,18 @@ class DropBPCallback(TrainerCallback, ExportableState):
 
     Args:
         drop_rate: share of the branches' backward work to drop, 0 <= drop_rate < 1.
-        rates: "uniform" gives every branch drop_rate; "depth_linear" lets the rate rise from the input to the output;
-            "sensitivity" measures, once, what dropping each branch does to the gradient, and shares the rate out by
-            that; the path of a calibration's .json file shares it out by what was measured earlier.
-        calibrate_at: after which share of the optimizer steps it is measured, 0 <= calibrate_at < 1 (at least one
-            step); on the last micro-batch of that step, after its update, when no gradient is accumulated.
+        rates: how drop_rate is shared out among the branches (attention or MLP of a block). "uniform": all get it.
+            "depth_linear": rates rise from the input to the output. "sensitivity": by what dropping each branch does
+            to the gradient, measured once. The path of a calibration's .json file: by what was measured earlier.
+        calibrate_at: after which share of the optimizer steps sensitivity is measured, 0 <= calibrate_at < 1 (at least
+            one step); on the last micro-batch of that step, after its update, when no gradient is accumulated.
         plan: "optimizer_step" draws one plan for all micro-batches of a step, "micro_batch" one for each.
         definition: of the sensitivity, "norm" or "element".
         allocation: how rates are made from sensitivities: "published", "optimal" or "variance" (see `allocate`).
         missing_grad: what the optimizer does with parameters that no micro-batch of a step gave a gradient: "skip" them
-            (PyTorch's way) or take a "zero" for it, so that weight decay, momentum and Adam's moments act.
-        loss: (model, inputs) -> the loss that calibration differentiates; needed where the model itself returns none,
-            as with `compute_loss_func` or label smoothing, or another one than is trained on, as under DPO and GRPO.
+            (PyTorch's way) or take it for "zero", so that weight decay, momentum and Adam's moments act.
+        loss: (model, inputs) -> the loss that calibration differentiates. Needed where the model itself returns none,
+            as with `compute_loss_func` or label smoothing, or not the one that is trained on, as under DPO and GRPO.
         measure: also log forward, backward and step time and the peak of memory, and print their means at the end.
         remove_at_end: take the patch off the model when training ends; left on, it drops no branch until the next one.
         options: those of `apply_dropbp`. A model that has gates already, its own or from `apply_dropbp`, keeps them;

@@ -54,29 +54,32 @@ def apply_dropbp(
     target_windows: int = 1,
     **options: Any,
 ) -> DropBPHandler:
-    """Gate every branch of a model (with or without PEFT) and return the handler that draws its plans.
+    """Patch a model (with or without PEFT) so that a step can drop branches; return the handler that draws its plans.
 
-    Works on the families of `integrations.families` (docs/models.md lists what was checked), before or after
-    `get_peft_model`; `state_dict` keys stay. With transformers' own gradient checkpointing a block is checkpointed as
-    far as it is kept (see `checkpointing`).
+    A branch is the attention or the MLP of a block, with its norm; dropped, it runs like inference and has no backward.
+    Call `handler.step()` before the forward of each optimizer step. Works before or after `get_peft_model`;
+    `state_dict` keys stay, `remove_dropbp` undoes it, docs/models.md lists the models that were checked. Under
+    transformers' own gradient checkpointing dropped branches are not recomputed (see `checkpointing`).
 
-    families: the names or entries to look for, in place of all known. A model without known blocks is traced by a
-        forward on `inputs` (default: four tokens), and what is found is proved (see `discovery`).
-    fused: whether adds wait for the norms behind them and both are one kernel, where the family's norms allow it (see
-        `fusing`), a gated MLP's activation and product are (see `fused_mlp`), and adapters of PEFT's LoRA, those that
-        come later from the handler's next step on, add into their base layers' results (see `fused_lora`); "auto":
-        where something faster than plain PyTorch serves the op.
+    drop_rate: the probability that a step drops a branch, 0 <= drop_rate < 1; 0 drops none.
+    families: the names or entries of `integrations.families` to look for, in place of all. A model without known blocks
+        is traced by a forward on `inputs` (default: four tokens), and what is found is proved (see `discovery`).
+    fused: True fuses residual adds with the norms behind them, where the family's norms allow it (see `fusing`), the
+        activation and product of gated MLPs (see `fused_mlp`), and PEFT's LoRA layers, those that come later from the
+        handler's next step on (see `fused_lora`). Results are then equal to rounding. "auto": where something faster
+        than plain PyTorch serves the op.
     fused_loss: how cross entropy is taken of the output head's logits in training: "chunked", a slice of the rows at a
-        time, so that they never exist as a whole; "torch" or "liger", by their operators; "off"; "auto", chunked where
+        time, so that they are never stored whole; "torch" or "liger", by their operators; "off"; "auto", chunked where
         that needs less memory, nothing where the head is no plain linear. Logits are then computed when they are read.
-    context: "inference" runs tokens without a loss like inference, by the labels that the model is called with or that
-        `handler.step(labels=...)` is given (see docs/target_plans.md, also for the logits that come back).
-    context_gradient: what the keys and values of such tokens contribute to the gradient: "none", "one_hop" or "full".
-    context_keep: share of such tokens, drawn at random in each step, that run with autograd all the same.
+    context: "inference" runs tokens without a loss (context) like inference, by the labels that the model is called
+        with or that `handler.step(labels=...)` is given (see docs/target_plans.md, also for the logits that come back).
+    context_gradient: what the keys and values of context contribute to the gradient: "none"; "one_hop", that of the
+        projections that made them; "full", everything.
+    context_keep: share of the context, drawn at random in each step, that runs with autograd all the same.
     shared_context: run a context that several samples of a batch begin with once for all of them.
-    target_windows: into how many runs the targets of each sample are cut, of which each step trains on one; the others
-        are context then. For losses that are means over the labels. 4, with context_gradient="one_hop", does a quarter
-        of the backward where every token has a label.
+    target_windows: into how many windows the labelled tokens of each sample are cut; a step trains on one, the others
+        are context. For losses that are means over the labels. 4, with context_gradient="one_hop", does a quarter of
+        the backward where every token has a label.
     options: those of `DropBPHandler`: sampler, grad_scale, seed, keep_one, strict, dropped_runs, checkpoint,
         granularity, aligned.
 
