@@ -323,12 +323,19 @@ class DropBPHandler:
         min_rate: float = 0.0,
         progress: bool = False,
     ) -> list[float]:
-        """Measure the sensitivity of each branch and set the drop rates from it; return the rates.
+        """Measure how much of the gradient is lost when each branch is dropped, and set the drop rates from that.
+
+        Returns the rates, in model order; `calibration` then holds what was measured.
 
         loss: runs the forward on a fixed batch and returns the loss (no backward); or one such function for each of
-        several micro-batches, whose gradients are summed. method: "exact" shares that forward among all branches;
-        "estimate" takes one backward in all; "published" runs forward and backward for every branch, and its functions
-        may run the backward themselves.
+            several micro-batches, whose gradients are summed.
+        definition: of that loss of gradient: "norm", by the length of each parameter's gradient, or "element", by all
+            its elements (see `sensitivity`).
+        method: "exact" shares one forward among all branches; "estimate" takes one backward in all; "published" runs
+            forward and backward for every branch, and its functions may run the backward themselves.
+        allocation, min_rate: how rates are made from that, and the lowest rate of a branch (see `allocate`).
+        progress: whether to show a progress bar.
+
         Gradients, RNG state, train/eval mode and plan are left as found. Where torch.distributed runs, every rank calls
         this on its own batch and all take the mean of the sensitivities, so that they draw the same plans.
         Errors: those of `measure_sensitivity` and `allocate`; the rates are unchanged then.
