@@ -64,12 +64,12 @@ class DropBPHandler:
         dropped_runs: how dropped branches run, see `DropBP`.
         checkpoint: None, or "kept": kept branches save only their inputs and are recomputed in the backward (by torch's
             non-reentrant checkpoint, dropout included). Dropped branches save nothing either way. "sliced": as "kept",
-            and branches that treat each token for itself (MLPs), kept or dropped, take a slice of the tokens at a time:
-            less lives at once, values are the same up to rounding, and dropout draws other numbers.
+            and branches that process tokens independently (MLPs), kept or dropped, take a slice of the tokens at a
+            time: less lives at once, values are the same up to rounding, and dropout draws other numbers.
         granularity: what a plan drops. "branch": whole branches. "sample": in every branch a share of the samples of
-            the batch. "token": a share of the tokens where a branch treats each for itself (MLPs; see `DropBP`), of the
-            samples elsewhere. The sampler then rounds shares that are not whole numbers of rows, and keep_one sees to
-            it that some branch keeps each sample, as far as shares reach.
+            the batch. "token": a share of the tokens where a branch processes them independently (MLPs; see `DropBP`),
+            of the samples elsewhere. The sampler then rounds shares that are not whole numbers of rows, and keep_one
+            sees to it that some branch keeps each sample, as far as shares reach.
         aligned: which branches keep the same rows (samples or tokens): False, each its own; True, all; n, those of n
             consecutive blocks.
 
@@ -231,8 +231,8 @@ class DropBPHandler:
     def set_plan(self, kept: Sequence[Any]) -> DropPlan:
         """Set a plan by hand until the next `step`: for each branch a bool, True = kept, or a bool tensor over rows.
 
-        Rows are the samples of the next batch or, for a branch that treats each for itself, its tokens. It does not
-        count as a step.
+        Rows are the samples of the next batch or, for a branch that processes tokens independently, its tokens. It does
+        not count as a step.
         Errors: ValueError for a wrong length, TypeError for other entries, RuntimeError as in `step`; the old plan
             stays.
         """
@@ -329,8 +329,8 @@ class DropBPHandler:
 
         loss: runs the forward on a fixed batch and returns the loss (no backward); or one such function for each of
             several micro-batches, whose gradients are summed.
-        definition: of that loss of gradient: "norm", by the length of each parameter's gradient, or "element", by all
-            its elements (see `sensitivity`).
+        definition: "norm" compares the norm of each parameter's gradient, "element" all its elements (see
+            `sensitivity`).
         method: "exact" shares one forward among all branches; "estimate" takes one backward in all; "published" runs
             forward and backward for every branch, and its functions may run the backward themselves.
         allocation, min_rate: how rates are made from that, and the lowest rate of a branch (see `allocate`).

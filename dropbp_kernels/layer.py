@@ -95,8 +95,8 @@ class DropBP(nn.Module):
         grad_scale: factor on the gradient entering the branch when it is kept; 1 is DropBP as published.
         dropped_runs: how a dropped branch runs. "inference" (default): under no_grad. "detach": with autograd and
             detached afterwards, as the published code does; the same gradients, nothing saved. Kept as a control.
-        per_token: whether the branch treats each token for itself, as an MLP does and an attention does not. If so, a
-            plan of granularity "token" keeps a share of its tokens, else a share of the samples.
+        per_token: whether the branch processes tokens independently, as an MLP does and an attention does not. If so,
+            a plan of granularity "token" keeps a share of its tokens, else a share of the samples.
 
     Attributes:
         kept: the gate's entry of the plan: a bool or, in a plan by rows (samples or tokens), which rows are kept; True
@@ -162,7 +162,7 @@ class DropBP(nn.Module):
         """Return residual + branch(residual, ...); in a dropped branch only the residual gets a gradient.
 
         Where the plan differs from row to row, the branch is called twice, with the dropped and with the kept rows, and
-        must treat each row for itself. What it needs of each sample (a mask, positions) is passed through args and
+        must process rows independently. What it needs of each sample (a mask, positions) is passed through args and
         kwargs, which are taken apart like the residual: tensors whose first dimension is the batch. Tokens are passed
         as a batch of one sample.
 

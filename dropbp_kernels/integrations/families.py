@@ -231,8 +231,8 @@ def register_family(
     """Make `apply_dropbp` know the blocks of your model; return the entry, which `families=[...]` takes too.
 
     block: class name (or names) of the blocks. branches: by branch name, its modules in the order in which they run,
-    written as this module's docstring says. An entry of the same name is replaced. per_token: the branches that treat
-    each token for itself, which granularity="token" may keep tokens of.
+    written as this module's docstring says. An entry of the same name is replaced. per_token: the branches that
+    process tokens independently, so that granularity="token" may keep a share of these.
 
     Errors: TypeError for a string in place of a sequence of module names; ValueError for a branch without modules, a
             branch name that is no identifier, or a block class that another entry has already.
