@@ -5,6 +5,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-done
+TEST_SETUP := $(VENV)/.test-setup-done
 SOURCES := setup.py $(wildcard csrc/*.h csrc/*/*)
 FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(wildcard tests/*.cpp tests/*.h)
 
@@ -20,10 +21,15 @@ $(BIN)/python:
 # torch comes first and pinned: the build needs its headers, and pip's own build isolation would fetch a second torch.
 $(SETUP): pyproject.toml constraints.txt $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install -q -c constraints.txt torch "setuptools>=77" wheel ninja "pybind11>=2.13"
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[finetune,triton]"
+	@touch $@
+
+# What only tests and benchmarks need comes apart: a fine-tuning does not wait for it.
+$(TEST_SETUP): $(SETUP)
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[finetune,triton,test]"
 	@touch $@
 
-setup: $(SETUP) ## make .venv, install everything, build the kernels
+setup: $(TEST_SETUP) ## make .venv, install everything, build the kernels
 
 build: $(SETUP) ## rebuild the kernels in place (only what changed)
 	$(BIN)/python setup.py -q build_ext --inplace
@@ -33,16 +39,16 @@ finetune: $(SETUP) ## fine-tune a small model with and without dropping, and com
 
 # As many processes as cores, a test file to each, in the order of tests/conftest.py; one thread each, and passive:
 # threads that spin while they wait make every process slow where cores are shared.
-test: $(SETUP) ## run the tests
+test: $(TEST_SETUP) ## run the tests
 	OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder $(ARGS)
 
-sanitize: $(SETUP) ## run the kernels under sanitizers: address and undefined behaviour; on a GPU compute-sanitizer
+sanitize: $(TEST_SETUP) ## run the kernels under sanitizers: address and undefined behaviour; on a GPU compute-sanitizer
 	$(BIN)/python tests/sanitize.py $(ARGS)
 
-bench: $(SETUP) ## run the benchmarks; rows go to benchmarks/results
+bench: $(TEST_SETUP) ## run the benchmarks; rows go to benchmarks/results
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
-bench-compare: $(SETUP) ## compare speed with BASE=<commit>; fails above 10 % loss (ARGS="--quick" for two minutes)
+bench-compare: $(TEST_SETUP) ## compare speed with BASE=<commit>; fails above 10 % loss (ARGS="--quick" for two minutes)
 	@test -n "$(BASE)" || { echo "bench-compare: name the commit to compare with: make bench-compare BASE=<commit>"; exit 2; }
 	$(BIN)/python -m benchmarks.compare $(BASE) $(ARGS)
 
