@@ -12,7 +12,7 @@ routing of a mixture of experts) cannot run. Blocks that are alike leave alike s
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -183,13 +183,11 @@ def _marks(timeline: _Timeline, blocks: Sequence[nn.Module]) -> Iterator[None]:
 
         return hook
 
-    handles = [block.register_forward_pre_hook(entering(number)) for number, block in enumerate(blocks)]
-    handles += [block.register_forward_hook(left(number)) for number, block in enumerate(blocks)]
-    try:
+    with ExitStack() as hooks:
+        for number, block in enumerate(blocks):
+            hooks.enter_context(block.register_forward_pre_hook(entering(number)))
+            hooks.enter_context(block.register_forward_hook(left(number)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+from torch.utils.hooks import RemovableHandle
 
 from ..layer import DropBP
 from .family import Family
@@ -164,12 +165,8 @@ def _from_leaf(block: nn.Module, finish: Any) -> Iterator[None]:
             seen.append(True)
             finish(leaves[0], _first_of(output))
 
-    handles = [block.register_forward_pre_hook(start, with_kwargs=True), block.register_forward_hook(end)]
-    try:
+    with block.register_forward_pre_hook(start, with_kwargs=True), block.register_forward_hook(end):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _first_of(output: Any) -> Tensor | None:
@@ -195,17 +192,11 @@ def _traced(name: str, block: nn.Module, found: dict[str, Family], reasons: dict
         except NotFound as error:
             reasons[name] = str(error)
 
-    handles = [
-        module.register_forward_hook(note(path))
-        for path, module in block.named_modules()
-        if path and any(True for _ in module.parameters())
-    ]
-    try:
-        with _from_leaf(block, finish):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, _from_leaf(block, finish):
+        for path, module in block.named_modules():
+            if path and any(True for _ in module.parameters()):
+                hooks.enter_context(module.register_forward_hook(note(path)))
+        yield
 
 
 def _branches(block: nn.Module, leaf: Tensor, output: Tensor | None, outputs: list[tuple[str, Any]]) -> Family:
@@ -300,13 +291,8 @@ def _name(paths: list[str], taken: dict[str, Any]) -> str:
 # ---- proof
 
 
-@contextmanager
-def _detached(module: nn.Module) -> Iterator[None]:
-    handle = module.register_forward_hook(lambda module, args, output: tree_map_only(Tensor, Tensor.detach, output))
-    try:
-        yield
-    finally:
-        handle.remove()
+def _detached(module: nn.Module) -> RemovableHandle:
+    return module.register_forward_hook(lambda module, args, output: tree_map_only(Tensor, Tensor.detach, output))
 
 
 @contextmanager

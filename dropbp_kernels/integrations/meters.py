@@ -4,7 +4,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -48,26 +48,18 @@ def saved_bytes_by_branch(handler: DropBPHandler, forward: Callable[[], Any]) ->
 
         return run_counted
 
-    hooks: list[Any] = []
-    with left_as_found(handler), torch.enable_grad():
-        try:
-            for index, gate in enumerate(handler.gates.values()):
-                gate.kept = True
-                if not isinstance(gate, ModuleGate):
-                    vars(gate)["run"] = counted(index, gate.run)
-                    continue
-                for module in gate.modules_of_branch:
-                    hooks += [
-                        module.register_forward_pre_hook(lambda *_, index=index: running.append(index)),
-                        module.register_forward_hook(lambda *_: _pop(running), always_call=True),
-                    ]
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
-                forward()
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for gate in handler.gates.values():
-                vars(gate).pop("run", None)
+    with left_as_found(handler), torch.enable_grad(), ExitStack() as hooks:
+        for index, gate in enumerate(handler.gates.values()):
+            gate.kept = True
+            if not isinstance(gate, ModuleGate):
+                vars(gate)["run"] = counted(index, gate.run)
+                hooks.callback(vars(gate).pop, "run")
+                continue
+            for module in gate.modules_of_branch:
+                hooks.enter_context(module.register_forward_pre_hook(lambda *_, i=index: running.append(i)))
+                hooks.enter_context(module.register_forward_hook(lambda *_: _pop(running), always_call=True))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
+            forward()
     return num_bytes
 
 
