@@ -14,6 +14,7 @@ from ..plan import running
 from ..targets import TargetPlan, TargetRule
 from .decoder_parts import DecoderParts, parts_of
 from .stage_keys import LastKeysLeft, ModelMasks, StageKeys
+from .swapping import with_attribute
 from .target_checks import BY_ROW, DOCUMENTS, check_checkpointing, check_inputs
 
 # Of context that run at a time: a pass costs as many calls as a dense forward, and so many rows hold little (200 MiB at
@@ -131,22 +132,12 @@ def _caches_under_checkpointing(decoder: nn.Module, parts: DecoderParts) -> Iter
     Some decoders (GPT-2) do not even give it to their layers while they are told of checkpointing, which the layers do.
     """
     layers = [module for module in parts.switches if getattr(type(module), _WITH_CACHE, None) is False]
-    for layer in layers:
-        vars(layer)[_WITH_CACHE] = True
-    was_told = vars(decoder).get("gradient_checkpointing")
-    if was_told:
-        vars(decoder)["gradient_checkpointing"] = False
-    try:
+    told = [decoder] if vars(decoder).get("gradient_checkpointing") else []
+    with with_attribute(layers, _WITH_CACHE, True), with_attribute(told, "gradient_checkpointing", False):
         yield
-    finally:
-        if was_told:
-            vars(decoder)["gradient_checkpointing"] = True
-        for layer in layers:
-            vars(layer).pop(_WITH_CACHE, None)
 
 
-@contextmanager
-def _last_layer_whole(parts: DecoderParts) -> Iterator[None]:
+def _last_layer_whole(parts: DecoderParts) -> contextlib.AbstractContextManager[None]:
     """Let the last layer that transformers checkpoints save what it computes.
 
     Its backward comes first: computed again, all of that would be live at the same moment.
@@ -154,10 +145,4 @@ def _last_layer_whole(parts: DecoderParts) -> Iterator[None]:
     checkpointed = [
         module for module in parts.switches if hasattr(type(module), _WITH_CACHE) and module.gradient_checkpointing
     ]
-    for layer in checkpointed[-1:]:
-        vars(layer)["gradient_checkpointing"] = False
-    try:
-        yield
-    finally:
-        for layer in checkpointed[-1:]:
-            vars(layer)["gradient_checkpointing"] = True
+    return with_attribute(checkpointed[-1:], "gradient_checkpointing", False)

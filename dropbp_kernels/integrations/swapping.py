@@ -10,7 +10,8 @@ made anew where it is read: `torch.save(model)` works, and the loaded model is p
 import copyreg
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -75,6 +76,20 @@ def _without(cls: Any, original_as: str) -> Any:
     made = ("__dict__", "__weakref__", "forward")
     namespace = {name: value for name, value in vars(cls).items() if name not in made}
     return type(cls)(cls.__name__, tuple(_without(base, original_as) for base in cls.__bases__), namespace)
+
+
+@contextmanager
+def with_attribute(modules: Sequence[nn.Module], name: str, value: Any) -> Iterator[None]:
+    """Let `name` of each of `modules` be `value` for a while; then it is the instance's own again, or the class's."""
+    before = [{name: vars(module)[name]} if name in vars(module) else {} for module in modules]
+    for module in modules:
+        vars(module)[name] = value
+    try:
+        yield
+    finally:
+        for module, found in zip(modules, before, strict=True):
+            vars(module).pop(name)
+            vars(module).update(found)
 
 
 def class_as_built(module: nn.Module) -> Any:

@@ -11,8 +11,7 @@ several ranks (torch.distributed)   its backward gives every parameter of a kept
 """
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ..gates import find_gates
 from ..ops.derivative import first_derivative
 from ..targets import TargetRule
+from .swapping import with_attribute
 from .target_checks import has_ranks
 
 
@@ -51,26 +51,14 @@ def run_without_target(
 def _one_token(module: nn.Module, rule: TargetRule, run: Callable[..., Any]) -> Tensor | None:
     """A number that depends on every parameter that a batch with targets would train; None where there is none."""
     token = torch.zeros(1, 1, dtype=torch.long, device=next(module.parameters()).device)
+    by_rows = [gate for gate in find_gates(module).values() if not isinstance(gate.kept, bool)]
     labels, rule.labels = rule.labels, None
     try:
-        with _whole_branches(module):
+        with with_attribute(by_rows, "kept", True):  # whole, so that every branch with a kept row has a gradient
             output = run(input_ids=token, use_cache=False)
     finally:
         rule.labels = labels
     return next((leaf.sum() for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad), None)
-
-
-@contextmanager
-def _whole_branches(module: nn.Module) -> Iterator[None]:
-    """Let branches of which some rows are kept keep all."""
-    entries = [(gate, gate.kept) for gate in find_gates(module).values() if not isinstance(gate.kept, bool)]
-    for gate, _ in entries:
-        gate.kept = True
-    try:
-        yield
-    finally:
-        for gate, entry in entries:
-            gate.kept = entry
 
 
 class _WithZeroGradient(torch.autograd.Function):
