@@ -234,8 +234,8 @@ class _CudaClock:
         self.pending.clear()
 
 
-def copy_bandwidth(device: torch.device, nbytes: int | None = None, *, num_samples: int = 15) -> float:
-    """GB/s (bytes read plus bytes written) of copying `nbytes` on `device`: a median, of at least `num_samples`."""
+def copy_bandwidth(device: torch.device, nbytes: int | None = None) -> float:
+    """GB/s (bytes read plus bytes written) of copying `nbytes` on `device`: a median, of at least 15 samples."""
     nbytes = nbytes or COPY_BYTES[device.type]
     # Random bits: constant data can move faster than real data.
     source = torch.randint(256, (nbytes,), dtype=torch.uint8, device=device)
@@ -254,5 +254,5 @@ def copy_bandwidth(device: torch.device, nbytes: int | None = None, *, num_sampl
     )
     # An idle GPU takes a while to raise its clock, and this is the first that it is asked to do.
     seconds = 0.3 if device.type == "cuda" else 0.0
-    timing = measure(case, device, seconds=seconds, min_rounds=num_samples)["copy"]
+    timing = measure(case, device, seconds=seconds, min_rounds=15)["copy"]
     return 2 * nbytes / timing.median_ms / 1e6

@@ -87,9 +87,9 @@ def encoder_decoder(name: str) -> tuple[nn.Module, dict[str, torch.Tensor], int]
     return transformers.RobertaForMaskedLM(config).train(), {"input_ids": tokens, "labels": tokens}, 4
 
 
-def tiny_batch(batch_size: int = 2, seq_len: int = 10, vocab_size: int = 64) -> dict[str, torch.Tensor]:
+def tiny_batch(batch_size: int = 2, seq_len: int = 10) -> dict[str, torch.Tensor]:
     """Token ids with themselves as labels."""
-    tokens = torch.randint(vocab_size, (batch_size, seq_len), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(64, (batch_size, seq_len), generator=torch.Generator().manual_seed(1))
     return {"input_ids": tokens, "labels": tokens}
 
 
@@ -107,10 +107,10 @@ class ToyBlock(nn.Module):
         return self.gate.residual_add(x, lambda x: self.dropout(self.down(torch.relu(self.up(self.norm(x))))))
 
 
-def toy_model(num_blocks: int = 4, width: int = 8, dropout: float = 0.0) -> nn.Sequential:
+def toy_model(num_blocks: int = 4, dropout: float = 0.0) -> nn.Sequential:
     """A stack of `ToyBlock`, with the same weights at every call."""
     torch.manual_seed(0)
-    return nn.Sequential(*(ToyBlock(width, dropout) for _ in range(num_blocks)))
+    return nn.Sequential(*(ToyBlock(dropout=dropout) for _ in range(num_blocks)))
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor | None]:
@@ -126,11 +126,9 @@ def backward(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Te
     return output.logits.detach(), gradients(model)
 
 
-def step(
-    model: nn.Module, batch: dict[str, torch.Tensor], seed: int = 1
-) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
-    """The loss of a batch and its gradients; seed: of dropout."""
-    torch.manual_seed(seed)
+def step(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+    """The loss of a batch and its gradients; dropout draws the same at every call."""
+    torch.manual_seed(1)
     model.zero_grad()
     loss = model(**batch).loss
     loss.backward()

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 NUM_RANKS = 2
+TIMEOUT_S = 240
 
 
 @contextmanager
-def started(script: str, folder: Path, timeout: float = 240) -> Iterator[None]:
+def started(script: str, folder: Path) -> Iterator[None]:
     """Run `python tests/script folder` as every rank, beside the block's body; at its end wait for them.
 
     Errors: AssertionError with the output of a rank that failed.
@@ -38,7 +39,7 @@ def started(script: str, folder: Path, timeout: float = 240) -> Iterator[None]:
                 )
         yield
         for process, log in zip(processes, logs, strict=True):
-            assert process.wait(timeout) == 0, log.read_text()[-4000:]
+            assert process.wait(TIMEOUT_S) == 0, log.read_text()[-4000:]
     finally:
         for process in processes:
             process.kill()

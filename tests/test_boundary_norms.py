@@ -44,9 +44,9 @@ class Norm:
     def __call__(self, *inputs, **options):
         return self.function(*inputs, **self.options, **options)
 
-    def leaves(self, dtype=torch.float32, device="cpu", shape=(3, 2, 5)):
+    def leaves(self, dtype=torch.float32, device="cpu"):
         """residual, branch, and the norm's parameters."""
-        shapes = [shape, shape] + [shape[-1:]] * self.num_parameters
+        shapes = [(3, 2, 5)] * 2 + [(5,)] * self.num_parameters
         return [torch.randn(s, dtype=dtype, device=device, requires_grad=True) for s in shapes]
 
 

@@ -34,10 +34,10 @@ def adapted(model, adapter):
     return peft.get_peft_model(model, ADAPTERS[adapter]()).train()
 
 
-def branch_ends(model, count):
+def branch_ends(model):
     """The last module of each branch, by the names that the patched model had."""
     handler = apply_dropbp(model, 0.5)
-    handler.set_plan([True] * count)
+    handler.set_plan([True] * len(handler.gates))
     ends = [gate.modules_of_branch[-1] for gate in handler.gates.values()]
     remove_dropbp(model)
     return ends
@@ -53,7 +53,7 @@ def test_adapters_before_or_after(adapter, model_type, order):
     """Gradients against hooks on a model that was never patched; PEFT replaces linears that gates hold."""
     plain = adapted(tiny_causal_lm(model_type), adapter)
     inputs = tiny_inputs(plain)
-    with detached([end for end, is_kept in zip(branch_ends(plain, 4), KEPT, strict=True) if not is_kept]):
+    with detached([end for end, is_kept in zip(branch_ends(plain), KEPT, strict=True) if not is_kept]):
         expected = run_backward(plain, inputs)
     model = tiny_causal_lm(model_type)
     if order == "after":
@@ -88,7 +88,7 @@ def test_other_adapters(adapter, model_type, order):
     assert not problems
     assert not missed
     if order == "before":
-        with detached([end for end, is_kept in zip(branch_ends(plain, 4), KEPT, strict=True) if not is_kept]):
+        with detached([end for end, is_kept in zip(branch_ends(plain), KEPT, strict=True) if not is_kept]):
             expected = run_backward(plain, inputs)
         model = tiny_causal_lm(model_type)
         handler = apply_dropbp(model, 0.5, fused_loss="off")

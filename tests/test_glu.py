@@ -232,8 +232,8 @@ def test_unknown_activation(backend, device):
 # The public functions.
 
 
-def leaves(dtype=torch.float32, device="cpu", shape=(3, 2, 5)):
-    return tuple(torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(2))
+def leaves(dtype=torch.float32, device="cpu"):
+    return tuple(torch.randn(3, 2, 5, device=device).to(dtype).requires_grad_() for _ in range(2))
 
 
 @pytest.mark.parametrize("donate", [False, True])

@@ -11,9 +11,9 @@ from dropbp_kernels import DropBP, DropBPHandler, DropPlan
 from dropbp_kernels.allocation import allocate
 
 
-def train_step(model, handler, x=None):
+def train_step(model, handler):
     handler.step()
-    loss = model(torch.ones(2, 3, 8) if x is None else x).square().sum()
+    loss = model(torch.ones(2, 3, 8)).square().sum()
     loss.backward()
     return loss
 

@@ -55,8 +55,8 @@ def dense(base, columns, indices=INDICES):
     return (lambda x: F.linear(x, weight, base.bias)), weight
 
 
-def columns_of(layer, indices=INDICES, scaling=SCALING, name="default"):
-    return out_by_in(layer.base_layer)[:, indices] + scaling * layer.paca_columns[name].detach()
+def columns_of(layer, indices=INDICES):
+    return out_by_in(layer.base_layer)[:, indices] + SCALING * layer.paca_columns["default"].detach()
 
 
 @pytest.mark.parametrize("shape", [(IN,), (5, IN), (2, 5, IN), (2, 3, 5, IN), (0, IN)], ids=str)

@@ -44,11 +44,11 @@ def test_a_branch_with_more_tensors_runs_as_a_whole():
     assert seen == [(2, 4, 3)]
 
 
-def ragged(num_samples=4):
+def ragged():
     """Prompts of 3, 5, 7 and 9 tokens and completions of 9, 7, 5 and 3."""
-    batch = chat(num_samples)
+    batch = chat(4)
     labels = batch["input_ids"].clone()
-    for sample in range(num_samples):
+    for sample in range(4):
         labels[sample, : 3 + 2 * sample] = labels[sample, 12:] = IGNORED
     return {**batch, "labels": labels}
 

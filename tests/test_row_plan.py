@@ -155,10 +155,10 @@ def test_bad_batches_and_rows():
 # ---- the handler
 
 
-def run_step(model, handler, num_samples=8):
+def run_step(model, handler):
     handler.step()
     model.zero_grad()
-    x = torch.randn(num_samples, 3, 8, generator=torch.Generator().manual_seed(num_samples))
+    x = torch.randn(8, 3, 8, generator=torch.Generator().manual_seed(8))
     model(x).square().sum().backward()
 
 
