@@ -182,7 +182,8 @@ def ninja_file(extensions: list[Extension], build: Path) -> str:
     ]
     flags = {"_C": f"{CPU_FLAGS} {prefix_map} {stable}"}
     link = {"_C": f"-L{quoted(torch / 'lib')} -ltorch_cpu -Wl,--as-needed"}
-    if nvcc is not None and any(extension.name.endswith("._C_cuda") for extension in extensions):
+    names = [extension.name.rpartition(".")[2] for extension in extensions]
+    if "_C_cuda" in names:
         archs = cuda_arch_flags(os.environ.get("TORCH_CUDA_ARCH_LIST", ""), supported_cuda_archs(nvcc))
         host = "-Xcompiler=-fPIC,-fvisibility=hidden " + prefix_map.replace("-ffile", "-Xcompiler=-ffile")
         flags["_C_cuda"] = f"-O3 -std=c++17 {host} -DUSE_CUDA {stable} {' '.join(archs)}"
@@ -201,15 +202,14 @@ def ninja_file(extensions: list[Extension], build: Path) -> str:
             "  command = $cxx -shared -Wl,-soname,libtorch_cuda.so -x c++ /dev/null -o $out",
             f"build {build}/libtorch_cuda.so: stub",
         ]
-    if any(extension.name.endswith("._host") for extension in extensions):
+    if "_host" in names:
         import pybind11
 
         flags["_host"] = (
             f"-O3 -isystem {quoted(pybind11.get_include())} -isystem {quoted(sysconfig.get_path('include'))}"
         )
         link["_host"] = ""
-    for extension in extensions:
-        name = extension.name.rpartition(".")[2]
+    for name, extension in zip(names, extensions, strict=True):
         objects = []
         for source in extension.sources:
             objects.append(f"{build}/{name}/{Path(source).stem}.o")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError
+from .errors import UserError, first_line
 
 if TYPE_CHECKING:
     from .training import Run
@@ -50,7 +50,7 @@ def load(path: str) -> tuple[Path, dict[str, Any]]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        raise UserError(f"--resume {path}: not a checkpoint: {str(error).partition(chr(10))[0]}") from error
+        raise UserError(f"--resume {path}: not a checkpoint: {first_line(error)}") from error
     if not isinstance(state, dict) or state.get("version") != VERSION:
         raise UserError(f"--resume {path}: expected a checkpoint of version {VERSION} of this command")
     return file.parent, state

@@ -15,3 +15,13 @@ def require_packages(command: str, packages: Sequence[str]) -> None:
         raise UserError(
             f"{command} needs {', '.join(missing)}, not installed here; run: pip install 'dropbp_kernels[finetune]'"
         )
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another package says, without the advice that follows."""
+    return str(error).strip().partition("\n")[0]
+
+
+def one_line(error: Exception) -> str:
+    """All that it says, on one line: strict configs of transformers explain themselves over several."""
+    return " ".join(str(error).split())

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import builtin
-from .errors import UserError
+from .errors import UserError, one_line
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 
@@ -70,7 +70,7 @@ def check_on_hub(name: str, known: Iterable[str]) -> None:
     except (OSError, client_error, HFValidationError) as error:
         raise UserError(
             f"--model {name}: not one of {', '.join(known)}, no folder, and not to be had from the Hugging Face hub: "
-            f"{_one_line(error)}"
+            f"{one_line(error)}"
         ) from error
 
 
@@ -87,7 +87,7 @@ def _from_file(path: Path, name: str) -> Any:
     try:
         return AutoConfig.for_model(**values)
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise UserError(f"--model {name}: not a config that transformers accepts: {_one_line(error)}") from error
+        raise UserError(f"--model {name}: not a config that transformers accepts: {one_line(error)}") from error
 
 
 def _from_hub(name: str) -> Any:
@@ -97,9 +97,4 @@ def _from_hub(name: str) -> Any:
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise UserError(f"--model {name}: no config of the Hugging Face hub: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    """The error's text on one line: strict configs of transformers explain themselves over several."""
-    return " ".join(str(error).split())
+        raise UserError(f"--model {name}: no config of the Hugging Face hub: {one_line(error)}") from error

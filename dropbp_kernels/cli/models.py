@@ -12,7 +12,7 @@ from torch import nn
 
 from . import builtin
 from .data import Data
-from .errors import UserError
+from .errors import UserError, first_line
 from .model_config import check_on_hub
 from .settings import Settings
 
@@ -30,7 +30,7 @@ def load_tokenizer(settings: Settings) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(settings.model)
     except (OSError, ValueError) as error:
-        raise UserError(f"--model {settings.model}: no tokenizer could be loaded: {_first_line(error)}") from error
+        raise UserError(f"--model {settings.model}: no tokenizer could be loaded: {first_line(error)}") from error
     if not tokenizer.encode("text", add_special_tokens=False):  # without files transformers makes up an empty one
         raise UserError(f"--model {settings.model}: no tokenizer could be loaded: its files are missing")
     tokenizer.model_max_length = 2**31  # whole documents are encoded, then cut into rows: no warning about that
@@ -56,7 +56,7 @@ def load_model(settings: Settings, data: Data) -> nn.Module:
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        raise UserError(f"--model {settings.model}: {_first_line(error)}") from error
+        raise UserError(f"--model {settings.model}: {first_line(error)}") from error
     model.config.use_cache = False
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and settings.seq_len > limit:
@@ -106,7 +106,3 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(values.numpy().tobytes())
     return digest.hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

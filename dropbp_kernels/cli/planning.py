@@ -24,7 +24,7 @@ from ..integrations.transformers import apply_dropbp, remove_dropbp
 from ..simulation import GRADIENTS, Cost, extend, make_fake, simulate, total
 from ..targets import IGNORED, TargetPlan, plan_targets
 from . import four_bit
-from .errors import UserError
+from .errors import UserError, first_line
 from .plan_setting import IN_FOUR_BITS, Setting
 
 LOGITS, ACTIVATIONS = "logits", "activations"
@@ -263,8 +263,9 @@ def _on_meta(
             wanted = kind(r=lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
             model = get_peft_model(model, wanted, autocast_adapter_dtype=False)
     except (ValueError, KeyError, AttributeError, RuntimeError, ZeroDivisionError, TypeError) as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise UserError(f"--model: transformers cannot build a causal LM of this config: {first_line}") from error
+        raise UserError(
+            f"--model: transformers cannot build a causal LM of this config: {first_line(error)}"
+        ) from error
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(adapter_dtype or torch.float32)

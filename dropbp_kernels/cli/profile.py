@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..choices import DROPPED_RUNS
-from .errors import UserError, require_packages
+from .errors import UserError, one_line, require_packages
 from .model_config import load_config
 from .output import choose_folder, console, make_folder
 
@@ -121,7 +121,7 @@ def _trace(args: argparse.Namespace) -> tuple[list["BranchTrace"], float | None]
         model = model.to(device).train()
         handler = apply_dropbp(model, args.drop_rate, seed=args.seed, dropped_runs=args.dropped_runs, context=context)
     except (ValueError, KeyError) as error:
-        raise UserError(f"--model {args.model}: {' '.join(str(error).split())}") from error
+        raise UserError(f"--model {args.model}: {one_line(error)}") from error
     handler.step()
     tokens = torch.randint(config.get_text_config().vocab_size, (args.batch_size, args.seq_len), device=device)
 

@@ -11,7 +11,7 @@ from ..samplers import SAMPLERS
 from ..schedules import get_schedule
 from . import builtin
 from .documents import check_data_path
-from .errors import UserError
+from .errors import UserError, first_line
 from .model_config import check_spelling, without_config
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def _device(name: str) -> "torch.device":
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--device {name}: {first_line(error)}") from error
     return device
 
 
