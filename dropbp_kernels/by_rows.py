@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
-from .ops.derivative import first_derivative
+from .derivative import first_derivative
 from .ops.permuted_residual_add import permuted_residual_add
 from .ownership import owns_gradient
 from .permutation import row_shape
@@ -188,7 +187,7 @@ class _TakeRows(torch.autograd.Function):
         return stream.reshape(shape).index_select(0, which), stream
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad_rows: Tensor | None, grad_stream: Tensor | None) -> tuple[Tensor | None, None, None]:
         if grad_rows is None:
             return grad_stream, None, None

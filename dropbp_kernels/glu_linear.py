@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .autocast import without_autocast
+from .derivative import Function, first_derivative
 from .lora import as_dtype, linear_and_low, low_rank_gradients, rows_of
-from .ops.derivative import Function, first_derivative
 from .ops.glu import ACTIVATIONS, check_glu, glu_gradients
 from .ops.raw import raw
 from .ownership import owns_saved_tensors

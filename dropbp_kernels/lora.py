@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .autocast import product_dtype, without_autocast
-from .ops.derivative import Function, first_derivative
+from .derivative import Function, first_derivative
 
 
 def lora_linear(

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.function import once_differentiable
 
 from .autocast import is_autocast_on, product_dtype
 from .choices import check_choice
@@ -49,7 +48,8 @@ def linear_cross_entropy(
             for a linear layer; the products in that dtype, softmax and loss in float32 (float64 for float64), gradients
             of weight and bias summed in that too. Result: the latter.
     Errors: ValueError when shapes do not fit, dtypes differ or reduction is unknown; TypeError for a target that is not
-            int64; RuntimeError on a second derivative. A target out of range fails as in torch.gather.
+            int64; RuntimeError in a backward with create_graph=True, since there is no second derivative. A target out
+            of range fails as in torch.gather.
     Cost:   the products of the unfused loss, for the rows that count; memory: one slice of logits (in float32 at most
             128 MiB or 256 rows), hidden's gradient, and where the weight is trained twice its float32 gradient.
             Waits for the GPU once, to count the rows.
@@ -134,8 +134,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        # At once, and not where the second derivative is taken: nothing that is saved leads to hidden or weight.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "linear_cross_entropy: no second derivative (create_graph=True); torch.nn.functional.cross_entropy of "
+                'logits has one: fused_loss="off" in a model that apply_dropbp patched'
+            )
         grads = (None if grad is None else (grad * grad_total).to(ctx.dtype) for grad in ctx.saved_tensors)
         return (*grads, None, None, None)
 

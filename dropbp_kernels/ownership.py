@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .derivative import first_derivative
 
 Counts = tuple[int, int, int, int]
 Arrival = tuple[list[CodeType], Counts | None]
@@ -44,7 +45,7 @@ def owns_saved_tensors(ctx: Any, num: int | None = None) -> bool:
 
 
 def owns_gradient(grad: Tensor) -> bool:
-    """Whether `grad`, an argument of the calling `once_differentiable` backward, may be overwritten there.
+    """Whether `grad`, an argument of the calling `first_derivative` backward, may be overwritten there.
 
     To be called directly from the backward, with the argument in one variable; from anywhere else the answer is no.
     """
@@ -98,7 +99,7 @@ class _Probe(torch.autograd.Function):
         return first + second
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         arrival = _as_asked(grad)
         ctx.seen.append(_Seen(_saved_counts(ctx) if _is_last_use(ctx) else None, arrival))

@@ -16,7 +16,7 @@ from dropbp_kernels.ops.schema import SCHEMAS
 ROOT = Path(dropbp_kernels.__file__).parent
 ARCHITECTURE = Path(__file__).parent.parent / "docs" / "architecture.md"
 # Ops and their Triton kernels stand in one file each: of their own room those import only what several ops share.
-SHARED = {"ops": {"schema", "derivative", "boundary", "checks", "raw"}, "_triton": {"rows"}}
+SHARED = {"ops": {"schema", "boundary", "checks", "raw"}, "_triton": {"rows"}}
 
 
 def levels():

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
 from ..autocast import is_autocast_on, product_dtype
+from ..derivative import first_derivative
 from ..losses import linear_cross_entropy, rows_of_slice
 from ..plain_linear import is_whole
 
@@ -204,7 +204,7 @@ class _Deferred(torch.autograd.Function):
         return holder[0]
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad_logits: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         needed = ctx.needs_input_grad[:3]
         tensors: list[Any] = [

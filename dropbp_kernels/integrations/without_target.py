@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..derivative import first_derivative
 from ..gates import find_gates
-from ..ops.derivative import first_derivative
 from ..targets import TargetRule
 from .swapping import with_attribute
 from .target_checks import has_ranks

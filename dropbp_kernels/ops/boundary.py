@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..derivative import Function, first_derivative
 from .checks import DTYPES, check_dtype, check_holds
-from .derivative import Function, first_derivative
 from .raw import raw as _raw
 
 

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..derivative import Function, first_derivative
 from .boundary import NextDropped, check, share
 from .checks import check_bias
-from .derivative import Function, first_derivative
 from .raw import raw as _raw
 
 

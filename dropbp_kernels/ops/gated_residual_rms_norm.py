@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..derivative import Function, first_derivative
 from .boundary import NextDropped, check, share
 from .checks import is_gemma
-from .derivative import Function, first_derivative
 from .raw import raw as _raw
 
 

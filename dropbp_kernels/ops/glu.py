@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..derivative import Function, first_derivative
 from ..ownership import owns_saved_tensors
 from .checks import check_dtype
-from .derivative import Function, first_derivative
 from .raw import raw as _raw
 
 APPROXIMATIONS = {"none": "gelu", "tanh": "gelu_tanh"}

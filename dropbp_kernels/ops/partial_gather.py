@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..derivative import Function, first_derivative
 from .checks import check_channels, check_dtype
-from .derivative import Function, first_derivative
 from .raw import raw as _raw
 
 

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..derivative import Function, first_derivative
 from ..ownership import owns_gradient
 from ..permutation import check_permutation, row_shape
 from .checks import check_bias, check_dtype, is_gemma
-from .derivative import Function
 from .raw import raw as _raw
 
 
@@ -141,7 +140,7 @@ class _PermutedNorm(Function):
         return kept, dropped, residual
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(
         ctx: Any, grad_kept: Tensor | None, _: Tensor | None, grad_residual: Tensor | None
     ) -> tuple[Tensor | None, ...]:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..derivative import Function, first_derivative
 from ..permutation import check_permutation
 from .boundary import branch_gradient
 from .checks import check_dtype, check_holds, split_grad_scale
-from .derivative import Function, first_derivative
 from .raw import raw as _raw
 
 

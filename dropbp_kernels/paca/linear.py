@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..autocast import product_dtype, without_autocast
+from ..derivative import first_derivative
 from ..ops.column_update import column_restore, column_update
-from ..ops.derivative import first_derivative
 from ..ops.partial_gather import partial_gather
 
 
