@@ -94,7 +94,10 @@ class SeenKeys:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, with Llama's casting: normalise in float32, round, then scale."""
+    """Root-mean-square norm over the last dimension, with Llama's casting: normalise in float32, round, then scale.
+
+    Of float64 in float64, as the fused norm does: a value must not depend on the plan.
+    """
 
     def __init__(self, width: int, eps: float = 1e-6):
         super().__init__()
@@ -102,7 +105,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = F.rms_norm(wide, (x.shape[-1],), eps=self.eps)
         return self.weight * normed.to(x.dtype)
 
 

@@ -8,6 +8,7 @@ from models import gradients, tiny_causal_lm
 
 from dropbp_kernels import DropBPHandler, apply_dropbp, blocks
 from dropbp_kernels.measure import PeakLiveBytes, num_autograd_nodes, saved_bytes
+from dropbp_kernels.ops import gated_residual_rms_norm
 
 
 class FusedStack(torch.nn.Module):
@@ -54,6 +55,13 @@ def run(stack, kept, dtype):
     out = stack(x)
     out.float().square().sum().backward()
     return out.detach(), x.grad, gradients(stack)
+
+
+def test_the_plain_norm_of_float64_is_the_fused_one():
+    norm = blocks.RMSNorm(8).double()
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    fused = gated_residual_rms_norm(x, torch.zeros_like(x), norm.weight, eps=norm.eps)[0]
+    torch.testing.assert_close(norm(x), fused, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("kept", list(itertools.product([True, False], repeat=4)))
