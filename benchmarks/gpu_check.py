@@ -196,13 +196,15 @@ def _run_stages(check: Check, no_build: bool) -> list[dict[str, Any]]:
         if not is_short:
             # Apart from the rows of what serves, which a newer run of the same points would replace.
             triton, forced = ["--out", str(check.out / "triton")], {"DROPBP_KERNELS_BACKEND": "triton"}
-            command, left_s = [*bench, *TRITON_SIZES, *triton], check.left_s() - PICTURES_S
+            sizes = () if check.is_dry else TRITON_SIZES
+            command, left_s = [*bench, *sizes, *triton], check.left_s() - PICTURES_S
             _bench(check, "microbenchmarks in Triton", command, TRITON_SUITES, left_s, environment=forced)
     if "step" in check.parts:
         scale = [] if check.is_dry else ["--quick"]
         check.stage("training step", [*bench, *scale, "--only", "step"], 200)
         if not is_short:
-            command = [python, "-m", "dropbp_kernels.cli", "finetune", *device, "--output", FINETUNE]
+            few = ["--steps", "2", "--pretrain-steps", "2", "--seq-len", "32"] if check.is_dry else []
+            command = [python, "-m", "dropbp_kernels.cli", "finetune", *device, "--output", FINETUNE, *few]
             check.stage("finetune", command, 120, environment={"DROPBP_KERNELS_CACHE": str(check.tree / "cache")})
             left_s = check.left_s() - PICTURES_S
             _bench(check, "other training steps", [*bench, *scale], STEP_SUITES, left_s, hang_s=120)

@@ -137,6 +137,24 @@ def test_a_suite_that_ends_its_process_costs_no_other(check):
     assert [stage.name for stage in check.stages[2:]] == ["broken"]
 
 
+def test_a_dry_run_of_some_parts_is_tiny_too(check, monkeypatch):
+    def stage(self, name, command, *args, **options):
+        self.stages.append(gpu_stages.Stage(name, True, 0.0))
+        commands.append(command)
+        return ""
+
+    commands = []
+    monkeypatch.setattr(gpu_stages.Check, "stage", stage)
+    check.is_dry, check.deadline = True, time.monotonic() + 400
+    for check.parts in (("benchmarks",), ("step",)):
+        gpu_check._run_stages(check, no_build=True)
+    suites = [command for command in commands if "benchmarks.run" in command]
+    assert len(suites) == 5
+    assert all("tiny" in command and "--sizes" not in command for command in suites)
+    (finetune,) = (command for command in commands if "finetune" in command)
+    assert finetune[finetune.index("--steps") + 1] == "2"
+
+
 def test_rows_and_what_a_finetuning_leaves_are_one_file(tmp_path):
     finetune = tmp_path / "tree" / "finetune"
     for folder in (tmp_path / "triton", tmp_path / "others", finetune / "adapter"):
