@@ -49,6 +49,6 @@ def attend_by_flash(monkeypatch, model):
         "_process_with_kvcache_kwargs_fn": dict,
     }
     for name, value in values.items():
-        monkeypatch.setattr(flash, name, value)
+        monkeypatch.setattr(flash, name, value, raising=False)  # transformers 5.15 has not all of them
     model.config._attn_implementation = "flash_attention_2"
     return model

@@ -16,6 +16,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dropbp_kernels import DropBPHandler, apply_dropbp
 from dropbp_kernels.integrations import checkpointing
@@ -46,6 +47,12 @@ def test_models_that_cannot_run_in_stages(make, message):
     with pytest.raises(ValueError, match=message):
         apply_dropbp(model, 0.0, context="inference")
     assert [type(module) for module in model.modules()] == classes
+
+
+def test_a_transformers_whose_checkpointed_layers_lose_the_cache(monkeypatch):
+    monkeypatch.delattr(GradientCheckpointingLayer, "_can_checkpoint_with_cache")
+    with pytest.raises(ValueError, match=r"transformers: expected 5\.15 or later with context, got "):
+        apply_dropbp(tiny(), 0.0, context="inference")
 
 
 def tiny_t5():

@@ -122,7 +122,7 @@ def test_a_shared_context_is_exact_in_their_losses(make, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(
-    Version(trl.__version__) < Version("1.16"), reason="SFTTrainer of this TRL leaves the loss to the model"
+    Version(trl.__version__) < Version("1.15"), reason="SFTTrainer of this TRL leaves the loss to the model"
 )
 def test_windows_are_refused_where_the_trainer_divides_by_all_labels(tmp_path):
     callback = DropBPCallback(0.0, context="inference", target_windows=2)

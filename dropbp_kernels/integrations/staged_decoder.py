@@ -15,12 +15,11 @@ from ..targets import TargetPlan, TargetRule
 from .decoder_parts import DecoderParts, parts_of
 from .stage_keys import LastKeysLeft, ModelMasks, StageKeys
 from .swapping import with_attribute
-from .target_checks import BY_ROW, DOCUMENTS, check_checkpointing, check_inputs
+from .target_checks import BY_ROW, DOCUMENTS, WITH_CACHE, check_checkpointing, check_inputs
 
 # Of context that run at a time: a pass costs as many calls as a dense forward, and so many rows hold little (200 MiB at
 # a width of 4096). With 1,024, a checkpointed step of the size in benchmarks/steps.py took a tenth more.
 MIN_ROWS = 2048
-_WITH_CACHE = "_can_checkpoint_with_cache"  # which layers that transformers checkpoints say of themselves
 COUNTS_TOKENS = ("opt",)  # whose positions leave padding on the left out; all others count places
 
 
@@ -131,9 +130,9 @@ def _caches_under_checkpointing(decoder: nn.Module, parts: DecoderParts) -> Iter
 
     Some decoders (GPT-2) do not even give it to their layers while they are told of checkpointing, which the layers do.
     """
-    layers = [module for module in parts.switches if getattr(type(module), _WITH_CACHE, None) is False]
+    layers = [module for module in parts.switches if getattr(type(module), WITH_CACHE, None) is False]
     told = [decoder] if vars(decoder).get("gradient_checkpointing") else []
-    with with_attribute(layers, _WITH_CACHE, True), with_attribute(told, "gradient_checkpointing", False):
+    with with_attribute(layers, WITH_CACHE, True), with_attribute(told, "gradient_checkpointing", False):
         yield
 
 
@@ -143,6 +142,6 @@ def _last_layer_whole(parts: DecoderParts) -> contextlib.AbstractContextManager[
     Its backward comes first: computed again, all of that would be live at the same moment.
     """
     checkpointed = [
-        module for module in parts.switches if hasattr(type(module), _WITH_CACHE) and module.gradient_checkpointing
+        module for module in parts.switches if hasattr(type(module), WITH_CACHE) and module.gradient_checkpointing
     ]
     return with_attribute(checkpointed[-1:], "gradient_checkpointing", False)

@@ -22,6 +22,8 @@ REPLACED = {*BY_ROW, "attention_mask", "past_key_values", "use_cache"}  # by tho
 # What collators without padding say of documents beside position_ids: for layers with a state, which are refused, and
 # for flash attention, which would take the lengths of a whole batch for those of a stage.
 DOCUMENTS = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+# Which layers that transformers checkpoints say of themselves; before 5.15 they lost every cache.
+WITH_CACHE = "_can_checkpoint_with_cache"
 RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
@@ -44,6 +46,7 @@ def check_context(model: nn.Module, context: str | None, rule: TargetRule) -> No
                 raise ValueError(f'context: expected "inference" with {option.name}={value}, got None')
         return
     decoder: Any = find_decoder(model)
+    _check_release()
     _check_decoder(decoder)
     _check_shift(without_peft(model))
     if keep and (attention := decoder.config._attn_implementation) not in TAKES_MASKS:
@@ -68,6 +71,15 @@ def find_decoder(model: nn.Module) -> nn.Module:
 def without_peft(model: Any) -> Any:
     """The model of transformers inside of PEFT's."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _check_release() -> None:
+    """Raise ValueError unless transformers lets a layer that it checkpoints keep its cache."""
+    from transformers import __version__
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    if not hasattr(GradientCheckpointingLayer, WITH_CACHE):
+        raise ValueError(f"transformers: expected 5.15 or later with context, got {__version__}")
 
 
 def _check_decoder(decoder: nn.Module) -> None:
