@@ -148,9 +148,11 @@ class RowSplit:
         for name, part, count in (("kept", kept, len(self.kept)), ("dropped", dropped, len(self.dropped))):
             rows = self.rows_of_output(part, count)
             if rows is None or tuple(rows[0].shape[1:]) != shape[1:]:
+                lead = f"{self.batch.num_samples}, {self.batch.seq_len if self.rows.by_token else 1}"
                 raise ValueError(
                     f"branch: expected {count} {name} rows of the residual's shape {tuple(residual.shape)}, got "
-                    f"{tuple(part.shape)}; what it needs of each sample (a mask) is to be passed through the gate"
+                    f"{tuple(part.shape)}; what it needs of each sample (a mask) is to be passed through the gate, as "
+                    f"a tensor of shape ({lead}, ...)"
                 )
             parts.append(rows[0])
         if self.num_padding:

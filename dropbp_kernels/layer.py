@@ -163,8 +163,8 @@ class DropBP(nn.Module):
 
         Where the plan differs from row to row, the branch is called twice, with the dropped and with the kept rows, and
         must process rows independently. What it needs of each sample (a mask, positions) is passed through args and
-        kwargs, which are taken apart like the residual: tensors whose first dimension is the batch. Tokens are passed
-        as a batch of one sample.
+        kwargs, which are taken apart like the residual: tensors whose first dimension is the batch, of three or more
+        dimensions (docs/row_plans.md). Tokens are passed as a batch of one sample.
 
         Shapes: residual (batch, ..., D); branch maps it to the same shape.
         Dtypes: those of `ops.gated_residual_add`; a branch wider than the residual promotes it, as x + y does.
@@ -273,7 +273,7 @@ class DropBP(nn.Module):
                 error.add_note(
                     f"The gate ran its branch by rows: {len(split.dropped)} dropped and {len(split.kept)} kept ones. "
                     "What a branch needs of each sample (a mask, positions) is to be passed through the gate, as "
-                    "residual_add(x, branch, mask), not to be closed over."
+                    "residual_add(x, branch, mask), not to be closed over; floats (batch, width) as (batch, 1, width)."
                 )
             raise
         for name, values in records.items():

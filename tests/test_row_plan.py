@@ -9,7 +9,8 @@ import torch
 from models import ToyBlock, tiny_batch, toy_model, with_lora
 from models import tiny_causal_lm as tiny_llama
 
-from dropbp_kernels import DropBPHandler, apply_dropbp, row_plan
+from dropbp_kernels import DropBP, DropBPHandler, apply_dropbp, row_plan
+from dropbp_kernels.plan import as_entry
 from dropbp_kernels.row_draws import cover
 from dropbp_kernels.row_plan import Batch, ChosenRows, RowPlan
 from dropbp_kernels.samplers import balanced
@@ -292,8 +293,18 @@ def test_a_branch_that_returns_other_rows_is_an_error():
 
     model = torch.nn.Sequential(Wrong())
     DropBPHandler(model, 0.5, granularity="sample").step()
-    with pytest.raises(ValueError, match=r"expected 2 kept rows.*\(4, 3, 8\), got \(4, 3, 8\).*through the gate"):
+    with pytest.raises(ValueError, match=r"expected 2 kept.*\(4, 3, 8\), got \(4, 3, 8\).*through the gate.*\(4, 1, "):
         model(torch.randn(4, 3, 8, requires_grad=True))
+
+
+def test_a_tensor_of_samples_has_to_be_one_of_tokens_for_a_branch_by_tokens():
+    gate, shift = DropBP(per_token=True), torch.randn(4, 1, 8)
+    gate.kept = as_entry(torch.arange(12) % 2 == 0)
+    x = torch.randn(4, 3, 8, requires_grad=True)
+    with pytest.raises(ValueError, match=r"through the gate, as a tensor of shape \(4, 3, \.\.\.\)"):
+        gate(x, lambda rows, shift: rows * shift, shift)
+    whole = gate(x, lambda rows, shift: rows * shift, shift.expand(4, 3, 8))
+    torch.testing.assert_close(whole, x + x * shift)
 
 
 def staged_rows():
