@@ -272,6 +272,29 @@ def test_a_plan_of_other_rows_than_the_batch_is_refused():
         model(torch.randn(0, 3, 8))
 
 
+@pytest.mark.parametrize("granularity", ["sample", "token"])
+def test_a_new_step_compiles_nothing(granularity):
+    """Which rows are drawn differs in every step: in a graph it would be a graph for every step."""
+    num_graphs = 0
+
+    def count(graph, inputs):
+        nonlocal num_graphs
+        num_graphs += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = toy_model(2)
+    handler = DropBPHandler(model, 0.5, granularity=granularity)
+    for block in model:
+        block.compile(backend=count)
+    graphs = []
+    for _ in range(6):
+        handler.step()
+        model(torch.randn(4, 3, 8, requires_grad=True)).sum().backward()
+        graphs.append(num_graphs)
+    assert graphs[2] == graphs[-1] > 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
