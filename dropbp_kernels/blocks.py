@@ -11,6 +11,9 @@ saved.
     hidden = finish(stream, final_norm)        # RMSNorm
 
 Parameter names are those of transformers' Llama layer, so ``block.load_state_dict(layer.state_dict())`` just works.
+
+Compiled one by one, blocks share 12 graphs: nothing, a kept or a dropped branch may be pending, times both gates.
+PyTorch gives up after eight and runs the others as they are: set ``torch._dynamo.config.recompile_limit`` to 16.
 """
 
 from collections.abc import Callable, Sequence
