@@ -196,3 +196,15 @@ def test_the_last_layer_is_not_computed_again_and_needs_no_more_memory(monkeypat
     assert results[0][0] == [3, 3, 1]  # context, targets, and again; the last layer needs only the keys of context
     assert results[1][0] == [3, 3, 2]
     assert results[0][1] <= results[1][1]
+
+
+def test_arguments_by_their_places_of_a_peft_model_without_a_task_type():
+    """Its forward names none: left padding, which the mask tells, was seen by targets."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny(), peft.LoraConfig(target_modules=["q_proj"])).double()
+    batch = chat()
+    mask = (torch.arange(16) >= torch.tensor([[2], [5], [0]])).long()
+    dense = model(**batch, attention_mask=mask).loss
+    apply_dropbp(model, 0.0, context="inference")
+    loss = model(batch["input_ids"], mask, labels=batch["labels"], use_cache=False).loss
+    torch.testing.assert_close(loss, dense, **CLOSE)

@@ -169,7 +169,10 @@ def _check_is_mean(output: Any) -> None:
 
 
 def _named(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {**inspect.signature(module.forward).bind_partial(*args).arguments, **kwargs}
+    signature = inspect.signature(module.forward)
+    if "args" in signature.parameters:  # of a PeftModel without a task type, which hands all on
+        signature = inspect.signature(without_peft(module).forward)
+    return {**signature.bind_partial(*args).arguments, **kwargs}
 
 
 def _plan_of(decoder: Any, rule: TargetRule, labels: Tensor, inputs: dict[str, Any]) -> TargetPlan:
