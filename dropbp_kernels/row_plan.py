@@ -96,10 +96,10 @@ class RowPlan:
         self._drawn: _Drawn | None = None  # of the last batch
         self._counts = [(0, 0)] * len(self.drop_rates)
         self._uncounted = set(range(len(self.drop_rates)))  # branches whose next call is of a batch not yet counted
-        # What is drawn are numbers of the host, others in every step: traced, they would be a graph for every step. Not
-        # a decorator, which would import the compiler, some seconds, for who does not compile.
-        if "torch._dynamo" in sys.modules and not hasattr(RowPlan._draw, "_torchdynamo_disable"):
-            RowPlan._draw = torch.compiler.disable(RowPlan._draw)  # type: ignore[method-assign]
+        # Drawn and counted are numbers of the host, others in every step: traced, they would be a graph for every step.
+        # Not a decorator, which would import the compiler, some seconds, for who does not compile.
+        if "torch._dynamo" in sys.modules and not hasattr(RowPlan.rows, "_torchdynamo_disable"):
+            RowPlan.rows = torch.compiler.disable(RowPlan.rows)  # type: ignore[method-assign]
 
     def rows(self, branch: int, batch: Batch) -> Rows:
         """The rows of a branch. Drawn for all branches when the first of them asks.
