@@ -184,6 +184,14 @@ def test_just_below_the_reachable_rate():
 
 
 @pytest.mark.parametrize("twin", [python_twin, host_twin])
+def test_rates_are_rounded_to_float32_and_what_is_left_is_not(twin):
+    # 0.04 + 0.1 + 0.1, rounded after each sum; with a step of float32 it would be 0.24000000953674316.
+    assert list(twin([1.0], [1000.0], 800.0, 0.04)) == [0.23999999463558197]
+    # 1000 * (1 - 0.7) - 100 is a little more than 200, for which the branch is raised once more.
+    assert list(twin([0.5], [1000.0], 200.0, 0.7)) == [0.9000000357627869]
+
+
+@pytest.mark.parametrize("twin", [python_twin, host_twin])
 def test_an_empty_heap_is_an_error_and_no_undefined_behaviour(twin):
     with pytest.raises(RuntimeError, match=r"target_flops: expected a value that rates up to 0.9 can reach, got 0"):
         twin([1.0, 1.0], [1.0, 1.0], 0.0, 0.0)

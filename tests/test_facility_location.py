@@ -195,5 +195,7 @@ def test_host_refuses_a_buffer_of_another_size():
         pytest.skip("the compiled host algorithms are not built, or not allowed")
     with pytest.raises(ValueError, match="num_elements"):
         host.facility_location(array.array("q", [1, 2, 3]), 2, 1, True)
+    with pytest.raises(ValueError, match="values of int64"):
+        host.facility_location(array.array("i", [1, 2, 3, 4]), 2, 1, True)
     with pytest.raises(ValueError, match="num_picks: expected 0 to 1, got 2"):
         host.facility_location(array.array("q", [1]), 1, 2, True)

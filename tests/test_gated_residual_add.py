@@ -126,6 +126,11 @@ def test_extreme_values(backend, device):
             torch.testing.assert_close(grad, tensor * scale, equal_nan=True, rtol=0, atol=0)
 
 
+def test_grad_scale_is_not_rounded_to_float32(backend, device):
+    one = torch.ones(1, dtype=torch.float64, device=device)
+    assert raw.gated_residual_add_backward(one, None, None, 0.1, torch.float64).item() == 0.1
+
+
 def test_indices_beyond_2_31(backend, device):
     if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 8e9:
         pytest.skip("needs 8 GB of GPU memory")

@@ -104,10 +104,11 @@ def test_backward_by_hand(op):
     assert grad_weight.shape == grad_bias.shape == (0,)
 
 
-def test_norm_reads_the_rounded_sum(backend, device):
-    residual = torch.tensor([[1.0, 3.0]], dtype=torch.bfloat16, device=device)
-    branch = torch.tensor([[2.0**-9, 0.0]], dtype=torch.bfloat16, device=device)  # lost in the sum's rounding
-    weight = torch.ones(2, dtype=torch.bfloat16, device=device)
+@pytest.mark.parametrize(("dtype", "lost"), [(torch.bfloat16, 2**-9), (torch.float16, 2**-12)])  # by rounding
+def test_norm_reads_the_rounded_sum(backend, device, dtype, lost):
+    residual = torch.tensor([[1.0, 3.0]], dtype=dtype, device=device)
+    branch = torch.tensor([[lost, 0.0]], dtype=dtype, device=device)
+    weight = torch.ones(2, dtype=dtype, device=device)
     _, new_residual, mean, rstd = raw.gated_residual_layer_norm(residual, branch, weight, None, 3.0)
     assert new_residual.tolist() == [[1.0, 3.0]]
     assert (mean.item(), rstd.item()) == (2.0, 0.5)

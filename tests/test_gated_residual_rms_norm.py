@@ -95,10 +95,11 @@ def test_backward_by_hand(op):
     torch.testing.assert_close(grad_residual, torch.tensor([[1.28 * rstd, -0.96 * rstd]]))
 
 
-def test_norm_reads_the_rounded_sum(backend, device):
-    residual = torch.tensor([[1.0, 3.0]], dtype=torch.bfloat16, device=device)
-    branch = torch.tensor([[2.0**-9, 0.0]], dtype=torch.bfloat16, device=device)  # lost in the sum's rounding
-    weight = torch.ones(2, dtype=torch.bfloat16, device=device)
+@pytest.mark.parametrize(("dtype", "lost"), [(torch.bfloat16, 2**-9), (torch.float16, 2**-12)])  # by rounding
+def test_norm_reads_the_rounded_sum(backend, device, dtype, lost):
+    residual = torch.tensor([[1.0, 3.0]], dtype=dtype, device=device)
+    branch = torch.tensor([[lost, 0.0]], dtype=dtype, device=device)
+    weight = torch.ones(2, dtype=dtype, device=device)
     _, new_residual, rstd = raw.gated_residual_rms_norm(residual, branch, weight, 0.0, False)
     assert new_residual.tolist() == [[1.0, 3.0]]
     assert rstd.item() == pytest.approx(1 / math.sqrt(5), rel=1e-6)

@@ -140,6 +140,11 @@ def test_halves_of_a_packed_projection_are_not_copied():
     assert not names & {"aten::contiguous", "aten::clone", "aten::copy_"}, names
 
 
+def test_strides_of_an_empty_result_are_those_of_its_fake(backend, device):
+    empty = torch.empty(3, 0, device=device)
+    assert raw.glu(empty, empty, "silu").stride() == torch.empty(3, 0, device="meta").stride()
+
+
 def test_rows_at_uneven_distances(backend, device):
     gate, up = torch.randn(3, 4, 8, device=device)[:, 1:3, :5], torch.randn(3, 2, 5, device=device)
     torch.testing.assert_close(raw.glu(gate, up, "silu"), plain(gate, up, "silu"))
@@ -159,10 +164,12 @@ def test_in_place_writes_into_strided_memory(backend, device):
         memory.normal_()
     if device.type == "cpu":  # on a GPU nobody says which of two writes stays, of PyTorch's own copy either
         # Rows that share elements: what a shared one was is read for both, and the last row's value stays.
-        before, up = memory.clone(), torch.randn(3, 8, device=device)
-        before.as_strided((3, 8), (5, 1)).copy_(plain(memory.as_strided((3, 8), (5, 1)), up, "silu"))
-        raw.glu_(memory.as_strided((3, 8), (5, 1)), up, "silu")
-        torch.testing.assert_close(memory, before)
+        for distance in (5, 7):
+            before, up = memory.clone(), torch.randn(3, 8, device=device)
+            rows = memory.as_strided((3, 8), (distance, 1))
+            before.as_strided((3, 8), (distance, 1)).copy_(plain(rows, up, "silu"))
+            raw.glu_(rows, up, "silu")
+            torch.testing.assert_close(memory, before)
     gate, up = memory[:, :4], memory[:, 4:]  # both halves are written
     grads = raw.glu_backward(up.clone(), gate, up, "gelu")
     raw.glu_backward_(up.clone(), gate, up, "gelu")
@@ -175,6 +182,8 @@ def test_in_place_on_memory_shared_by_rows_is_refused(backend, device):
         raw.glu_(gate, up, "silu")
     with pytest.raises(RuntimeError, match="memory"):
         raw.glu_backward_(up, up.clone(), gate, "silu")
+    for rows, columns in ((3, 0), (1, 4)):  # nothing is shared
+        raw.glu_(gate[:rows, :columns], up[:rows, :columns], "silu")
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -193,6 +202,13 @@ def test_extreme_values(backend, device, activation):
         value = raw.glu(gate, up, activation)
         assert value[0] == value[3] == float("inf")
         assert value[[1, 2, 4]].isnan().all()
+        assert raw.glu_backward(torch.ones_like(gate), gate, up, activation)[0][[2, 4]].isnan().all()
+
+
+def test_float32_has_no_polynomial_of_16_bits(backend, device):
+    gate = torch.linspace(-4, 4, 1001, device=device)
+    value = raw.glu(gate, torch.ones_like(gate), "silu")
+    torch.testing.assert_close(value.double(), F.silu(gate.double()), rtol=1e-6, atol=0)
 
 
 def test_a_row_does_not_depend_on_its_place(backend, device):

@@ -11,6 +11,7 @@ from dropbp_kernels import _backend
 X, PARAMETER, STATISTIC = torch.ones(4, 6), torch.ones(6), torch.ones(4)
 HEADS, TABLE = torch.ones(2, 3, 4, 8), torch.ones(3, 8)
 FEW = torch.ones(3, 5)  # as the rest of a tensor that is too small
+DEEP = torch.ones([1] * 65)
 HUGE = torch.ones(1).expand(1 << 46)  # a contiguous copy takes 256 TiB
 ORDER, SWAPPED, TWICE = torch.arange(4), torch.tensor([1, 0]), torch.tensor([0, 1, 1, 3])
 NORM = (1e-5, False, False, torch.float32)
@@ -19,12 +20,19 @@ NOT_LONG = "expected dtype Long, got Int"
 CASES = [
     ("gated_residual_add", (X, FEW, None), "branch: expected"),
     ("gated_residual_add", (X, X[:2], SWAPPED.int()), f"rows: {NOT_LONG}"),
+    ("gated_residual_add", (X, FEW[:2], SWAPPED), "branch: expected size 6 in dimension 1, got 5"),
     ("gated_residual_add_", (X, X[:3], SWAPPED), "rows: expected 3 elements, got 2"),
     ("gated_residual_add_backward", (X, None, PARAMETER, 1.0, torch.float32), "row_scale: expected 4 elements, got 6"),
+    (
+        "gated_residual_add_backward",
+        (X[0, 0], SWAPPED[1:], None, 1.0, torch.float32),
+        "grad_output: expected at least one dimension, got 0",
+    ),
     ("gated_residual_rms_norm", (X, FEW, PARAMETER, 1e-5, False), "branch: expected 24 elements, got 15"),
     ("gated_residual_rms_norm", (X, X, STATISTIC, 1e-5, False), "weight: expected as many elements"),
     ("gated_residual_rms_norm_backward", (FEW, None, X, PARAMETER, STATISTIC, False, True), "grad_normed: expected 24"),
     ("gated_residual_rms_norm_backward", (X, FEW, X, PARAMETER, STATISTIC, False, True), "grad_new_residual: expected"),
+    ("gated_residual_rms_norm_backward", (X, X.half(), X, PARAMETER, STATISTIC, False, True), "expected dtype Float"),
     ("gated_residual_rms_norm_backward", (X, None, X, PARAMETER, PARAMETER, False, True), "rstd: expected 4 elements"),
     ("gated_residual_layer_norm", (X, FEW, PARAMETER, None, 1e-5), "branch: expected 24 elements, got 15"),
     ("gated_residual_layer_norm", (X, X, PARAMETER, STATISTIC, 1e-5), "bias: expected 6 elements, got 4"),
@@ -70,6 +78,7 @@ CASES = [
         "permutation: expected each number from 0 to 3 once, got 4",
     ),
     ("glu", (X, FEW, "silu"), "up: expected the shape of gate"),
+    ("glu", (DEEP, DEEP, "silu"), "expected at most 64 dimensions, got 65"),
     ("glu", (X, X.double(), "silu"), "up: expected dtype Float, got Double"),
     ("glu_", (X, FEW, "silu"), "up: expected the shape of gate"),
     *((op, (FEW, X, X, "gelu"), "grad_output: expected the shape") for op in ("glu_backward", "glu_backward_")),
@@ -87,6 +96,8 @@ CASES = [
     ("rope", (HEADS, TABLE[:1], TABLE[:1], False), "cos: expected shape"),
     ("rope", (HEADS, TABLE.expand(3, 3, 8), TABLE, False), "cos: expected shape"),
     ("rope", (HEADS[..., :6], TABLE, TABLE, False), "cos: expected shape"),
+    ("rope", (HEADS, TABLE[:, :5], TABLE[:, :5], False), "cos: expected shape"),
+    ("rope", (HEADS, TABLE.half(), TABLE.half(), False), "cos: expected dtype Float, got Half"),
     ("rope", (HEADS, TABLE, TABLE[:1], False), "sin: expected 24 elements, got 8"),
     ("rope_", (HEADS, TABLE, TABLE.half()), "sin: expected dtype Float, got Half"),
 ]
@@ -98,6 +109,20 @@ def test_compiled_kernel_refuses(op, arguments, message):
         pytest.skip(f"cpp: {reason}")
     arguments = [value.clone() if isinstance(value, torch.Tensor) else value for value in arguments]
     with _backend.use_backend("cpp"), pytest.raises((ValueError, IndexError), match=message):
+        getattr(torch.ops.dropbp_kernels, op)(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments", "message"),
+    [
+        ("glu", (ORDER, ORDER, "silu"), "gate: expected dtype Float, Half, BFloat16 or Double, got Long"),
+        ("gated_residual_add", (X.half(), X, None), "residual: expected a dtype that holds branch's Float, got Half"),
+    ],
+)
+def test_compiled_kernel_refuses_a_dtype(op, arguments, message):
+    if (reason := _backend.why_not("cpp", "gated_residual_add")) is not None:
+        pytest.skip(f"cpp: {reason}")
+    with _backend.use_backend("cpp"), pytest.raises(RuntimeError, match=message):
         getattr(torch.ops.dropbp_kernels, op)(*arguments)
 
 
