@@ -2,25 +2,31 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+_is_transforming = torch._C._are_functorch_transforms_active
+
 
 class Function(torch.autograd.Function):
-    """torch.autograd.Function without 2 us of Python a call.
+    """torch.autograd.Function without more than 2 us of Python a call.
 
     PyTorch's apply first looks for keyword arguments, a setup_context and tensors that a transform of torch.func left
     behind, of which ops have none; inside such a transform it is asked, and says so. torch.compile sees neither of
     both: it traces forward and backward.
     """
 
+    _apply: ClassVar[Callable[..., Any]]
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        cls._apply = super(torch.autograd.Function, cls).apply  # type: ignore[misc]
+
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        if torch._C._are_functorch_transforms_active():
-            return super().apply(*args)
-        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+        return super().apply(*args) if _is_transforming() else cls._apply(*args)
 
 
 def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:

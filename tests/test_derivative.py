@@ -25,6 +25,11 @@ def test_hessian_products_are_refused(power):
         hessian_product(lambda gate, up: ops.swiglu(gate, up).pow(power).sum(), *two(3, 4))
 
 
+def test_a_transform_of_torch_func_is_refused_in_words():
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda gate: ops.swiglu(gate, gate).sum())(torch.randn(3, 4))
+
+
 def test_what_is_linear_has_constant_gradients():
     index = torch.tensor([2, 0])
     (x, y) = two(3, 4)
