@@ -71,12 +71,12 @@ void check_conversions(const char* isa, const std::vector<float>& floats) {
   std::vector<T> all(65536);
   for (uint32_t i = 0; i < all.size(); ++i) all[i].bits = static_cast<uint16_t>(i);
   std::vector<float> widened(all.size());
-  Kernels::scale_run(widened.data(), all.data(), 1.0f, 1.0f, all.size());
+  Kernels::scale_run(widened.data(), all.data(), 1.0f, all.size());
   for (size_t i = 0; i < all.size(); ++i) {
     expect(same(widened[i], value_of(all[i])), isa, "widening", all[i].bits);
   }
   std::vector<T> narrowed(floats.size());
-  Kernels::scale_run(narrowed.data(), floats.data(), 1.0f, 1.0f, floats.size());
+  Kernels::scale_run(narrowed.data(), floats.data(), 1.0f, floats.size());
   for (size_t i = 0; i < floats.size(); ++i) {
     expect(is_nearest(narrowed[i], floats[i]), isa, "rounding", bits_of(floats[i]));
   }

@@ -22,10 +22,9 @@ struct Columns {
 
   template <class Visitor>
   void for_each_row(const Visitor& visitor) const {
-    torch::stable::parallel_for(0, count > 0 ? num_rows : 0, channel_grain(count),
-                                [&](int64_t begin, int64_t end) {
-                                  for (int64_t row = begin; row < end; ++row) visitor(row);
-                                });
+    torch::stable::parallel_for(0, num_rows, channel_grain(count), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) visitor(row);
+    });
   }
 
   Tensor index;

@@ -123,10 +123,10 @@ Tensor gated_residual_add_backward(Tensor grad_output, std::optional<Tensor> row
       B* out = output<B>(grad_branch);
       const W scale = static_cast<W>(grad_scale);
       if (!place && !factor) {
-        torch::stable::parallel_for(
-            0, grad_branch.numel(), kGrain, [=](int64_t begin, int64_t end) {
-              scale_run(out + begin, grad + begin, scale, W{1}, end - begin);
-            });
+        torch::stable::parallel_for(0, grad_branch.numel(), kGrain,
+                                    [=](int64_t begin, int64_t end) {
+                                      scale_run(out + begin, grad + begin, scale, end - begin);
+                                    });
         return;
       }
       torch::stable::parallel_for(
@@ -138,7 +138,7 @@ Tensor gated_residual_add_backward(Tensor grad_output, std::optional<Tensor> row
                 return;
               }
               const G* from = grad + (place ? place[k] : k) * width + column;
-              scale_run(to, from, scale, factor ? factor[k] : W{1}, count);
+              scale_run(to, from, factor ? scale * factor[k] : scale, count);
             });
           });
     });

@@ -34,17 +34,16 @@ struct Kernels : RowKernels {
     }
   }
 
-  // Two products and not one with grad_scale * row_scale: the same roundings as the reference.
   template <class G, class B, class W>
-  static void scale_run(B* output, const G* grad, W grad_scale, W row_scale, int64_t count) {
+  static void scale_run(B* output, const G* grad, W scale, int64_t count) {
     constexpr int kStep = kLanes<W>;
     int64_t i = 0;
 #pragma GCC unroll 4
     for (; i + kStep <= count; i += kStep) {
-      store<W>(output + i, load<W>(grad + i) * grad_scale * row_scale);
+      store<W>(output + i, load<W>(grad + i) * scale);
     }
     if (i < count) {
-      const auto scaled = load_part<W>(grad + i, count - i) * grad_scale * row_scale;
+      const auto scaled = load_part<W>(grad + i, count - i) * scale;
       store_part<W>(output + i, scaled, count - i);
     }
   }
