@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-done
 TEST_SETUP := $(VENV)/.test-setup-done
 SOURCES := setup.py $(wildcard csrc/*.h csrc/*/*)
-FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(wildcard tests/*.cpp tests/*.h)
+FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(wildcard tests/*.cpp tests/*.h tests/*/*.cpp)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build finetune test sanitize bench bench-compare page lint format wheel clean

@@ -1,8 +1,9 @@
-"""A registry of the ops: for every raw op calls of it, for every public function ways to use it.
+"""A registry of the ops: for every raw op calls of it and what they must give, for every public function its uses.
 
 test_op_properties.py holds each of them to what all ops have in common. An op that is missing here fails it.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from inputs import make
 from torch import Tensor
 
-from dropbp_kernels import ops
+from dropbp_kernels import ops, reference
 
 
 @dataclass
@@ -176,6 +177,54 @@ RAW: dict[str, dict[str, Callable[[Tensors], tuple[Any, ...]]]] = {
     },
     "rope_": {"in place": lambda t: (t.heads(), t.table(), t.table())},
 }
+
+
+ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Tensor]:
+    """All that a call leaves behind: its results, and its arguments, which it may have written into."""
+    copies = copy.deepcopy(list(arguments))  # clone would make dense what is not
+    results = function(*copies)
+    results = [] if results is None else [results] if isinstance(results, torch.Tensor) else list(results)
+    return results + [tensor for tensor in copies if isinstance(tensor, torch.Tensor)]
+
+
+def assert_as_the_reference(op: str, arguments: tuple[Any, ...], actual: list[Tensor]) -> None:
+    expected = call(getattr(reference, f"{op}_reference"), arguments)
+    for ours, theirs in zip(actual, expected, strict=True):
+        largest = theirs.abs().max().item() if theirs.numel() else 0.0
+        rounding = ROUNDING.get(theirs.dtype, 0.0)
+        torch.testing.assert_close(ours, theirs, rtol=rounding, atol=rounding * max(largest, 1.0))
+        if ours.dtype == torch.bfloat16:  # a rounding too many is within the tolerance, but shows in many elements
+            assert ours.ne(theirs).sum() <= max(2, ours.numel() // 10)
+
+
+def huge(op: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Arguments of more than 2^31 elements, whose memory is touched at the last rows alone, and those rows of them."""
+    rows, width, num_last = (1 << 21) + 3, 1024, 4
+    tensors = [torch.empty(rows, width, dtype=torch.bfloat16) for _ in range(2)]
+    for tensor in tensors:
+        tensor[-num_last:] = torch.randn(num_last, width)
+    rest: tuple[Any, ...] = {
+        "gated_residual_add_": (None,),
+        "glu_": ("silu",),
+        "gated_residual_rms_norm": (torch.randn(width).bfloat16(), 1e-5, False),
+    }[op]
+    return (*tensors, *rest), (*(tensor[-num_last:].clone() for tensor in tensors), *rest)
+
+
+HUGE = ("gated_residual_add_", "glu_", "gated_residual_rms_norm")
+
+
+def assert_last_rows_as_the_reference(op: str, call_huge: Callable[..., Any]) -> None:
+    arguments, last = huge(op)
+    results = call_huge(*arguments)
+    results = [arguments[0]] if results is None else list(results)[:2]
+    expected = getattr(reference, f"{op}_reference")(*last)
+    expected = [last[0]] if expected is None else list(expected)[:2]
+    for ours, theirs in zip(results, expected, strict=True):
+        torch.testing.assert_close(ours[-len(theirs) :], theirs, rtol=1.6e-2, atol=1.6e-2)
 
 
 @dataclass(frozen=True)

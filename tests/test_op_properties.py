@@ -5,7 +5,6 @@ public functions   gradcheck; one compilation for all row counts, forward and ba
                    recorded without gradients; inductor's results
 """
 
-import copy
 import ctypes
 import inspect
 from pathlib import Path
@@ -13,17 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo
-from op_cases import PUBLIC, RAW, Tensors
+from op_cases import PUBLIC, RAW, Tensors, assert_as_the_reference, call
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from dropbp_kernels import ops, reference
+from dropbp_kernels import ops
 from dropbp_kernels.ops.schema import SCHEMAS
 
 # NumPy, in Triton's interpreter.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 
 DTYPES = [(torch.float32, torch.bfloat16), (torch.float64, torch.float64)]
-ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 RAW_CASES = [pytest.param(op, name, id=f"{op}-{name}") for op, cases in RAW.items() for name in cases]
 ROW_COUNTS = (10, 13, 16, 31, 64)  # no other size is 10, which dynamo would take to stay equal
 public = pytest.mark.parametrize("use", [pytest.param(use, id=name) for name, use in PUBLIC.items()])
@@ -41,14 +39,6 @@ def test_every_op_is_here():
 # Raw ops.
 
 
-def call(function, arguments):
-    """All that a call leaves behind: its results, and its arguments, which it may have written into."""
-    copies = copy.deepcopy(list(arguments))  # clone would make dense what is not
-    results = function(*copies)
-    results = [] if results is None else [results] if isinstance(results, torch.Tensor) else list(results)
-    return results + [tensor for tensor in copies if isinstance(tensor, torch.Tensor)]
-
-
 @pytest.mark.parametrize("layout", ["contiguous", "permuted"])
 @pytest.mark.parametrize(("op", "name"), RAW_CASES)
 def test_opcheck(backend, device, op, name, layout):
@@ -57,16 +47,6 @@ def test_opcheck(backend, device, op, name, layout):
     arguments = RAW[op][name](Tensors(4, 6, layout=layout, device=device))
     utilities = {} if backend == "reference" else {"test_utils": ("test_schema", "test_faketensor")}
     torch.library.opcheck(getattr(torch.ops.dropbp_kernels, op), arguments, **utilities)
-
-
-def assert_as_the_reference(op, arguments, actual):
-    expected = call(getattr(reference, f"{op}_reference"), arguments)
-    for ours, theirs in zip(actual, expected, strict=True):
-        largest = theirs.abs().max().item() if theirs.numel() else 0.0
-        rounding = ROUNDING.get(theirs.dtype, 0.0)
-        torch.testing.assert_close(ours, theirs, rtol=rounding, atol=rounding * max(largest, 1.0))
-        if ours.dtype == torch.bfloat16:  # a rounding too many is within the tolerance, but shows in many elements
-            assert ours.ne(theirs).sum() <= max(2, ours.numel() // 10)
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")

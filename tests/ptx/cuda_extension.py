@@ -1,0 +1,126 @@
+"""Runs the CUDA extension on tensors of the CPU: its host code as it was built, its PTX on machine.py.
+
+The objects of the build are linked with a stand-in for CUDA's runtime (cudart.cpp) in place of the real one.
+"""
+
+import ctypes
+import functools
+import struct
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import cuda_host
+import torch
+import zstandard
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .machine import launch
+from .memory import Traffic, extent
+from .program import Program, parse
+
+ROOT = Path(__file__).parents[2]
+_CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+_Triple = ctypes.POINTER(ctypes.c_uint)
+_Pointers = ctypes.POINTER(ctypes.c_void_p)
+_OnLaunch = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_char_p, _Triple, _Triple, ctypes.c_size_t, _Pointers)
+_OnAllocation = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
+
+
+def objects() -> list[Path]:
+    """What the CUDA extension was linked from; empty where it was not built here, or of other sources than these."""
+    folder = Path("build", f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}")  # setup.py's
+    found = sorted(path.relative_to(ROOT) for path in (ROOT / folder / "_C_cuda").glob("*.o"))
+    if not found:
+        return []
+    ninja = [sys.executable, "-m", "ninja", "-n", "-f", folder / "build.ninja", *found]
+    done = subprocess.run(ninja, cwd=ROOT, capture_output=True, text=True)
+    return [ROOT / path for path in found] if "no work to do" in done.stdout else []
+
+
+def build(folder: Path) -> Path:
+    """The library for Extension, in `folder`."""
+    library = folder / "libdropbp_on_cpu.so"
+    torch_libraries = Path(torch.__file__).parent / "lib"
+    command = ["g++", "-shared", "-fPIC", "-fvisibility=hidden", "-std=c++17", "-Wl,-Bsymbolic", "-w"]
+    command += ["-isystem", str(cuda_host.headers()), str(Path(__file__).parent / "cudart.cpp")]
+    command += [*map(str, objects()), f"-L{torch_libraries}", "-ltorch_cpu", "-o", str(library)]
+    subprocess.run(command, check=True)
+    return library
+
+
+@functools.cache
+def _module(address: int) -> str:
+    """The PTX of a fat binary: a header, then entries (test_abi.py reads them too)."""
+    _, _, header_size, size = struct.unpack("<IHHQ", ctypes.string_at(address, 16))
+    at, end = address + header_size, address + header_size + size
+    while at < end:
+        kind, _, header_size, size = struct.unpack("<HHIQ", ctypes.string_at(at, 16))
+        if kind == 1:
+            payload = ctypes.string_at(at + header_size, size)
+            (whole,) = struct.unpack("<Q", ctypes.string_at(at + 56, 8))
+            if whole:  # compressed
+                payload = zstandard.ZstdDecompressor().decompress(payload, whole)
+            return payload.partition(b"\0")[0].decode()
+        at += header_size + size
+    raise ValueError("expected PTX in the fat binary, found machine code alone")
+
+
+@functools.cache
+def _kernel(address: int, name: str) -> Program:
+    return parse(_module(address), name)
+
+
+class Extension:
+    """The ops of the CUDA extension, for tensors on the CPU."""
+
+    def __init__(self, library: Path) -> None:
+        torch.ops.load_library(str(library))
+        self.traffic: dict[str, Traffic] = {}  # by kernel, of the last call
+        self._extents: list[tuple[int, int]] = []
+        self._errors: list[Exception] = []
+        self._callbacks = _OnLaunch(self._launch), _OnAllocation(self._note)  # kept alive
+        ctypes.CDLL(str(library)).dropbp_watch(*self._callbacks)
+
+    def call(self, name: str, *arguments, num_last_blocks: int | None = None):
+        """The raw op `name`, all blocks of its launches or the last; Fault where a kernel does what it must not."""
+        self._num_last_blocks = num_last_blocks
+        self.traffic, self._errors = {}, []
+        self._extents = [extent(argument) for argument in arguments if isinstance(argument, torch.Tensor)]
+        with _Copies(self._extents):
+            result = getattr(torch.ops.dropbp_kernels, name).default.redispatch(_CUDA, *arguments)
+        self._extents = []
+        if self._errors:
+            raise self._errors[0]
+        return result
+
+    def _note(self, start, num_bytes) -> None:
+        self._extents.append((start or 0, (start or 0) + num_bytes))
+
+    def _launch(self, module, name, grid, block, shared_bytes, arguments) -> None:
+        try:
+            kernel = _kernel(module, name.decode())
+            sizes = [variable.size for variable in kernel.parameters.variables.values()]
+            values = [ctypes.string_at(arguments[index], size) for index, size in enumerate(sizes)]
+            self.traffic[kernel.name] = launch(
+                kernel, grid[:3], block[:3], values, self._extents, shared_bytes, self._num_last_blocks
+            )
+        except Exception as error:
+            self._errors.append(error)
+
+
+class _Copies(TorchDispatchMode):
+    """Adds tensors that an op makes by calling others, such as contiguous, to `extents`."""
+
+    def __init__(self, extents: list[tuple[int, int]]) -> None:
+        super().__init__()
+        self._extents = extents
+        self._kept: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self._kept.append(result)
+            self._extents.append(extent(result))
+        return result
