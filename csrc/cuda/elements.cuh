@@ -45,6 +45,10 @@ struct alignas(sizeof(T) * N) Pack {
 // Elements for one thread at a time: 16 bytes of the narrower type.
 template <class A, class B>
 constexpr int kPack = 16 / (sizeof(A) < sizeof(B) ? sizeof(A) : sizeof(B));
+// The same of the wider type, for kernels that hold nothing between packs: then every access of a
+// warp is to whole sectors of 32 bytes, where two accesses a pack would each be to half of them.
+template <class A, class B>
+constexpr int kFlatPack = 16 / (sizeof(A) > sizeof(B) ? sizeof(A) : sizeof(B));
 
 // The loads and stores of a Pack larger than 16 bytes are several of 16 bytes.
 template <class T, int N>

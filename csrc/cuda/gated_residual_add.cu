@@ -30,8 +30,8 @@ void add_into(const Tensor& target, const Tensor& residual, const Tensor& branch
                      packs_of(branch.numel(), kN), residual, to, from, add, row_pointer(rows),
                      num_rows, width, branch.numel());
     };
-    if (packs_fit(kPack<R, B>, rows.has_value(), width, {to, from, add})) {
-      run(std::integral_constant<int, kPack<R, B>>{});
+    if (packs_fit(kFlatPack<R, B>, rows.has_value(), width, {to, from, add})) {
+      run(std::integral_constant<int, kFlatPack<R, B>>{});
     } else {
       run(std::integral_constant<int, 1>{});
     }
@@ -99,8 +99,8 @@ Tensor gated_residual_add_backward(Tensor grad_output, std::optional<Tensor> row
                        packs_of(grad_branch.numel(), kN), grad_output, to, from, row_pointer(rows),
                        factor, static_cast<W>(grad_scale), num_rows, width, grad_branch.numel());
       };
-      if (packs_fit(kPack<G, B>, rows || row_scale, width, {to, from})) {
-        run(std::integral_constant<int, kPack<G, B>>{});
+      if (packs_fit(kFlatPack<G, B>, rows || row_scale, width, {to, from})) {
+        run(std::integral_constant<int, kFlatPack<G, B>>{});
       } else {
         run(std::integral_constant<int, 1>{});
       }

@@ -39,8 +39,8 @@ Tensor permuted_residual_add(Tensor residual, Tensor kept, Tensor dropped, Tenso
                      packs_of(count, kN), residual, to, from, first, rest, entries, num_rows,
                      num_kept, row_size, count);
     };
-    if (packs_fit(kPack<R, B>, true, row_size, {to, from, first, rest})) {
-      run(std::integral_constant<int, kPack<R, B>>{});
+    if (packs_fit(kFlatPack<R, B>, true, row_size, {to, from, first, rest})) {
+      run(std::integral_constant<int, kFlatPack<R, B>>{});
     } else {
       run(std::integral_constant<int, 1>{});
     }
