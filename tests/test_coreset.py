@@ -1,12 +1,13 @@
 """CoresetSelector: features against autograd, picks against a plain greedy, and what scoring leaves as it was."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
 from models import tiny_batch, tiny_causal_lm, tiny_gpt2, with_lora
-from torch import nn
+from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
@@ -36,6 +37,13 @@ def loss_of_row(model, batch, row):
     """Of one example alone, without its padding."""
     length = int(batch["attention_mask"][row].sum())
     return model(**{name: value[row : row + 1, :length] for name, value in batch.items()}).loss
+
+
+@dataclass
+class Returned:
+    """What a model of your own may return: of no class that transformers knows."""
+
+    logits: Tensor
 
 
 # ---- features
@@ -166,6 +174,20 @@ def test_scoring_saves_nothing_of_the_blocks_before_the_last():
             CoresetSelector(model, features="spsa").score(batch)
         assert spsa.num_bytes == 0
     assert saved[3] == saved[6]
+
+
+@pytest.mark.parametrize("returned", [Tensor.clone, lambda x: {"logits": x}, lambda x: (x,), Returned])
+def test_logits_are_found_in_what_a_model_of_your_own_returns(returned):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lm = tiny_causal_lm()
+
+        def forward(self, input_ids, attention_mask):
+            return returned(self.lm(input_ids, attention_mask=attention_mask).logits)
+
+    batch = ragged_batch(6)
+    torch.testing.assert_close(CoresetSelector(Own()).score(batch), CoresetSelector(tiny_causal_lm()).score(batch))
 
 
 def test_a_model_that_is_no_causal_lm_brings_its_loss():

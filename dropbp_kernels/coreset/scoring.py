@@ -111,8 +111,8 @@ class Scorer:
             columns = (labels != IGNORED).any(0).nonzero().squeeze(1)
             options["logits_to_keep"], labels = columns, labels[:, columns]
         output = self.model(**{**given, **options})
-        logits = output if isinstance(output, Tensor) else output["logits"] if isinstance(output, dict) else output[0]
-        return causal_lm_losses(logits, labels)
+        logits = output["logits"] if isinstance(output, dict) else getattr(output, "logits", output)
+        return causal_lm_losses(logits if isinstance(logits, Tensor) else logits[0], labels)
 
     def exact(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Losses (n,), and the gradient of each by the linear's weight, (n, out * in) float32.
