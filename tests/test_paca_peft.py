@@ -2,9 +2,11 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -392,4 +394,5 @@ print(config.peft_type.value, config.r)
 def test_without_peft_the_import_says_what_is_missing():
     code = "import sys; sys.modules['peft'] = None; import dropbp_kernels.paca"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "dropbp_kernels.paca needs PEFT 0.18 or later: pip install 'peft>=0.18'" in result.stderr
+    (floor,) = re.findall(r'"peft>=([\d.]+)"', Path(__file__).parents[1].joinpath("pyproject.toml").read_text())
+    assert f"dropbp_kernels.paca needs PEFT {floor} or later: pip install 'peft>={floor}'" in result.stderr

@@ -32,7 +32,7 @@ class StageKeys(Cache):
         is_last: whether no stage follows, so that the keys of this one need not be kept.
         ends_at: the layer in which a context stage ends, by `LastKeysLeft`; None: all of its layers run whole.
 
-    Source: `Cache.update` of transformers >= 5.4.
+    Source: `Cache.update` of transformers.
     """
 
     is_recomputable = True  # a layer that runs again in the backward finds what it found and writes what it wrote
