@@ -2,6 +2,9 @@
 
 import copy
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -307,6 +310,22 @@ def test_bitsandbytes_bases(calls):
     torch.testing.assert_close(fused, unfused, rtol=1e-4, atol=1e-5)
     assert calls.count("add_lora") == 3
     assert calls.count("lora_linear") + calls.count("glu_linear") == 3 * 6
+
+
+def test_bitsandbytes_may_be_missing():
+    code = f"""
+import sys
+sys.path.append({str(Path(__file__).parent)!r})
+sys.modules["bitsandbytes"] = None
+from models import tiny_causal_lm, with_lora
+from dropbp_kernels import apply_dropbp
+from dropbp_kernels.integrations import fused_lora
+model = with_lora(tiny_causal_lm())
+apply_dropbp(model, 0.5, fused=True)
+print(sum(hasattr(type(module), fused_lora._ORIGINAL) for module in model.modules()))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "21", result.stderr
 
 
 def test_compiled_models_run_as_written(calls):

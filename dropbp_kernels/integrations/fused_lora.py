@@ -65,10 +65,10 @@ def _kinds() -> tuple[type, ...]:
 @functools.cache
 def _kinds_of_peft() -> tuple[type, ...]:
     """Plain, and of bitsandbytes where that is installed."""
-    from peft.tuners.lora import bnb, layer
+    from peft.tuners import lora
 
-    names = ("Linear4bit", "Linear8bitLt")
-    return (layer.Linear, *(getattr(bnb, name) for name in names if hasattr(bnb, name)))
+    names = ("Linear4bit", "Linear8bitLt")  # asked of the package: without bitsandbytes their module is an error
+    return (lora.Linear, *(getattr(lora, name) for name in names if hasattr(lora, name)))
 
 
 @functools.cache
