@@ -84,6 +84,7 @@ def test_one_sample_is_the_branch_plan_of_the_sampler_and_said_once():
             assert tuple(map(bool, kept)) == balanced(rates, [1.0] * 8, 0, step)
 
 
+@pytest.mark.filterwarnings("ignore:granularity. a batch of one sample")  # said once a process, by whoever comes first
 def test_something_is_always_kept():
     for step in range(20):
         kept = kept_rows(make_plan([0.9, 0.9], step=step), Batch(1, 5, CPU))
