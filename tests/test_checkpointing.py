@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from models import CAUSAL_LMS, gradients, step, tiny_batch, tiny_causal_lm, tiny_gpt2, toy_model, with_lora
+from transformers import CpmAntConfig, CpmAntForCausalLM
 
 from dropbp_kernels import DropBPHandler, apply_dropbp, remove_dropbp
 from dropbp_kernels.integrations import checkpointing
@@ -185,6 +186,22 @@ def test_a_cache_given_by_its_place_does_not_see_keys_twice(checkpoint):
         seen.append(step(model, batch))
     assert_same(seen[1], seen[0])
     assert model(**batch).past_key_values.get_seq_length() == 0
+
+
+def test_a_cache_of_blocks_that_transformers_does_not_checkpoint_does_not_see_keys_twice():
+    config = CpmAntConfig(
+        vocab_size=64, hidden_size=32, num_attention_heads=4, dim_head=8, dim_ff=48, num_hidden_layers=2,
+        prompt_length=4, use_cache=True,
+    )  # fmt: skip
+    seen = []
+    for checkpoint in (None, "kept"):
+        torch.manual_seed(0)
+        model = CpmAntForCausalLM(config).train()
+        with pytest.warns(UserWarning, match="FLOPs unknown"):
+            apply_dropbp(model, 0.5, checkpoint=checkpoint).step()
+        seen.append(step(model, tiny_batch()))
+    assert_same(seen[1], seen[0])
+    assert model(**tiny_batch()).past_key_values.get_seq_length() == 0
 
 
 def test_gradient_checkpointing_switched_on_before_patching_and_left_after():

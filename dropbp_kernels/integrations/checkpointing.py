@@ -21,6 +21,7 @@ What is computed again follows the plan of its forward, also when the next plan 
 """
 
 import functools
+import inspect
 import itertools
 import operator
 import warnings
@@ -133,6 +134,11 @@ def _warn_of_reentrant() -> None:
         UserWarning,
         stacklevel=2,
     )
+
+
+def takes_cache(block: nn.Module) -> bool:
+    """Whether the forward of `block` has an argument for a key/value cache."""
+    return not _CACHES.isdisjoint(inspect.signature(block.forward).parameters)
 
 
 def without_cache(forward: Callable[..., Any], names: Iterable[str]) -> Callable[..., Any]:

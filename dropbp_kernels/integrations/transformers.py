@@ -25,7 +25,7 @@ from ..gates import check_model, find_gates
 from ..handler import DropBPHandler, check_drop_rate
 from ..targets import TargetRule
 from . import fused_lora, fused_mlp, fusing
-from .checkpointing import CheckpointByPlan, without_cache
+from .checkpointing import CheckpointByPlan, takes_cache, without_cache
 from .discovery import discover, example_inputs, prove, ungated_blocks
 from .families import FAMILIES
 from .family import Family
@@ -226,13 +226,17 @@ def _patch(block: nn.Module, family: Family) -> None:
 
 
 def _patch_checkpointed(model: nn.Module) -> None:
-    """Let the layers that transformers may checkpoint, and that hold gates, ask the plan first."""
+    """Let the layers that transformers may checkpoint, and that hold gates, ask the plan first; and other blocks that
+    are given a cache keep it from what is computed again.
+    """
     if "transformers" not in sys.modules:
         return
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer) and find_gates(module) and not is_swapped(module):
+        may_be_checkpointed = isinstance(module, GradientCheckpointingLayer) and find_gates(module)
+        is_block = "_dropbp_gate_names" in vars(module) and takes_cache(module)
+        if (may_be_checkpointed or is_block) and not is_swapped(module):
             swap(module, _class_with, None)
 
 
