@@ -44,7 +44,7 @@ class Family:
         return {branch: found for branch, found in paths.items() if found}
 
     def forward_of(self, block: nn.Module) -> Callable[..., Tensor] | None:
-        """`forward`; None where `block`, as some versions of transformers have it, returns more than the stream.
+        """`forward`; None where `block`, of code that comes with its weights, returns more than the stream.
 
         That is told by output_attentions: who takes it returns attention weights too, in a tuple.
         """
