@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dropbp_kernels import DropBPHandler, apply_dropbp
 from dropbp_kernels.integrations import checkpointing
+from dropbp_kernels.integrations.same_code import calls
 from dropbp_kernels.targets import IGNORED, TargetRule
 
 
@@ -213,6 +214,8 @@ def test_images_that_attend_in_both_directions_are_refused():
     )  # fmt: skip
     torch.manual_seed(0)
     model = Gemma3ForConditionalGeneration(config).double().train()
+    if not calls(model, "loss_function"):
+        pytest.skip("Gemma 3 of this transformers (5.15) shifts labels in its forward, and is refused as a whole")
     torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.1)
     batch = {**chat(), "token_type_ids": torch.zeros(3, 16, dtype=torch.long)}
     dense = backward(model, batch)

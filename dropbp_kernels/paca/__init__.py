@@ -12,7 +12,7 @@ import warnings
 try:
     import peft
 except ImportError as error:
-    raise ImportError("dropbp_kernels.paca needs PEFT 0.19.1 or later: pip install 'peft>=0.19.1'") from error
+    raise ImportError("dropbp_kernels.paca needs PEFT 0.20 or later: pip install 'peft>=0.20'") from error
 
 from .config import METHOD, PEFT_TYPE, PREFIX, PacaConfig
 from .convert import convert_to_lora

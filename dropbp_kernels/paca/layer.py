@@ -92,7 +92,7 @@ class PacaLayer(BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        if adapter_name in self.paca_indices:  # PEFT before 0.20 would make integers floating
+        if adapter_name in self.paca_indices:  # PEFT 0.20 would make integers floating
             indices, device = self.paca_indices[adapter_name], self.paca_columns[adapter_name].device
             if not indices.is_meta and device.type != "meta":
                 self.paca_indices[adapter_name] = indices.to(device)
