@@ -80,7 +80,8 @@ class PlanMeter:
 
     def _clear(self) -> None:
         self._num_plans = self._num_tokens = 0
-        self._num_dropped = self._flops_kept = self._flops = self._seconds = self._bytes_not_saved = 0.0
+        self._num_dropped = self._flops_kept = self._flops = self._seconds = 0.0
+        self._rows_dropped = [0.0] * len(self.handler.gates)
         self._started: float | None = None
 
     def start_step(self) -> None:
@@ -98,9 +99,10 @@ class PlanMeter:
         self._num_dropped += len(kept) - sum(kept)
         self._flops += sum(flops)
         self._flops_kept += sum(cost * share for cost, share in zip(flops, kept, strict=True))
-        if self.bytes_per_token is not None:
-            dropped = (size * (1.0 - share) for size, share in zip(self.bytes_per_token, kept, strict=True))
-            self._bytes_not_saved += num_rows * sum(dropped)
+        # Not yet bytes: in the first step nobody knows those of a row.
+        self._rows_dropped = [
+            rows + num_rows * (1.0 - share) for rows, share in zip(self._rows_dropped, kept, strict=True)
+        ]
 
     def end_step(self) -> None:
         """The optimizer step ended; what comes until the next one (evaluation, saving) takes none of its time."""
@@ -117,7 +119,8 @@ class PlanMeter:
             "flops_kept": self._flops_kept / self._flops,
         }
         if self.bytes_per_token is not None:
-            values["bytes_not_saved"] = self._bytes_not_saved / self._num_plans
+            num_bytes = sum(size * rows for size, rows in zip(self.bytes_per_token, self._rows_dropped, strict=True))
+            values["bytes_not_saved"] = num_bytes / self._num_plans
         if self._seconds:
             values["tokens_per_second"] = num_processes * self._num_tokens / self._seconds
         self._clear()
