@@ -113,8 +113,9 @@ class UnsteppedCalls:
 
 def look_out_for_steps(model: nn.Module, gates: dict[str, DropBP]) -> None:
     """Let `UnsteppedCalls` look at the first gate whose block has something to train."""
-    for name, gate in gates.items():
-        block = model.get_submodule(name.rpartition(".")[0])
-        if any(parameter.requires_grad for parameter in block.parameters()):
+    ours = set(gates.values())
+    for block in model.modules():  # not by the gates' names: blocks may have left since, to other pipeline stages
+        gate = next((child for child in block.children() if child in ours), None)
+        if isinstance(gate, DropBP) and any(parameter.requires_grad for parameter in block.parameters()):
             gate.unstepped = UnsteppedCalls(block)
             return

@@ -50,6 +50,14 @@ def test_blocks_of_ones_own():
         model(torch.ones(1, 1, 8))
 
 
+def test_blocks_that_left_for_another_pipeline_stage():
+    model = torch.nn.ModuleDict({f"block{number}": block for number, block in enumerate(toy_model())})
+    handler = DropBPHandler(model, 0.5, strict=False)
+    del model["block0"], model["block1"]
+    handler.step()  # looked for the first block by its name
+    assert [block.gate.unstepped is not None for block in model.values()] == [True, False]
+
+
 def test_windows_need_steps_too():
     model = tiny_causal_lm()
     apply_dropbp(model, 0.0, context="inference", target_windows=2)
