@@ -1,4 +1,4 @@
-"""One rank of plain training loops under DDP and FSDP2. test_engines.py starts two: python engine_ranks.py FOLDER."""
+"""One rank of plain training loops in several engines. test_engines.py starts two: python engine_ranks.py FOLDER."""
 
 import sys
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch.distributed as dist
 from models import tiny_causal_lm, toy_model
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -93,6 +94,24 @@ def fsdp2(rank: int, missing_grad: str):
         fully_shard(block)
     fully_shard(model)
     return train(model, handler, batches(rank), missing_grad)
+
+
+def pipeline(rank: int):
+    """Half of the blocks as a stage with a handler of its own; two micro-batches a step, of the whole batch."""
+    stage = toy_model(4)[2 * rank : 2 * rank + 2]
+    handler = DropBPHandler(stage, 0.5, seed=rank)
+    schedule = ScheduleGPipe(
+        PipelineStage(stage, rank, dist.get_world_size(), torch.device("cpu")),
+        n_microbatches=2,
+        loss_fn=lambda output, target: output.square().mean(),
+    )
+    optimizer = torch.optim.SGD(stage.parameters(), lr=0.1)
+    for x in batches(None):
+        handler.step()
+        schedule.step(*([x] if rank == 0 else []), target=None if rank == 0 else x)
+        optimizer.step()
+        optimizer.zero_grad()
+    return stage.state_dict(), [branch["num_kept"] for branch in handler.report()["branches"]]
 
 
 def chats(rank: int | None) -> list[list[dict[str, torch.Tensor]]]:
@@ -232,6 +251,8 @@ if __name__ == "__main__":
             results[f"fsdp2 {mode}"] = fsdp2(rank, mode)
     if "paca" in only or not only:
         results["paca"] = paca(rank)
+    if "pipeline" in only or not only:
+        results["pipeline"] = pipeline(rank)
     if "static" in only or not only:
         results["static"] = ddp_static_graph(rank)
     if "llama" in only or not only:

@@ -1,4 +1,4 @@
-"""DDP, FSDP and tensor parallel on two processes (gloo): plans are those of one process, and so is what is trained."""
+"""DDP, FSDP, tensor parallel, a pipeline on two processes (gloo): plans and weights are those of one process."""
 
 import itertools
 
@@ -46,6 +46,25 @@ def test_two_ranks_train_columns_like_one(results):
     for name, value in expected.items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_two_stages_of_a_pipeline_train_like_one(results):
+    model = toy_model(4)
+    halves = model[:2], model[2:]
+    handlers = [DropBPHandler(half, 0.5, seed=seed) for seed, half in enumerate(halves)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    plans = []
+    for x in batches(None):
+        plans.append([handler.step().kept for handler in handlers])
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for half, handler, result in zip(halves, handlers, results, strict=True):
+        weights, num_kept = result["pipeline"]
+        for name, value in half.state_dict().items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6)
+        assert num_kept == [branch["num_kept"] for branch in handler.report()["branches"]]
+    assert any(first != second for first, second in plans)
 
 
 def test_missing_gradients_make_a_difference(results):
