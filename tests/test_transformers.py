@@ -1,6 +1,7 @@
 """apply_dropbp on transformers models, and the invariants of the design, on real decoder layers."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -208,8 +209,10 @@ def test_generation_and_evaluation_ignore_the_plan():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo's own asking
+@pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
-def test_compiled_block_by_block_there_is_a_graph_for_each_plan_of_a_block(fused):
+def test_compiled_block_by_block_there_is_a_graph_for_each_plan_of_a_block(fused, lora):
+    """Twice as many behind frozen embeddings: the stream has a gradient once a branch below was kept."""
     torch.compiler.reset()
     graphs = []
 
@@ -217,11 +220,15 @@ def test_compiled_block_by_block_there_is_a_graph_for_each_plan_of_a_block(fused
         graphs.append(graph)
         return graph
 
-    model = tiny_causal_lm()
-    handler = apply_dropbp(model, 0.5, sampler="bernoulli", fused=fused)
-    for block in model.model.layers:
+    model = tiny_causal_lm(num_hidden_layers=2)
+    blocks = model.model.layers
+    model = with_lora(model) if lora else model
+    handler = apply_dropbp(model, 0.5, fused=fused)
+    for block in blocks:
         block.compile(backend=backend)
-    for _ in range(8):
-        handler.step()
-        model(**tiny_batch()).loss.backward()
-    assert len(graphs) == 4
+    for kept in itertools.product([True, False], repeat=4):
+        handler.set_plan(kept)
+        loss = model(**tiny_batch()).loss
+        if any(kept):
+            loss.backward()
+    assert len(graphs) == (8 if lora else 4)
