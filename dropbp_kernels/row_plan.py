@@ -99,7 +99,8 @@ class RowPlan:
         # Drawn and counted are numbers of the host, others in every step: traced, they would be a graph for every step.
         # Not a decorator, which would import the compiler, some seconds, for who does not compile.
         if "torch._dynamo" in sys.modules and not hasattr(RowPlan.rows, "_torchdynamo_disable"):
-            RowPlan.rows = torch.compiler.disable(RowPlan.rows)  # type: ignore[method-assign]
+            reason = "rows of a plan are drawn on the host in every step: compile without fullgraph=True"
+            RowPlan.rows = torch.compiler.disable(RowPlan.rows, reason=reason)  # type: ignore[method-assign]
 
     def rows(self, branch: int, batch: Batch) -> Rows:
         """The rows of a branch. Drawn for all branches when the first of them asks.

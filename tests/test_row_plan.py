@@ -273,6 +273,14 @@ def test_a_plan_of_other_rows_than_the_batch_is_refused():
         model(torch.randn(0, 3, 8))
 
 
+def test_one_whole_graph_is_refused_with_the_reason():
+    model = toy_model(1)
+    DropBPHandler(model, 0.5, granularity="sample").step()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="compile without fullgraph=True"):
+        compiled(torch.randn(4, 3, 8))
+
+
 @pytest.mark.parametrize("granularity", ["sample", "token"])
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # by dynamo
 @pytest.mark.parametrize("is_patched", [False, True])
