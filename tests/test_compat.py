@@ -5,9 +5,9 @@ import io
 import random
 import re
 import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -272,6 +272,6 @@ def test_bad_input():
 
 def test_without_numpy_the_import_says_so():
     code = "import sys; sys.modules['numpy'] = None; import dropbp_kernels.compat.handler"
-    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    result = forks.run(code)
     assert result.returncode != 0
     assert "draws plans with NumPy, which is not installed" in result.stderr

@@ -3,11 +3,10 @@
 import copy
 import json
 import re
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from models import gradients, tiny_batch, tiny_causal_lm, tiny_gpt2
@@ -387,12 +386,12 @@ assert any("has a PaCA of its own" in str(w.message) and "DROPBP_PACA" in str(w.
 config = peft.PeftConfig.from_pretrained({str(tmp_path)!r})
 print(config.peft_type.value, config.r)
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "DROPBP_PACA 4"
+    result = forks.run(code)
+    assert result.stdout.strip() == "DROPBP_PACA 4", result.stderr
 
 
 def test_without_peft_the_import_says_what_is_missing():
     code = "import sys; sys.modules['peft'] = None; import dropbp_kernels.paca"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = forks.run(code)
     (floor,) = re.findall(r'"peft>=([\d.]+)"', Path(__file__).parents[1].joinpath("pyproject.toml").read_text())
     assert f"dropbp_kernels.paca needs PEFT {floor} or later: pip install 'peft>={floor}'" in result.stderr

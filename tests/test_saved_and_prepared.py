@@ -1,8 +1,6 @@
 """A patched model in other hands: pickled, saved, loaded, merged, prepared. It stays patched, and can be released."""
 
-import subprocess
-import sys
-
+import forks
 import pytest
 import torch
 from models import encoder_decoder, gradients, tiny_batch, tiny_causal_lm, with_lora
@@ -11,8 +9,8 @@ from transformers import AutoModelForCausalLM
 from dropbp_kernels import apply_dropbp, remove_dropbp
 
 READ = """
-import sys, torch
-given = torch.load(sys.argv[1], weights_only=False)
+import torch
+given = torch.load(PATH, weights_only=False)
 from dropbp_kernels import remove_dropbp
 for name, (model, batch) in given.items():
     model(**batch).loss.backward()
@@ -20,7 +18,7 @@ for name, (model, batch) in given.items():
     remove_dropbp(model)
     classes = [type(module).__name__ for module in model.modules()]
     given[name] = grads, classes, model.eval()(**batch).loss.item()
-torch.save(given, sys.argv[1])
+torch.save(given, PATH)
 """
 
 
@@ -45,7 +43,8 @@ def test_another_process_reads_it_and_goes_on(tmp_path):
         given[name] = model, batch
         expected[name] = classes, loss
     torch.save(given, tmp_path / "models.pt")
-    subprocess.run([sys.executable, "-c", READ, str(tmp_path / "models.pt")], check=True, timeout=120)
+    done = forks.run(f"PATH = {str(tmp_path / 'models.pt')!r}\n{READ}")
+    assert done.returncode == 0, done.stderr
     found = torch.load(tmp_path / "models.pt", weights_only=False)
     for name, (model, batch) in given.items():
         model(**batch).loss.backward()

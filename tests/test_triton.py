@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from op_cases import RAW
@@ -142,12 +143,11 @@ def test_kernels_compile_without_a_gpu(tmp_path):
 
 # Notes what Triton would compile a kernel for, in place of compiling and launching it; prints how often for each call.
 SIZES = """
-import importlib, json, sys
+import importlib, json
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
-sys.path.insert(0, sys.argv[1])
 from op_cases import RAW, Tensors
 from dropbp_kernels.ops.schema import SCHEMAS
 
@@ -171,14 +171,12 @@ print(json.dumps(found))
 """
 
 
-def test_row_counts_are_one_compilation(tmp_path):
+def test_row_counts_are_one_compilation():
     """Batches differ in length, and plans by rows in how many are kept: none of them may stop a step for a compiler."""
-    script = tmp_path / "sizes.py"
-    script.write_text(SIZES)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(dropbp_kernels.__file__).parents[1])
-    command = [sys.executable, str(script), str(Path(__file__).parent)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    folders = Path(dropbp_kernels.__file__).parents[1], Path(__file__).parent
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, folders))
+    done = forks.run(SIZES, environment=environment)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert len(found) == sum(map(len, RAW.values()))

@@ -2,10 +2,9 @@
 
 import importlib
 import json
-import subprocess
-import sys
 from dataclasses import asdict, replace
 
+import forks
 import pytest
 import torch
 
@@ -161,7 +160,7 @@ import dropbp_kernels._triton.gated_residual_add, dropbp_kernels._triton.gated_r
 assert len(tuning.TABLES) == 4
 """
     pytest.importorskip("triton")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = forks.run(code)
     assert done.returncode == 0, done.stderr
 
 
