@@ -13,6 +13,7 @@ if not torch.cuda.is_available():  # before anything imports Triton: its kernels
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+from cuda_errors import pytest_runtest_logfinish  # noqa: F401
 
 from dropbp_kernels import _backend, tuning
 from dropbp_kernels.ops.schema import SCHEMAS
@@ -27,18 +28,6 @@ def pytest_collection_modifyitems(items):
     """Files with a slow test run first, so that no process is left alone with one at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
-
-
-def pytest_runtest_logfinish(nodeid, location):
-    """A process that met a CUDA error can run nothing more on the GPU, and would fail every test that it is given.
-
-    A worker of xdist ends; another one takes its place and its tests.
-    """
-    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
-        try:
-            torch.cuda.synchronize()
-        except RuntimeError:
-            os._exit(1)
 
 
 @pytest.fixture(autouse=True)

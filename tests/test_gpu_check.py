@@ -9,6 +9,8 @@ import time
 import zipfile
 from pathlib import Path
 
+import conftest
+import cuda_errors
 import pytest
 
 from benchmarks import gpu_check, gpu_stages, gpu_targets, run
@@ -169,45 +171,39 @@ def test_rows_and_what_a_finetuning_leaves_are_one_file(tmp_path):
     assert (tmp_path / "others" / "a.csv").exists()  # is none of ours
 
 
+TORCH = """
+class cuda:
+    is_spoilt = False
+
+    def is_initialized():
+        return True
+
+    def synchronize():
+        if cuda.is_spoilt:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+"""
 SPOILT = """
-import torch
-
-class Spoilt:
-    is_so = False
-
-def synchronize():
-    if Spoilt.is_so:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, synchronize
+from torch import cuda
 
 def test_first(): pass
 def test_second():
-    Spoilt.is_so = True
+    cuda.is_spoilt = True
     raise RuntimeError("the first to see it")
-def test_third(): assert not Spoilt.is_so
-def test_fourth(): assert not Spoilt.is_so
+def test_third(): assert not cuda.is_spoilt
+def test_fourth(): assert not cuda.is_spoilt
 """
 
 
 def test_a_worker_with_a_cuda_error_is_replaced(tmp_path):
+    """With a stand-in for torch, which takes seconds to import in each of the three processes."""
     pytest.importorskip("xdist")
+    assert conftest.pytest_runtest_logfinish is cuda_errors.pytest_runtest_logfinish
+    (tmp_path / "torch.py").write_text(TORCH)
     (tmp_path / "test_spoilt.py").write_text(SPOILT)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-n",
-        "1",
-        "-p",
-        "conftest",
-        "-p",
-        "no:cacheprovider",
-        "test_spoilt.py",
-    ]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {"PYTHONPATH": str(ROOT / "tests"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    plugins = ["-p", "xdist", "-p", "cuda_errors", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-n", "1", *plugins, "test_spoilt.py"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert "the first to see it" in done.stdout
     assert "test_third" not in done.stdout.partition("short test summary")[2]
