@@ -12,7 +12,13 @@ from dropbp_kernels.cli import compare, main
 from dropbp_kernels.cli.settings import Settings
 
 TINY = ["--seq-len", "32", "--batch-size", "4", "--steps", "6", "--pretrain-steps", "1", "--device", "cpu"]
-TINY_RECIPE = {"hidden_size": 24, "intermediate_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1}
+TINY_RECIPE = {
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+}
 TEXT = "".join(f"The square of {n} is {n * n}. " for n in range(200))
 
 

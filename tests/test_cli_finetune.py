@@ -119,34 +119,38 @@ def test_windows_of_targets_ask_for_a_target_plan(tmp_path, capsys):
     assert "--target-windows: expected at least 1, got 0" in capsys.readouterr().err
 
 
+def made_runs(tmp_path, **options):
+    """The runs that a comparison on pairs makes, by name, and their settings."""
+    data = pairs(tmp_path)[1]
+    settings = resolve(Settings(data=data, seq_len=32, batch_size=4, pretrain_steps=1, **options))
+    data = load_data(settings.data, models.load_tokenizer(settings), settings.seq_len, settings.seed)
+    runs = compare.make_runs(models.load_model(settings, data), data, settings, control_batch=1)
+    return {run.name: run for run in runs}, settings
+
+
 def test_granularity_is_kept_by_ours_alone_also_with_context(tmp_path, capsys):
-    assert finetune(tmp_path / "out", "--granularity", "token", "--drop-rate", "0.5", "--steps", "2", "--compare") == 0
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["settings"]["granularity"] == "token"
-    assert report["results"][compare.OURS]["backward_flops_kept"] == pytest.approx(0.5, abs=0.01)
+    runs, _ = made_runs(tmp_path, granularity="token", drop_rate=0.5)
+    assert {name: run.handler and run.handler.granularity for name, run in runs.items()} == {
+        compare.FULL: None,
+        compare.SMALLER: None,
+        compare.PUBLISHED: "branch",
+        compare.TARGETS: "branch",
+        compare.OURS: "token",
+    }
+    options = ["--drop-rate", "0.5", "--steps", "2", "--no-compare"]
+    assert finetune(tmp_path / "out", *options, "--granularity", "token") == 0
+    facts = report(tmp_path / "out")
+    assert facts["settings"]["granularity"] == "token"
+    assert facts["results"][compare.OURS]["backward_flops_kept"] == pytest.approx(0.5, abs=0.01)
     assert "drop rate 0.5 by token" in capsys.readouterr().out
-    options = [
-        "--granularity",
-        "sample",
-        "--context",
-        "inference",
-        "--drop-rate",
-        "0.5",
-        "--steps",
-        "2",
-        "--no-compare",
-    ]
+    options += ["--granularity", "sample", "--context", "inference"]
     assert finetune(tmp_path / "other", *pairs(tmp_path), *options) == 0
     assert "drop rate 0.5 by sample, tokens without a loss as inference" in capsys.readouterr().out
 
 
 def test_published_dropbp_is_given_the_backward_of_ours(tmp_path):
-    settings = resolve(
-        Settings(data=pairs(tmp_path)[1], seq_len=32, batch_size=4, pretrain_steps=1, context="inference")
-    )
+    runs, settings = made_runs(tmp_path, context="inference")
     assert settings.drop_rate == 0.0  # tokens are dropped in place of branches
-    data = load_data(settings.data, models.load_tokenizer(settings), settings.seq_len, settings.seed)
-    runs = {run.name: run for run in compare.make_runs(models.load_model(settings, data), data, settings, 1)}
     assert list(runs) == [compare.FULL, compare.SMALLER, compare.PUBLISHED, compare.BRANCHES, compare.OURS]
     assert [run.by_targets for run in runs.values()] == [False, False, False, False, True]
     assert len({run.validate(0) for run in runs.values()}) == 1  # so that the command asks one of them
@@ -172,7 +176,7 @@ def test_rates_from_the_calibration_of_another_run(tmp_path, capsys):
 
     capsys.readouterr()
     assert finetune("no", *options, "--rates", file, "--adapter", "full") == 2
-    assert re.search(r"--rates .*calibration.json: calibration: expected the 16 branches", capsys.readouterr().err)
+    assert re.search(r"--rates .*calibration.json: calibration: expected the 8 branches", capsys.readouterr().err)
     assert finetune("no", *options[:1], "--drop-rate", "0.95", "--rates", file) == 2
     assert re.search(r"--drop-rate with --rates .*: drop_rate: expected less than 0.9", capsys.readouterr().err)
     assert finetune("no", *options, "--rates", str(tmp_path / "first" / "report.json")) == 2
