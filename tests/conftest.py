@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import os
 import sys
@@ -28,6 +29,15 @@ def pytest_collection_modifyitems(items):
     """Files with a slow test run first, so that no process is left alone with one at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: accelerate collects garbage for every Trainer, and need not look there."""
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # else nanobind's modules take what lives at the end for leaked, and say so
 
 
 @pytest.fixture(autouse=True)
