@@ -96,11 +96,10 @@ def leaves_of(inputs):
     return [tensor for tensor in inputs if isinstance(tensor, torch.Tensor) and tensor.requires_grad]
 
 
-def with_gradients(function, inputs):
-    """Outputs, and where they require any the gradients of all leaves; None for a leaf that gets none."""
-    outputs = outputs_of(function, inputs)
+def gradients_of(outputs, inputs):
+    """Where outputs require any the gradients of all leaves among the inputs; None for a leaf that gets none."""
     losses = [output.square().sum() for output in outputs if output.requires_grad]
-    return outputs, torch.autograd.grad(sum(losses), leaves_of(inputs), allow_unused=True) if losses else ()
+    return torch.autograd.grad(sum(losses), leaves_of(inputs), allow_unused=True, retain_graph=True) if losses else ()
 
 
 def public_inputs(use, rows, width=6, **options):
@@ -112,7 +111,7 @@ def public_inputs(use, rows, width=6, **options):
 @pytest.mark.parametrize("use", differentiable("has_gradient", "is_exact"))
 def test_gradcheck(backend, device, use):
     inputs = public_inputs(use, 4, 4, dtype=torch.float64, device=device)
-    _, grads = with_gradients(use.run, inputs)
+    grads = gradients_of(outputs_of(use.run, inputs), inputs)
     # What gets no gradient is a constant.
     constant = {id(leaf) for leaf, grad in zip(leaves_of(inputs), grads, strict=True) if grad is None}
     inputs = [value.detach() if id(value) in constant else value for value in inputs]
@@ -133,19 +132,26 @@ def compile_once(function):
     return torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
 
 
-@public
+@pytest.mark.parametrize("function", ops.__all__)
 @torch._dynamo.config.patch(error_on_recompile=True)
-def test_five_row_counts_are_one_compilation(use):
-    compiled = compile_once(use.run)
+def test_five_row_counts_are_one_compilation(function):
+    """All uses of a function in one graph: most of what a compilation takes is the same for one and for twenty."""
+    uses = {name: use for name, use in PUBLIC.items() if use.function == function}
+
+    def run(inputs):
+        return {name: outputs_of(use.run, inputs[name]) for name, use in uses.items()}
+
+    compiled = compile_once(run)
     for rows in ROW_COUNTS:
-        inputs = public_inputs(use, rows, 24)
-        outputs, grads = with_gradients(compiled, inputs)
-        expected_outputs, expected_grads = with_gradients(use.run, inputs)
-        torch.testing.assert_close(outputs, expected_outputs)
-        assert [grad is None for grad in grads] == [grad is None for grad in expected_grads]
-        assert any(grad is not None for grad in grads) == use.has_gradient
-        for ours, theirs in zip(grads, expected_grads, strict=True):
-            torch.testing.assert_close(ours, theirs)
+        inputs = {name: public_inputs(use, rows, 24) for name, use in uses.items()}
+        outputs, expected = compiled(inputs), run(inputs)
+        for name, use in uses.items():
+            torch.testing.assert_close(outputs[name], expected[name], msg=lambda text, name=name: f"{name}: {text}")
+            grads, expected_grads = (gradients_of(results[name], inputs[name]) for results in (outputs, expected))
+            assert [grad is None for grad in grads] == [grad is None for grad in expected_grads], name
+            assert any(grad is not None for grad in grads) == use.has_gradient, name
+            for ours, theirs in zip(grads, expected_grads, strict=True):
+                torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @torch._dynamo.config.patch(error_on_recompile=True)
