@@ -70,7 +70,7 @@ def test_prediction_is_within_five_percent_of_measured(adapter, checkpoint, drop
     handler = patched(model, drop_rate, checkpoint)
     live = live_bytes(predicted)
     peaks = []
-    for _ in range(3):
+    for _ in range(3 if drop_rate else 1):  # without dropping all plans are one
         handler.step()
         peaks.append(measured(model, PeakLiveBytes()).peak_bytes)
     assert abs(live - max(peaks)) <= 0.05 * max(peaks)
