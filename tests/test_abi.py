@@ -6,13 +6,13 @@ That is what lets one build serve every torch from 2.11 on, and every Python.
 import os
 import re
 import shutil
-import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ptx.fat_binary import entries, fat_binaries
 
 import dropbp_kernels
 
@@ -96,27 +96,9 @@ def test_host_knows_no_torch():
     assert all(name.startswith(("Py", "_Py")) for name in names)
 
 
-def fat_binary_entries(content: bytes) -> list[tuple[str, int]]:
-    """("ptx" or "elf", architecture) of the device code in a library that nvcc linked.
-
-    A fat binary is a header (magic, version, its own size, size of what follows) and entries, each with a header (kind,
-    version, its own size, size of its payload) that holds the architecture at byte 28.
-    """
-    entries = []
-    for match in re.finditer(re.escape(struct.pack("<I", 0xBA55ED50)), content):
-        _, _, header_size, size = struct.unpack_from("<IHHQ", content, match.start())
-        at = match.start() + header_size
-        end = at + size
-        while at < end:
-            kind, _, header_size, size = struct.unpack_from("<HHIQ", content, at)
-            (architecture,) = struct.unpack_from("<I", content, at + 28)
-            entries.append(({1: "ptx", 2: "elf"}[kind], architecture))
-            at += header_size + size
-    return entries
-
-
 def test_device_code_for_four_generations():
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         pytest.skip("TORCH_CUDA_ARCH_LIST asks for others")
-    entries = fat_binary_entries(library("_C_cuda", "nvcc").read_bytes())
-    assert {("elf", 80), ("elf", 90), ("elf", 100), ("elf", 120), ("ptx", 120)} <= set(entries)
+    binaries = fat_binaries(library("_C_cuda", "nvcc").read_bytes())
+    found = {(kind, architecture) for binary in binaries for kind, architecture, _ in entries(binary)}
+    assert {("elf", 80), ("elf", 90), ("elf", 100), ("elf", 120), ("ptx", 120)} <= found

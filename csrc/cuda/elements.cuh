@@ -5,6 +5,8 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "../element_types.h"
 
@@ -36,12 +38,6 @@ __device__ T narrow(W value) {
   }
 }
 
-// N neighbours, moved by as few and as wide accesses as their alignment allows.
-template <class T, int N>
-struct alignas(sizeof(T) * N) Pack {
-  T values[N];
-};
-
 // Elements for one thread at a time: 16 bytes of the narrower type.
 template <class A, class B>
 constexpr int kPack = 16 / (sizeof(A) < sizeof(B) ? sizeof(A) : sizeof(B));
@@ -50,27 +46,61 @@ constexpr int kPack = 16 / (sizeof(A) < sizeof(B) ? sizeof(A) : sizeof(B));
 template <class A, class B>
 constexpr int kFlatPack = 16 / (sizeof(A) > sizeof(B) ? sizeof(A) : sizeof(B));
 
-// The loads and stores of a Pack larger than 16 bytes are several of 16 bytes.
+// What one instruction moves.
+template <size_t kBytes>
+using Word = std::conditional_t<
+    kBytes == 16, uint4,
+    std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, unsigned, uint16_t>>>;
+
+// Elements of N neighbours, aligned to all of them or to 16 bytes, that one instruction moves.
+template <class T, int N>
+constexpr int kAtOnce = N * sizeof(T) > 16 ? 16 / sizeof(T) : N;
+
 template <class T, int N>
 __device__ void load(T (&values)[N], const T* from) {
-  constexpr int kStep = N * sizeof(T) > 16 ? 16 / sizeof(T) : N;
+  constexpr int kStep = kAtOnce<T, N>;
 #pragma unroll
   for (int i = 0; i < N; i += kStep) {
-    const auto pack = *reinterpret_cast<const Pack<T, kStep>*>(from + i);
-#pragma unroll
-    for (int j = 0; j < kStep; ++j) values[i + j] = pack.values[j];
+    const auto word = *reinterpret_cast<const Word<kStep * sizeof(T)>*>(from + i);
+    memcpy(static_cast<void*>(values + i), &word, sizeof(word));
   }
 }
 
-template <class T, int N>
+// By itself nvcc 13 takes a store to global memory apart in some kernels for sm_80 and sm_90:
+// rope's into eight of 16 bits (test_machine_code.py).
+template <class W>
+__device__ void store_global(W* to, W word) {
+#ifdef __CUDA_ARCH__
+  const size_t address = __cvta_generic_to_global(to);
+  if constexpr (sizeof(W) == 16) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(word.x),
+                 "r"(word.y), "r"(word.z), "r"(word.w)
+                 : "memory");
+  } else if constexpr (sizeof(W) == 8) {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(word.x), "r"(word.y)
+                 : "memory");
+  } else {
+    *to = word;
+  }
+#else
+  *to = word;
+#endif
+}
+
+// kIsGlobal: not in shared memory.
+template <bool kIsGlobal = true, class T, int N>
 __device__ void store(T* to, const T (&values)[N]) {
-  constexpr int kStep = N * sizeof(T) > 16 ? 16 / sizeof(T) : N;
+  constexpr int kStep = kAtOnce<T, N>;
+  using W = Word<kStep * sizeof(T)>;
 #pragma unroll
   for (int i = 0; i < N; i += kStep) {
-    Pack<T, kStep> pack;
-#pragma unroll
-    for (int j = 0; j < kStep; ++j) pack.values[j] = values[i + j];
-    *reinterpret_cast<Pack<T, kStep>*>(to + i) = pack;
+    W word;
+    memcpy(&word, values + i, sizeof(word));
+    if constexpr (kIsGlobal) {
+      store_global(reinterpret_cast<W*>(to + i), word);
+    } else {
+      *reinterpret_cast<W*>(to + i) = word;
+    }
   }
 }
 

@@ -165,7 +165,7 @@ __device__ void add_to_sums(W* sums, const W (&values)[N], int column, bool is_f
   if (!is_first_row) load(total, sums + column);
 #pragma unroll
   for (int j = 0; j < N; ++j) total[j] += values[j];
-  store(sums + column, total);
+  store<false>(sums + column, total);
 }
 
 #ifdef __CUDACC__

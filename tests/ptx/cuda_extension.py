@@ -13,9 +13,9 @@ from pathlib import Path
 
 import cuda_host
 import torch
-import zstandard
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .fat_binary import entries
 from .machine import launch
 from .memory import Traffic, extent
 from .program import Program, parse
@@ -52,19 +52,10 @@ def build(folder: Path) -> Path:
 
 @functools.cache
 def _module(address: int) -> str:
-    """The PTX of a fat binary: a header, then entries (test_abi.py reads them too)."""
-    _, _, header_size, size = struct.unpack("<IHHQ", ctypes.string_at(address, 16))
-    at, end = address + header_size, address + header_size + size
-    while at < end:
-        kind, _, header_size, size = struct.unpack("<HHIQ", ctypes.string_at(at, 16))
-        if kind == 1:
-            payload = ctypes.string_at(at + header_size, size)
-            (whole,) = struct.unpack("<Q", ctypes.string_at(at + 56, 8))
-            if whole:  # compressed
-                payload = zstandard.ZstdDecompressor().decompress(payload, whole)
-            return payload.partition(b"\0")[0].decode()
-        at += header_size + size
-    raise ValueError("expected PTX in the fat binary, found machine code alone")
+    """The PTX of the fat binary at `address`."""
+    header = struct.unpack("<IHHQ", ctypes.string_at(address, 16))
+    found = [code for kind, _, code in entries(ctypes.string_at(address, header[2] + header[3])) if kind == "ptx"]
+    return found[-1].partition(b"\0")[0].decode()
 
 
 @functools.cache
