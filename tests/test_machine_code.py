@@ -8,8 +8,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from built import library
 from ptx.fat_binary import entries, fat_binaries
-from test_abi import library
 
 pytest.importorskip("zstandard")
 
