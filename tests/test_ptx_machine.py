@@ -161,6 +161,24 @@ def test_shuffles(shuffle, expected):
     assert out.numpy()[:32, :4].copy().view("u4").ravel().tolist() == expected
 
 
+@pytest.mark.parametrize("trans", ["", ".trans"])
+def test_matrices(trans):
+    """Thread t gives elements 2 t and 2 t + 1 of a matrix, whose rows lie 16 bytes apart; and takes them again."""
+    out, again = numbers([0], "u4"), numbers([0], "u4")
+    run(
+        f"""mul.lo.u32 %r4, %r1, 2; add.u32 %r5, %r4, 1; shl.b32 %r5, %r5, 16; or.b32 %r4, %r4, %r5;
+        and.b32 %r5, %r1, 7; mul.lo.u32 %r5, %r5, 16; mov.u32 %r6, memory; add.u32 %r6, %r6, %r5; cvt.u64.u32 %d4, %r6;
+        stmatrix.sync.aligned.m8n8.x1{trans}.shared.b16 [%d4], {{%r4}}; bar.warp.sync -1;
+        ldmatrix.sync.aligned.m8n8.x1{trans}.shared.b16 {{%r7}}, [%d4]; st.global.b32 [%d1], %r7;
+        mul.lo.u32 %r5, %r1, 4; cvt.u64.u32 %d5, %r5; ld.shared.b32 %r8, [%d5]; st.global.b32 [%d2], %r8;""",
+        again,
+        out,
+    )
+    matrix = out.numpy()[:32, :4].copy().view("u2").reshape(8, 8)
+    np.testing.assert_array_equal(matrix.T if trans else matrix, np.arange(64).reshape(8, 8))
+    np.testing.assert_array_equal(again.numpy()[:32, :4].copy().view("u2").ravel(), np.arange(64))
+
+
 def test_traffic():
     x, out = numbers([0], "u4"), numbers([0], "u4")
     traffic = run("ld.global.v2.b32 {%r4, %r5}, [%d1]; st.global.b32 [%d2], %r4;", x, out, threads=64)

@@ -323,19 +323,29 @@ class _Threads:
         return value.astype(f"u{width}")
 
     def _move_matrices(self, instruction: Instruction, mask: np.ndarray) -> None:
-        """ldmatrix and stmatrix, of 8 x 8 elements of 16 bits: thread 8 m + r has the address of row r of matrix m."""
-        if "trans" in instruction.modifiers or "b16" not in instruction.modifiers:
+        """ldmatrix and stmatrix, of 8 x 8 elements of 16 bits: thread 8 m + r has the address of row r of matrix m.
+
+        A thread has two neighbours of a row in a register, with trans of a column.
+        """
+        if "b16" not in instruction.modifiers:
             raise NotImplementedError(f"{instruction.text}: this machine knows no other matrices than those of 16 bits")
         self._expect_whole_warps(instruction, mask)
         is_load = instruction.opcode == "ldmatrix"
         registers, address = instruction.operands if is_load else instruction.operands[::-1]
         of_rows, lane = self._address(address).reshape(-1, WARP), np.arange(WARP)
         for matrix, name in enumerate(_names(registers)):
-            addresses = (of_rows[:, 8 * matrix + lane // 4] + lane % 4 * 4).ravel()
-            values = None if is_load else self._raw(name, 4)[None]
-            found = self._access("shared", instruction, mask, addresses, 4, 1, values)
+            whole = np.zeros(len(mask), np.uint32) if is_load else self._raw(name, 4)
+            for half in (0, 1):
+                row, column = lane // 4, lane % 4 * 2 + half
+                if "trans" in instruction.modifiers:
+                    row, column = column, row
+                addresses = (of_rows[:, 8 * matrix + row] + 2 * column).ravel()
+                values = None if is_load else (whole >> 16 * half).astype(np.uint16)[None]
+                found = self._access("shared", instruction, mask, addresses, 2, 1, values)
+                if is_load:
+                    whole |= found[0].astype(np.uint32) << 16 * half
             if is_load:
-                self._set(name, found[0], mask)
+                self._set(name, whole, mask)
 
     def _shuffle(self, instruction: Instruction, mask: np.ndarray) -> None:
         """shfl.sync: a value of another thread of the warp; its own where that one is out of bounds."""
