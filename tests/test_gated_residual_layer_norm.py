@@ -190,6 +190,17 @@ def test_large_mean_does_not_cost_the_variance(backend, device, in_chunks, width
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # NumPy, in the interpreter
+@pytest.mark.parametrize("width", [70, 1000])
+def test_what_is_behind_a_row_reaches_no_gradient(backend, device, in_chunks, width):
+    """There x is zero for a kernel, and (x - mean) * rstd infinite, times a gradient of zero."""
+    x, ones = torch.full((3, width), 2e36, device=device), torch.ones(3, device=device)
+    arguments = torch.randn_like(x), None, x, torch.ones(width, device=device), 2e36 * ones, 300 * ones, True, True
+    results = raw.gated_residual_layer_norm_backward(*arguments)
+    for ours, theirs in zip(results, reference.gated_residual_layer_norm_backward_reference(*arguments), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # NumPy, in the interpreter
 @pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning")
 def test_extreme_values(backend, device):
     weight = torch.ones(4, device=device)

@@ -11,8 +11,6 @@ import pytest
 from built import library
 from ptx.fat_binary import entries, fat_binaries
 
-pytest.importorskip("zstandard")
-
 
 def disassembler() -> str:
     triton = importlib.util.find_spec("triton")

@@ -133,7 +133,7 @@ struct NormKernels : RowKernels {
     W product, grad;
   };
 
-  // Zeros behind the first `count` lanes, where x - mean is not zero.
+  // Zeros behind the first `count` lanes: beyond the row x - mean is not zero, and may be infinite.
   template <class W, class V>
   static DROPBP_INLINE V first_lanes(V vector, int64_t count) {
     W lanes[kLanes<W>];
@@ -190,7 +190,7 @@ struct NormKernels : RowKernels {
       const int64_t rest = width - i < kStep ? width - i : kStep;
       const auto grad = load_part<W>(grad_normed + i, rest);
       const auto factor = load_part<W>(weight + i, rest);
-      const auto product = grad * norm(load_part<W>(x + i, rest));
+      const auto product = grad * first_lanes<W>(norm(load_part<W>(x + i, rest)), rest);
       if constexpr (kWeightGrad) {
         store_part<W>(grad_weight + i, load_part<W>(grad_weight + i, rest) + product, rest);
       }

@@ -182,7 +182,9 @@ def _gated_residual_layer_norm_backward_kernel(
 
 @triton.jit
 def _normalized(x_ptr, start, columns, mean, rstd, D: tl.constexpr, WIDE: tl.constexpr):
-    return (tl.load(x_ptr + start + columns, mask=columns < D, other=0.0).to(WIDE) - mean) * rstd
+    mask = columns < D
+    x = tl.load(x_ptr + start + columns, mask=mask, other=0.0).to(WIDE)
+    return tl.where(mask, (x - mean) * rstd, 0.0)  # behind the row it may be infinite
 
 
 @triton.jit

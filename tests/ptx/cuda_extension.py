@@ -13,6 +13,7 @@ from pathlib import Path
 
 import cuda_host
 import torch
+import zstandard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .fat_binary import entries
@@ -55,7 +56,8 @@ def _module(address: int) -> str:
     """The PTX of the fat binary at `address`."""
     header = struct.unpack("<IHHQ", ctypes.string_at(address, 16))
     found = [code for kind, _, code in entries(ctypes.string_at(address, header[2] + header[3])) if kind == "ptx"]
-    return found[-1].partition(b"\0")[0].decode()
+    text = zstandard.ZstdDecompressor().decompressobj().decompress(found[-1])
+    return text.partition(b"\0")[0].decode()
 
 
 @functools.cache

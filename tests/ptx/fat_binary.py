@@ -19,17 +19,11 @@ def entries(binary: bytes) -> Iterator[tuple[str, int, bytes]]:
     """("ptx" or "elf", architecture, code) of a fat binary.
 
     That is a header (magic, version, its own size, size of what follows) and entries, each with a header (kind,
-    version, its own size, size of the code) that holds the architecture at byte 28, and at byte 56, where the code is
-    compressed, its size before.
+    version, its own size, size of the code) that holds the architecture at byte 28.
     """
     at = struct.unpack_from("<H", binary, 6)[0]
     while at < len(binary):
         kind, _, header_size, size = struct.unpack_from("<HHIQ", binary, at)
-        (architecture,), (whole,) = struct.unpack_from("<I", binary, at + 28), struct.unpack_from("<Q", binary, at + 56)
-        code = binary[at + header_size : at + header_size + size]
-        if whole:
-            import zstandard
-
-            code = zstandard.ZstdDecompressor().decompress(code, whole)
-        yield {1: "ptx", 2: "elf"}[kind], architecture, code
+        (architecture,) = struct.unpack_from("<I", binary, at + 28)
+        yield {1: "ptx", 2: "elf"}[kind], architecture, binary[at + header_size : at + header_size + size]
         at += header_size + size
