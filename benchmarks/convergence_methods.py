@@ -18,7 +18,7 @@ from dropbp_kernels.cli.builtin import Recipe
 # "coreset": options of CoresetSelector; "calibrate": the allocation of rates by sensitivity, after a tenth of the
 # steps; "attention_rate": of all attention branches, where the MLPs' is the rate that drops as many FLOPs in all;
 # "simulated": options of `convergence_simulated.QueryRows`; "window": the loss is on a part of the sequence,
-# another one in every step, and this share of the branches is kept.
+# another one in every step, and this share of the branches is kept; "drop_rate": of branches, where tokens are dropped.
 Options = dict[str, Any]
 BUILTIN = Recipe()
 
@@ -155,6 +155,8 @@ METHODS: dict[str, Callable[[float], Options] | None] = {
     },
     "query rows, aligned, largest loss": _query_rows(aligned=True, context="one_hop", chosen="loss"),
     "query rows, aligned, one_hop, last half": _query_rows(aligned=True, context="one_hop", last=0.5),
+    "target plan, drawn": lambda rate: {"context": "inference", "target_keep": 1.0 - rate, "drop_rate": 0.0},
+    "target plan, drawn, one_hop": lambda rate: {**_ONE_HOP, "target_keep": 1.0 - rate, "drop_rate": 0.0},
     "target plan, a window": lambda rate: {"context": "inference", "window": 1.0},
     "target plan, a window, one_hop": lambda rate: {**_ONE_HOP, "window": 1.0},
     "target plan, a window, one_hop, last half": lambda rate: {**_ONE_HOP, "window": 0.5, "sampler": last_branches},
@@ -201,7 +203,9 @@ def _smaller(*batch_sizes: int, adapter: str | None = None) -> tuple[Point, ...]
 
 _ROW_PLANS = ("published", "branch", "sample", "sample, aligned", "token")
 _CHOSEN = tuple(
-    method for method in METHODS if method.startswith(("last", "most sensitive", "query rows", "target plan, a window"))
+    method
+    for method in METHODS
+    if method.startswith(("last", "most sensitive", "query rows", "target plan, a window", "target plan, drawn"))
 )
 _CORESETS = tuple(Point(method) for method in METHODS if method.startswith("coreset"))
 # As fast as plans by rows, as plans by branches; of the backward FLOPs of rate 0.75, of published DropBP at 0.75.

@@ -45,7 +45,7 @@ def make_run(task: Task, adapter: str, point: Point, batch_size: int, learning_r
         handler = patch(model, 1.0 - branch_share, task, seed, options)
         num_windows = round(branch_share / (1.0 - point.drop_rate))
         return WindowRun(point.method, model, handler, batch_size, data, settings, num_windows=num_windows)
-    handler = patch(model, point.drop_rate, task, seed, options)
+    handler = patch(model, options.pop("drop_rate", point.drop_rate), task, seed, options)
     return Run(point.method, model, handler, batch_size, data, settings)
 
 

@@ -198,7 +198,7 @@ class DropBPHandler:
             gate.unstepped = None
         draws = self.drop_rate > 0.0
         if self.targets is not None:
-            draws = draws or self.targets.context_keep > 0.0 or self.targets.target_windows > 1
+            draws = draws or self.targets.context_keep > 0.0 or self.targets.trained_share < 1.0
         if draws and self.num_steps == 0:
             look_out_for_steps(self.model, self.gates)
 
@@ -273,7 +273,7 @@ class DropBPHandler:
         elif self.num_steps == 1 and rule.num_target and rule.was_dense and rule.context_gradient != "full":
             found = (
                 "every token of the first step has a label; expected -100 where there is no loss (TRL's SFTTrainer: "
-                "assistant_only_loss=True, or data of prompt and completion), or target_windows above 1"
+                "assistant_only_loss=True, or data of prompt and completion), or target_keep below 1"
             )
         else:
             return

@@ -20,9 +20,9 @@ class StageMasks:
 
     def add(self, stage: Stage) -> None:
         """Let `stage` be the last one."""
-        if stage.targets is not None:  # it runs kept context again: what ran of that before is not seen any more
-            again = torch.where(stage.is_row, stage.rows, -2).unsqueeze(1)
-            self._places = [places.masked_fill((places.unsqueeze(2) == again).any(2), -1) for places in self._places]
+        if stage.runs_again:  # what ran before of these rows is not seen any more
+            again = torch.zeros_like(self.documents).scatter_add(1, stage.rows, stage.is_row.long()).bool()
+            self._places = [places.masked_fill(again.gather(1, places.clamp(min=0)), -1) for places in self._places]
         self._places.append(torch.where(stage.is_row, stage.rows, -1))
         self._stages.append(stage)
 

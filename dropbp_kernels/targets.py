@@ -11,10 +11,12 @@ it serves targets through its keys and values only. Rows run in stages, each by 
 A row may attend to what its document holds before it; all of that is in earlier stages or in its own. Rows that no
 later target could see (after the last target, in samples without a target, padding) are in no stage: they do not run.
 
-The targets of a sample may be cut into windows, of which each step trains on one: the other targets are context then.
+A step may train on a part of the targets; the others are context then. The part is a window, one run of each sample's
+targets, or it is drawn at random. Targets drawn at random stand everywhere among the context: all context runs in one
+stage, and they with it, since it needs their keys; then they run again, with autograd.
 
-A share of the context may be kept as well, at random. Such a row runs twice: with the context, which needs its keys,
-and again, with autograd, with the targets that follow, which see the second run of it only.
+A share of the context may be kept as well, at random. It runs twice in the same way: with the context, and again, with
+autograd, with the targets that follow. These see the second run of what runs twice only.
 """
 
 import math
@@ -28,7 +30,7 @@ from .permutation import draw_num_kept, draw_permutation
 
 IGNORED = -100  # the label of a token without a loss, as PyTorch and transformers have it
 _RULE = "_dropbp_targets"
-_CONTEXT = -1  # stands for the context where rows of branches are drawn: no branch has this number
+_CONTEXT, _TARGETS = -1, -2  # stand for these where rows of branches are drawn: no branch has such a number
 
 
 @dataclass
@@ -46,6 +48,7 @@ class TargetRule:
     context_keep: float = 0.0
     shared_context: bool = False
     target_windows: int = 1
+    target_keep: float = 1.0
     seed: int = 0
     step: int = 0
     labels: Tensor | None = None
@@ -55,6 +58,18 @@ class TargetRule:
     zero_gradient: bool = False
     has_warned: bool = False
     has_warned_of_labels: bool = False
+
+    @property
+    def trained_share(self) -> float:
+        """The share of the labels that a step trains on, the others being context."""
+        return self.target_keep / self.target_windows
+
+    @property
+    def trains_on_part_by(self) -> str | None:
+        """The option for which a step trains on a part of the labels, None where it trains on all."""
+        if self.target_windows > 1:
+            return "target_windows"
+        return "target_keep" if self.target_keep < 1.0 else None
 
     def put_on(self, decoder: nn.Module) -> None:
         """Let this be the rule of `decoder`."""
@@ -85,6 +100,7 @@ class Stage:
     is_target: whether these are target rows, and kept context. is_prefix: whether they are the first rows of one
     document in every sample, so that a causal mask does: what stands on the right is seen by nobody.
     targets: the columns that hold targets, int64 (B, T), and where these are no padding, bool (B, T); None: all.
+    runs_again: whether some of the rows ran in an earlier stage: from now on they are seen as they are here.
     num_rows: how many rows each sample has here, numbers of the host.
     samples: of context that samples share, those that run for all, int64 (U,); None: every sample runs.
     sample_of: whose keys each sample takes, int64 (B,), indices into samples.
@@ -96,6 +112,7 @@ class Stage:
     is_prefix: bool
     num_rows: tuple[int, ...]
     targets: tuple[Tensor, Tensor] | None = None
+    runs_again: bool = False
     samples: Tensor | None = None
     sample_of: Tensor | None = None
 
@@ -161,7 +178,7 @@ class TargetPlan:
     documents: int64 (B, S), which document a row belongs to.
     shift_labels: int64 (B, S), the label that a row's logits are compared with.
     num_context, num_target, num_skipped: how many rows run without autograd, predict a label, and do not run; padding
-        is not counted. num_kept: how many context rows run once more, with autograd.
+        is not counted. num_again: how many of the first run once more, with autograd.
     is_packed: whether a sample holds several documents.
     """
 
@@ -171,7 +188,7 @@ class TargetPlan:
     num_context: int
     num_target: int
     num_skipped: int
-    num_kept: int = 0
+    num_again: int = 0
     is_packed: bool = False
 
     @property
@@ -247,6 +264,7 @@ def plan_targets(
     *,
     context_keep: float = 0.0,
     target_windows: int = 1,
+    target_keep: float = 1.0,
     seed: int = 0,
     step: int = 0,
 ) -> TargetPlan:
@@ -259,6 +277,8 @@ def plan_targets(
             and the batch: the first of them in one random order of all places.
     target_windows: into how many runs of equal length the targets of each sample are cut. Those of one run stay
             targets: the same run for all samples, another one in each of so many steps, in an order by the seed.
+    target_keep: share of the targets, of those of a window, that stay targets: drawn at random for each sample, a pure
+            function of (seed, step) and the batch; one of the batch at least.
     Errors: ValueError when shapes do not fit or a padded row predicts a label.
     Cost:   planned on the host; labels are waited for once a batch.
     """
@@ -279,36 +299,40 @@ def plan_targets(
         )
     if target_windows > 1:
         is_target &= _window_of_targets(is_target, target_windows) == _window_of_step(target_windows, seed, step)
-        shift_labels = shift_labels.masked_fill(~is_target, IGNORED)
+    if target_keep < 1.0:
+        is_target = _share_of_targets(is_target, target_keep, seed, step)
+    shift_labels = shift_labels.masked_fill(~is_target, IGNORED)
     documents = torch.zeros_like(labels)
     if attention_mask is None and position_ids is not None and labels.shape[1] > 1:
         steps = position_ids.detach().cpu().expand_as(labels).diff(dim=1)
         documents[:, 1:] = (steps != 1).cumsum(1)
 
-    number = _stage_numbers(is_target, is_real, documents)
-    is_context = (number >= 0) & ~is_target
-    num_target, num_context = int(is_target.sum()), int(is_context.sum())
-    is_kept = torch.zeros_like(is_context)
+    # The stages in which a row runs for the first and for the last time: an even one is context, an odd one targets.
+    is_scattered = target_keep < 1.0
+    last = _stage_numbers(is_target, is_real, documents, is_scattered)
+    first = last.clone()
+    if is_scattered:
+        first[is_target & _stands_before((last >= 0) & ~is_target, documents)] -= 1
     if context_keep > 0.0:
-        num_kept = draw_num_kept(num_context, 1.0 - context_keep, seed=seed, step=step, branch=_CONTEXT)
-        order = draw_permutation(number.numel(), seed=seed, step=step, branch=_CONTEXT)
-        is_kept.view(-1)[order[is_context.flatten()[order]][:num_kept]] = True
+        is_context = (last >= 0) & ~is_target
+        num_kept = draw_num_kept(int(is_context.sum()), 1.0 - context_keep, seed=seed, step=step, branch=_CONTEXT)
+        order = draw_permutation(last.numel(), seed=seed, step=step, branch=_CONTEXT)
+        last.view(-1)[order[is_context.flatten()[order]][:num_kept]] += 1
     stages = []
-    for value in range(int(number.max()) + 1 if number.numel() else 0):
-        chosen = number == value
-        if value % 2 == 1:  # kept context of the turn runs once more with the turn's targets
-            chosen |= is_kept & (number == value - 1)
+    for number in range(int(last.max()) + 1 if last.numel() else 0):
+        runs_again = (last == number) & (first < number)
+        chosen = runs_again | (first == number)
         if chosen.any():
-            stages.append(_stage(chosen, is_target, documents, is_kept, value % 2 == 1, device))
+            stages.append(_stage(chosen, is_target, documents, number % 2 == 1, bool(runs_again.any()), device))
     return TargetPlan(
         tuple(stages),
         documents.to(device),
         shift_labels.to(device),
-        num_context,
-        num_target,
-        int(is_real.sum()) - num_context - num_target,
-        int(is_kept.sum()),
-        bool(documents.any()),
+        num_context=int(((first >= 0) & (first % 2 == 0)).sum()),
+        num_target=int(is_target.sum()),
+        num_skipped=int((is_real & (last < 0)).sum()),
+        num_again=int((first < last).sum()),
+        is_packed=bool(documents.any()),
     )
 
 
@@ -324,8 +348,28 @@ def _window_of_step(num_windows: int, seed: int, step: int) -> int:
     return random.Random(f"target_windows:{seed}:{turn}").sample(range(num_windows), num_windows)[place]
 
 
-def _stage_numbers(is_target: Tensor, is_real: Tensor, documents: Tensor) -> Tensor:
-    """The stage of every row (B, S): 2 x (turns of its document before it) + is_target; -1 where a row does not run."""
+def _share_of_targets(is_target: Tensor, share: float, seed: int, step: int) -> Tensor:
+    """Which targets are drawn, bool (B, S): `share` of each sample's, up to rounding, which adds up over the batch."""
+    order = draw_permutation(is_target.numel(), seed=seed, step=step, branch=_TARGETS)
+    turn = torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).view_as(is_target)
+    turn = turn.masked_fill(~is_target, len(order))
+    if not is_target.any():
+        return is_target
+    # Counts between the marks of one ruler that begins at random: each is right on average, and so is their sum.
+    so_far = torch.nn.functional.pad(is_target.sum(1).cumsum(0), (1, 0)).double()
+    counts = (so_far * share + random.Random(f"target_keep:{seed}:{step}").random()).floor().diff()
+    is_drawn = turn.argsort(1).argsort(1) < counts.unsqueeze(1)
+    return is_drawn if is_drawn.any() else turn == turn.min()
+
+
+def _stage_numbers(is_target: Tensor, is_real: Tensor, documents: Tensor, is_scattered: bool) -> Tensor:
+    """The stage of every row (B, S): 2 x (turns of its document before it) + is_target; -1 where a row does not run.
+
+    Scattered targets make one turn of a document.
+    """
+    runs = is_target | (is_real & _stands_before(is_target, documents))
+    if is_scattered:
+        return torch.where(runs, is_target.long(), -1)
     places = torch.arange(is_target.shape[1]).expand_as(documents)
     starts = torch.ones_like(is_target)
     starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
@@ -337,30 +381,32 @@ def _stage_numbers(is_target: Tensor, is_real: Tensor, documents: Tensor) -> Ten
     after_target = is_target.gather(1, before.clamp(min=0)) & (before >= first)
     turns = (is_real & ~is_target & after_target).cumsum(1)
     turns = turns - turns.gather(1, first)  # no turn begins at the first row of a document
-
-    ends = torch.ones_like(is_target)
-    ends[:, :-1] = starts[:, 1:]
-    num_rows = is_target.shape[1]
-    last = torch.where(ends, places, num_rows - 1).flip(1).cummin(1).values.flip(1)
-    targets_so_far = is_target.cumsum(1)
-    has_later_target = targets_so_far.gather(1, last) > targets_so_far
-    runs = is_target | (is_real & has_later_target)
     return torch.where(runs, 2 * turns + is_target, -1)
 
 
+def _stands_before(rows: Tensor, documents: Tensor) -> Tensor:
+    """Whether one of `rows`, bool (B, S), stands behind each row in its document."""
+    ends = torch.ones_like(rows)
+    ends[:, :-1] = documents[:, 1:] != documents[:, :-1]
+    num_rows = rows.shape[1]
+    last = torch.where(ends, torch.arange(num_rows).expand_as(documents), num_rows - 1).flip(1).cummin(1).values.flip(1)
+    so_far = rows.cumsum(1)
+    return so_far.gather(1, last) > so_far
+
+
 def _stage(
-    chosen: Tensor, is_target: Tensor, documents: Tensor, is_kept: Tensor, runs_targets: bool, device: torch.device
+    chosen: Tensor, is_target: Tensor, documents: Tensor, runs_targets: bool, runs_again: bool, device: torch.device
 ) -> Stage:
     rows, is_row = _columns(chosen)
     width = rows.shape[1]
     is_first = (rows == torch.arange(width)) & (documents.gather(1, rows) == documents[:, :1])
     is_prefix = bool((is_first | ~is_row).all())
     targets = None
-    if runs_targets and (chosen & is_kept).any():
+    if runs_targets and (chosen & ~is_target).any():
         columns, is_column = _columns(is_row & is_target.gather(1, rows))
         targets = columns.to(device), is_column.to(device)
     num_rows = tuple(chosen.sum(1).tolist())
-    return Stage(rows.to(device), is_row.to(device), runs_targets, is_prefix, num_rows, targets)
+    return Stage(rows.to(device), is_row.to(device), runs_targets, is_prefix, num_rows, targets, runs_again)
 
 
 def _columns(chosen: Tensor) -> tuple[Tensor, Tensor]:

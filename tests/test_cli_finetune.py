@@ -109,14 +109,21 @@ def test_who_drops_otherwise_gets_no_target_plan_unasked(options):
     assert (settings.context, settings.drop_rate) == ("off", 0.75)
 
 
-def test_windows_of_targets_ask_for_a_target_plan(tmp_path, capsys):
-    settings = resolve(Settings(target_windows=4))
+@pytest.mark.parametrize(
+    ("option", "value", "words", "bad", "expected"),
+    [
+        ("--target-windows", 4, "4 windows of targets in turn", "0", "at least 1, got 0"),
+        ("--target-keep", 0.25, "0.25 of the targets drawn", "0", "0 < target_keep <= 1, got 0.0"),
+    ],
+)
+def test_parts_of_the_targets_ask_for_a_target_plan(option, value, words, bad, expected, tmp_path, capsys):
+    settings = resolve(Settings(**{option.removeprefix("--").replace("-", "_"): value}))
     assert (settings.context, settings.drop_rate) == ("inference", 0.0)
-    assert "4 windows of targets in turn" in compare.in_words(settings)
-    assert finetune(tmp_path, "--target-windows", "4", "--context", "off") == 2
-    assert "--target-windows 4: expected --context inference with it" in capsys.readouterr().err
-    assert finetune(tmp_path, "--target-windows", "0") == 2
-    assert "--target-windows: expected at least 1, got 0" in capsys.readouterr().err
+    assert words in compare.in_words(settings)
+    assert finetune(tmp_path, option, str(value), "--context", "off") == 2
+    assert f"{option} {value}: expected --context inference with it" in capsys.readouterr().err
+    assert finetune(tmp_path, option, bad) == 2
+    assert f"{option}: expected {expected}" in capsys.readouterr().err
 
 
 def made_runs(tmp_path, **options):

@@ -58,9 +58,10 @@ def test_blocks_that_left_for_another_pipeline_stage():
     assert [block.gate.unstepped is not None for block in model.values()] == [True, False]
 
 
-def test_windows_need_steps_too():
+@pytest.mark.parametrize("part", [{"target_windows": 2}, {"target_keep": 0.5}])
+def test_parts_of_the_labels_need_steps_too(part):
     model = tiny_causal_lm()
-    apply_dropbp(model, 0.0, context="inference", target_windows=2)
+    apply_dropbp(model, 0.0, context="inference", **part)
     with pytest.warns(UserWarning, match="the plan stays what it was"):
         train(model, 2)
 

@@ -38,6 +38,7 @@ WAYS = {
     },
     "target plan by samples": {"context": "inference", "granularity": "sample"},
     "target plan by tokens": {"context": "inference", "granularity": "token", "context_keep": 0.25},
+    "targets drawn": {"drop_rate": 0.0, "context": "inference", "context_gradient": "one_hop", "target_keep": 0.5},
     "chunked loss": {"fused_loss": "chunked"},
     "published": {"sampler": "published", "keep_one": False, "grad_scale": 2.0},
 }

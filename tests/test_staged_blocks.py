@@ -34,8 +34,8 @@ class Model(nn.Module):
         hidden = blocks.finish(stream, self.norm)[:, :-1].flatten(0, 1)
         return F.cross_entropy(self.head(hidden), labels[:, 1:].flatten())
 
-    def staged(self, tokens, labels, position_ids=None, context_gradient="none", context_keep=0.0, max_rows=1000):
-        plan = plan_targets(labels, position_ids=position_ids, context_keep=context_keep).with_slices(max_rows)
+    def staged(self, tokens, labels, position_ids=None, context_gradient="none", max_rows=1000, **keep):
+        plan = plan_targets(labels, position_ids=position_ids, **keep).with_slices(max_rows)
         rope = blocks.rotary_embedding(SEQ_LEN, 8, dtype=torch.float64)
         x = self.embedding(tokens)
         options = {"position_ids": position_ids, "context_gradient": context_gradient}
@@ -166,6 +166,17 @@ def test_kept_and_sliced_context(cut_keys):
             kept = kept.int().scatter_reduce(1, stage.rows, stage.is_row.int(), "amax")
     cut_keys(kept.bool())
     assert_same(some, backward(model, model.dense(tokens, labels)))
+
+
+@pytest.mark.parametrize("context_gradient", ["none", "one_hop", "full"])
+def test_drawn_targets_run_again_behind_the_context(context_gradient):
+    """Against turns, where every drawn target is a stage of its own and runs once."""
+    model, (tokens, labels) = Model(), talks()
+    options = {"context_gradient": context_gradient}
+    ours = backward(model, model.staged(tokens, labels, target_keep=0.4, max_rows=9, **options))
+    drawn = plan_targets(labels, target_keep=0.4).shift_labels
+    left = F.pad(drawn[:, :-1], (1, 0), value=IGNORED)
+    assert_same(ours, backward(model, model.staged(tokens, left, **options)))
 
 
 def test_one_hop_keeps_the_gradient_of_the_projections():

@@ -246,8 +246,9 @@ def test_flash_attention(with_flash, padding_side, sliding_window, context_gradi
 
 def test_flash_attention_cannot_tell_documents_apart(with_flash):
     model, batch = with_flash(tiny()), chat()
-    with pytest.raises(ValueError, match="context_keep: expected 0 with attention 'flash_attention_2'"):
-        apply_dropbp(model, 0.0, context="inference", context_keep=0.1)
+    for option, least in (("context_keep", 0), ("target_keep", 1)):
+        with pytest.raises(ValueError, match=f"{option}: expected {least} with attention 'flash_attention_2'"):
+            apply_dropbp(model, 0.0, context="inference", **{option: 0.1})
     apply_dropbp(model, 0.0, context="inference")
     batch["position_ids"] = torch.cat([torch.arange(9), torch.arange(7)]).unsqueeze(0)
     with pytest.raises(ValueError, match="position_ids: expected one document a sample"):

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from dropbp_kernels import DropBP, apply_dropbp
 from dropbp_kernels.integrations import fusing
 from dropbp_kernels.measure import saved_bytes
-from dropbp_kernels.targets import IGNORED
+from dropbp_kernels.targets import IGNORED, plan_targets
 
 
 def padded(side):
@@ -132,6 +132,17 @@ def test_what_context_contributes(options, cut_attention):
     assert_same(backward(model, batch), with_rows_cut(dense, handler, batch), **CLOSE)
     kept = kept_places(handler, 1)  # tokens of an MLP
     assert (kept & ~targets).any() == (options != {"context_gradient": "one_hop"})
+
+
+def test_rows_of_targets_that_are_drawn(cut_attention):
+    """Of a stage whose targets ran before, with the context, once."""
+    model, batch = family("llama"), chat()
+    left = plan_targets(batch["labels"], target_keep=0.6).shift_labels
+    labels = torch.nn.functional.pad(left[:, :-1], (1, 0), value=IGNORED)
+    dense = cut_attention(copy.deepcopy(model), is_target(labels))
+    handler = apply_dropbp(model, 0.5, granularity="token", context="inference", target_keep=0.6)
+    handler.step()
+    assert_same(backward(model, batch), with_rows_cut(dense, handler, {**batch, "labels": labels}), **CLOSE)
 
 
 def test_a_sample_is_kept_in_all_its_turns_and_one_without_a_target_in_none():

@@ -68,7 +68,7 @@ def test_gather_takes_the_rows_of_a_stage():
 def test_kept_context_runs_once_more_with_the_targets_that_follow():
     labels = torch.tensor([[X, X, X, X, 7, X, X, 8]])
     plan = plan_targets(labels, context_keep=0.5, seed=3)
-    before, kept = rows_of(plan.stages[1])[0], plan.num_kept
+    before, kept = rows_of(plan.stages[1])[0], plan.num_again
     assert [rows_of(stage)[0] for stage in plan.stages[::2]] == [[0, 1, 2], [4, 5]]  # all context runs as before
     assert kept == sum(len(rows_of(stage)[0]) for stage in plan.stages[1::2]) - 2 in (2, 3)
     assert before == [*sorted(before[:-1]), 3]
@@ -180,4 +180,4 @@ def test_slices_count_the_rows_that_they_hold():
 
 def test_a_share_of_the_context_that_is_not_whole_is_rounded_anew_in_each_step():
     labels = torch.tensor([[X, X, X, X, X, X, 8]])  # five rows of context
-    assert {plan_targets(labels, context_keep=0.5, step=step).num_kept for step in range(20)} == {2, 3}
+    assert {plan_targets(labels, context_keep=0.5, step=step).num_again for step in range(20)} == {2, 3}

@@ -124,11 +124,10 @@ def test_a_shared_context_is_exact_in_their_losses(make, tmp_path, monkeypatch):
 @pytest.mark.skipif(
     Version(trl.__version__) < Version("1.15"), reason="SFTTrainer of this TRL leaves the loss to the model"
 )
-def test_windows_are_refused_where_the_trainer_divides_by_all_labels(tmp_path):
-    callback = DropBPCallback(0.0, context="inference", target_windows=2)
-    with pytest.raises(
-        ValueError, match="target_windows: expected 1 where the caller makes the loss of log-probabilit"
-    ):
+@pytest.mark.parametrize(("part", "value"), [("target_windows", 2), ("target_keep", 0.5)])
+def test_parts_of_the_labels_are_refused_where_the_trainer_divides_by_all_labels(part, value, tmp_path):
+    callback = DropBPCallback(0.0, context="inference", **{part: value})
+    with pytest.raises(ValueError, match=f"{part}: expected 1 where the caller makes the loss of log-probabilit"):
         supervised(str(tmp_path), tiny_causal_lm(), callback).train()
 
 

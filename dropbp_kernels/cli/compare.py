@@ -70,7 +70,8 @@ def make_runs(model: nn.Module, data: Data, settings: Settings, control_batch: i
     """
     assert settings.drop_rate is not None
     by_targets = {"context": "inference", "context_gradient": settings.context_gradient}
-    asked = by_targets | {"target_windows": settings.target_windows} if settings.context == "inference" else {}
+    parts = {name: getattr(settings, name) for name in ("target_windows", "target_keep")}
+    asked = by_targets | parts if settings.context == "inference" else {}
     if not settings.compare:
         handler = gate(model, settings, settings.drop_rate, **asked)
         coreset = _coreset(model, settings)
@@ -94,7 +95,7 @@ def make_runs(model: nn.Module, data: Data, settings: Settings, control_batch: i
         "dropped_runs": "detach",
         "keep_one": False,
     }
-    rate = 1.0 - (1.0 - settings.drop_rate) * (share / settings.target_windows if asked else 1.0)
+    rate = 1.0 - (1.0 - settings.drop_rate) * (share * settings.trained_share if asked else 1.0)
     handlers[PUBLISHED] = gate(models[PUBLISHED], settings, rate, **published)
     if BRANCHES in others:
         handlers[BRANCHES] = gate(models[BRANCHES], settings, rate)
@@ -156,6 +157,7 @@ def in_words(settings: Settings) -> str:
         words += ", tokens without a loss as inference"
         words += f" (context gradient {settings.context_gradient})" * (settings.context_gradient != "none")
         words += f", {settings.target_windows} windows of targets in turn" * (settings.target_windows > 1)
+        words += f", {settings.target_keep:g} of the targets drawn" * (settings.target_keep < 1.0)
     if settings.coreset is not None:
         words += f", coresets of {settings.coreset:g} of each batch"
     return words

@@ -68,7 +68,7 @@ def result(run: Run) -> dict[str, Any]:
     rows = 1.0
     if run.by_targets:
         rows = count_targets_of(run.data, run.batch_size, len(history.step_s) or 1).backward
-        rows /= run.settings.target_windows if run.name == OURS else 1
+        rows *= run.settings.trained_share if run.name == OURS else 1.0
         if kept is not None and run.settings.context_gradient == "none":
             kept *= rows
         else:  # context has a part of its backward: not counted

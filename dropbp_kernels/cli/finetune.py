@@ -73,6 +73,12 @@ def add_parser(commands: Any) -> None:
         "(best with --context-gradient one_hop)",
         type=int,
     )
+    add(
+        "--target-keep",
+        "train a step on this share of the labelled tokens, drawn at random, 0 < target keep <= 1; the others run like "
+        "inference (best with --context-gradient one_hop)",
+        type=float,
+    )
     add("--coreset", "train on this share of each batch, chosen by gradients, 0 < coreset <= 1", type=float)
     rates = (
         "drop rates of the branches: equal; rising with depth; by how sensitive the gradient is to each, measured "

@@ -58,6 +58,7 @@ class Settings:
     context: str = "auto"
     context_gradient: str = "none"
     target_windows: int = 1
+    target_keep: float = 1.0
     coreset: float | None = None
     missing_grad: str = "skip"
     fused: bool = False
@@ -80,6 +81,11 @@ class Settings:
         """Where the rates come from, when it is an earlier calibration."""
         return Path(self.rates).expanduser() if self.rates.endswith(".json") else None
 
+    @property
+    def trained_share(self) -> float:
+        """The share of the targets that a step of ours trains on."""
+        return self.target_keep / self.target_windows
+
     def torch_dtype(self) -> "torch.dtype":
         import torch
 
@@ -94,7 +100,7 @@ def resolve(settings: Settings) -> Settings:
     drops = any(getattr(settings, name) != getattr(Settings, name) for name in (*DROP_OPTIONS, "coreset"))
     if settings.context == "auto" and drops:
         settings = replace(settings, context="off")
-    if settings.context == "auto" and settings.target_windows > 1:
+    if settings.context == "auto" and (settings.target_windows, settings.target_keep) != (1, 1.0):
         settings = replace(settings, context="inference")
     if settings.drop_rate is None and settings.context in DROP_RATES:
         settings = replace(settings, drop_rate=DROP_RATES[settings.context])
@@ -149,8 +155,11 @@ def _check(settings: Settings) -> None:
         raise UserError(f"--save-every: expected 0 (only when interrupted) or more, got {settings.save_every}")
     if settings.context_gradient != "none" and settings.context != "inference":
         raise UserError(f"--context-gradient {settings.context_gradient}: expected --context inference with it")
-    if settings.target_windows > 1 and settings.context != "inference":
-        raise UserError(f"--target-windows {settings.target_windows}: expected --context inference with it")
+    if not 0.0 < settings.target_keep <= 1.0:
+        raise UserError(f"--target-keep: expected 0 < target_keep <= 1, got {settings.target_keep}")
+    for name in ("target_windows", "target_keep"):
+        if (value := getattr(settings, name)) != 1 and settings.context != "inference":
+            raise UserError(f"{_option(name)} {value}: expected --context inference with it")
     if settings.drop_rate is not None and not 0.0 <= settings.drop_rate < 1.0:
         raise UserError(f"--drop-rate: expected 0 <= drop_rate < 1, got {settings.drop_rate}")
     try:

@@ -40,6 +40,9 @@ def check_context(model: nn.Module, context: str | None, rule: TargetRule) -> No
     windows = rule.target_windows
     if isinstance(windows, bool) or not isinstance(windows, int) or windows < 1:
         raise ValueError(f"target_windows: expected a whole number from 1 on, got {windows!r}")
+    share = rule.target_keep
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0.0 < share <= 1.0:
+        raise ValueError(f"target_keep: expected 0 < target_keep <= 1, got {share!r}")
     if context is None:
         for option in fields(rule):
             if (value := getattr(rule, option.name)) != option.default:
@@ -49,11 +52,12 @@ def check_context(model: nn.Module, context: str | None, rule: TargetRule) -> No
     _check_release()
     _check_decoder(decoder)
     _check_shift(without_peft(model))
-    if keep and (attention := decoder.config._attn_implementation) not in TAKES_MASKS:
-        raise ValueError(
-            f"context_keep: expected 0 with attention {attention!r}, in which no row can skip a key, got "
-            f"{keep}; load the model with attn_implementation in {TAKES_MASKS}"
-        )
+    for name, value, least in (("context_keep", keep, 0), ("target_keep", share, 1)):
+        if value != least and (attention := decoder.config._attn_implementation) not in TAKES_MASKS:
+            raise ValueError(
+                f"{name}: expected {least} with attention {attention!r}, in which no row can skip a key, got "
+                f"{value}; load the model with attn_implementation in {TAKES_MASKS}"
+            )
 
 
 def find_decoder(model: nn.Module) -> nn.Module:

@@ -47,7 +47,7 @@ def patch_targets(model: nn.Module, rule: TargetRule) -> None:
     Cost:   as many passes through the decoder as a batch has stages (two where each sample is one prompt and one
             completion, or more where context runs in slices); the rows of all stages together are those of one dense
             forward, less the rows that no target sees and what the last layer makes of context behind its keys, and
-            context that is kept twice.
+            more what runs twice (`context_keep`, `target_keep`).
     """
     decoder = find_decoder(model)
     rule.put_on(decoder)
@@ -90,8 +90,8 @@ def _call_with_labels(self: Any, run: Callable[..., Any], *args: Any, **kwargs: 
         return run(*args, **kwargs)
     if kwargs.get("shift_labels") is not None:
         raise ValueError("shift_labels: expected None with context, which shifts labels by itself, got a tensor")
-    if rule.target_windows > 1:
-        kwargs = _with_items_of_window(kwargs, rule.target_windows, is_given)
+    if rule.trains_on_part_by is not None:
+        kwargs = _with_items_of_part(kwargs, rule, is_given)
     # A hook sees the head's labels; who calls the model again with what a hook saw means the same batch.
     plan: TargetPlan | None = getattr(labels, _PLAN, None)
     if plan is None:
@@ -108,8 +108,8 @@ def _call_with_labels(self: Any, run: Callable[..., Any], *args: Any, **kwargs: 
     finally:
         del vars(decoder)[_PLAN]
     num_rows = plan.head_rows[0].shape[1]
-    if rule.target_windows > 1:
-        _check_is_mean(output)
+    if rule.trains_on_part_by is not None:
+        _check_is_mean(output, rule.trains_on_part_by)
     if not is_given:  # what a loss function made of each label, such as TRL's log-probabilities, beside the labels
         return _replace(output, num_rows, lambda values: plan.to_places(values, seq_len - 1))
 
@@ -143,28 +143,28 @@ def _call_decoder(self: Any, run: Callable[..., Any], *args: Any, **kwargs: Any)
     return output
 
 
-def _with_items_of_window(kwargs: dict[str, Any], num_windows: int, is_given: bool) -> dict[str, Any]:
-    """kwargs; where a loss is a sum over so many labels as the Trainer counted, over those of a window."""
+def _with_items_of_part(kwargs: dict[str, Any], rule: TargetRule, is_given: bool) -> dict[str, Any]:
+    """kwargs; where a loss is a sum over so many labels as the Trainer counted, over those that a step trains on."""
     if is_given:
         raise ValueError(
-            f"target_windows: expected 1 with labels given to step, since who takes the loss sees all labels, got "
-            f"{num_windows}"
+            f"{rule.trains_on_part_by}: expected 1 with labels given to step, since who takes the loss sees all "
+            f"labels, got {getattr(rule, str(rule.trains_on_part_by))}"
         )
     items = kwargs.get("num_items_in_batch")
-    return kwargs if items is None else {**kwargs, "num_items_in_batch": items / num_windows}
+    return kwargs if items is None else {**kwargs, "num_items_in_batch": items * rule.trained_share}
 
 
-def _check_is_mean(output: Any) -> None:
+def _check_is_mean(output: Any, option: str) -> None:
     loss = output[0] if type(output) is tuple else getattr(output, "loss", None)
     if not isinstance(loss, Tensor) or loss.dim() > 0:
         raise ValueError(
-            "target_windows: expected 1 for a loss that is no mean over labels (DPO, GRPO), since only one window of "
-            "them has a value in a step"
+            f"{option}: expected 1 for a loss that is no mean over labels (DPO, GRPO), since only a part of them has "
+            "a value in a step"
         )
     if isinstance(getattr(output, "log_probs", None), Tensor):
         raise ValueError(
-            "target_windows: expected 1 where the caller makes the loss of log-probabilities (TRL's SFTTrainer), since "
-            "it divides those of one window by the labels of all; transformers' Trainer leaves the loss to the model"
+            f"{option}: expected 1 where the caller makes the loss of log-probabilities (TRL's SFTTrainer), since it "
+            "divides those of a part by the labels of all; transformers' Trainer leaves the loss to the model"
         )
 
 
@@ -206,6 +206,7 @@ def _make_plan(decoder: Any, rule: TargetRule, labels: Tensor, inputs: dict[str,
         position_ids,
         context_keep=rule.context_keep,
         target_windows=rule.target_windows,
+        target_keep=rule.target_keep,
         seed=rule.seed,
         step=rule.step,
     )

@@ -52,6 +52,7 @@ def apply_dropbp(
     context_keep: float = 0.0,
     shared_context: bool = False,
     target_windows: int = 1,
+    target_keep: float = 1.0,
     **options: Any,
 ) -> DropBPHandler:
     """Patch a model (with or without PEFT) so that a step can drop branches; return the handler that draws its plans.
@@ -80,6 +81,8 @@ def apply_dropbp(
     target_windows: into how many windows the labelled tokens of each sample are cut; a step trains on one, the others
         are context. For losses that are means over the labels. 4, with context_gradient="one_hop", does a quarter of
         the backward where every token has a label.
+    target_keep: share of the labelled tokens, drawn at random in each step, that a step trains on; the others are
+        context. For the same losses.
     options: those of `DropBPHandler`: sampler, grad_scale, seed, keep_one, strict, dropped_runs, checkpoint,
         granularity, aligned.
 
@@ -95,7 +98,7 @@ def apply_dropbp(
     if fused not in fusing.FUSED:
         raise ValueError(f'fused: expected True, False or "auto", got {fused!r}')
     check_fused_loss(fused_loss)
-    rule = TargetRule(context_gradient, context_keep, shared_context, target_windows)
+    rule = TargetRule(context_gradient, context_keep, shared_context, target_windows, target_keep)
     check_context(model, context, rule)
     if shared_context and context_gradient == "full" and options.get("granularity", "branch") != "branch":
         raise ValueError(
@@ -143,6 +146,7 @@ def apply_dropbp(
             "context_keep": context_keep,
             "shared_context": shared_context,
             "target_windows": target_windows,
+            "target_keep": target_keep,
         }
         if handler.granularity != "branch":
             tell_gates_of_batches(model)
