@@ -203,10 +203,9 @@ def _smaller(*batch_sizes: int, adapter: str | None = None) -> tuple[Point, ...]
 
 _ROW_PLANS = ("published", "branch", "sample", "sample, aligned", "token")
 _CHOSEN = tuple(
-    method
-    for method in METHODS
-    if method.startswith(("last", "most sensitive", "query rows", "target plan, a window", "target plan, drawn"))
+    method for method in METHODS if method.startswith(("last", "most sensitive", "query rows", "target plan, a window"))
 )
+_PARTS = ("target plan, a window, one_hop", "target plan, drawn, one_hop")
 _CORESETS = tuple(Point(method) for method in METHODS if method.startswith("coreset"))
 # As fast as plans by rows, as plans by branches; of the backward FLOPs of rate 0.75, of published DropBP at 0.75.
 _SMALLER_TEXTS = _smaller(8, 5, 3, 2)
@@ -253,6 +252,16 @@ GROUPS = {
             *_SMALLER_TEXTS,
         ),
         rows_of="plans",
+    ),
+    "parts": Group(
+        TEXT,
+        (
+            Point("undropped"),
+            *_at(0.5, "published", *_PARTS),
+            *_at(0.75, "published", "target plan, drawn", "query rows, aligned, one_hop", *_PARTS),
+            *_at(0.875, "published", *_PARTS),
+            *_smaller(8, 6, 5, 4, 3, 2),
+        ),
     ),
     "deep": Group(
         DEEP,
