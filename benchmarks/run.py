@@ -37,6 +37,7 @@ from . import (
     bench_sensitivity,
     bench_step,
     bench_target_step,
+    bench_turn_step,
 )
 from .baselines import WrongResult
 from .rows import RESULTS, append_rows
@@ -50,6 +51,7 @@ SUITES: dict[str, Callable[[Settings], Iterator[list[Any]]]] = {
     "patched_step": bench_patched_step.run,
     "row_step": bench_row_step.run,
     "target_step": bench_target_step.run,
+    "turn_step": bench_turn_step.run,
     "coreset_step": bench_coreset_step.run,
     "paca_step": bench_paca_step.run,
     "sensitivity": bench_sensitivity.run,

@@ -3,6 +3,7 @@
 GRANULARITIES = ("branch", "sample", "token")
 DROPPED_RUNS = ("inference", "detach")
 CONTEXT_GRADIENTS = ("none", "one_hop", "full")
+TURNS = ("auto", "apart", "together")
 ALLOCATIONS = ("published", "optimal", "variance")
 MISSING_GRAD = ("skip", "zero")
 

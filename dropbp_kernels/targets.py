@@ -11,12 +11,12 @@ it serves targets through its keys and values only. Rows run in stages, each by 
 A row may attend to what its document holds before it; all of that is in earlier stages or in its own. Rows that no
 later target could see (after the last target, in samples without a target, padding) are in no stage: they do not run.
 
-A step may train on a part of the targets; the others are context then. The part is a window, one run of each sample's
-targets, or it is drawn at random. Targets drawn at random stand everywhere among the context: all context runs in one
-stage, and they with it, since it needs their keys; then they run again, with autograd.
+Many small stages are slow. In place of these, all context can run in one stage, and with it the targets that it sees;
+then all targets run in a second one, with autograd. These see the second run of what runs twice only.
 
-A share of the context may be kept as well, at random. It runs twice in the same way: with the context, and again, with
-autograd, with the targets that follow. These see the second run of what runs twice only.
+A step may train on a part of the targets; the others are context then. The part is a window, one run of each sample's
+targets, or drawn at random: such targets stand everywhere among the context, so there are two stages. A share of the
+context may be kept as well, at random: it runs once more with the targets that follow.
 """
 
 import math
@@ -26,10 +26,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from .choices import TURNS, check_choice
 from .permutation import draw_num_kept, draw_permutation
 
 IGNORED = -100  # the label of a token without a loss, as PyTorch and transformers have it
 _RULE = "_dropbp_targets"
+# A pass of the decoder over fewer rows takes as long on a GPU, which waits for the calls of the host, and holds little
+# (200 MiB at a width of 4096). By calls and widths, not measured on one.
+PASS_ROWS = 2048
 _CONTEXT, _TARGETS = -1, -2  # stand for these where rows of branches are drawn: no branch has such a number
 
 
@@ -265,6 +269,7 @@ def plan_targets(
     context_keep: float = 0.0,
     target_windows: int = 1,
     target_keep: float = 1.0,
+    turns: str = "auto",
     seed: int = 0,
     step: int = 0,
 ) -> TargetPlan:
@@ -279,9 +284,13 @@ def plan_targets(
             targets: the same run for all samples, another one in each of so many steps, in an order by the seed.
     target_keep: share of the targets, of those of a window, that stay targets: drawn at random for each sample, a pure
             function of (seed, step) and the batch; one of the batch at least.
-    Errors: ValueError when shapes do not fit or a padded row predicts a label.
+    turns: "apart": two stages for each turn of a conversation, in which a row runs once; "together": two for all, of
+            which the first runs the targets that context sees, too; "auto": the way that runs fewer rows, padding
+            included, where a pass counts as PASS_ROWS at least. Drawn targets run together in any case.
+    Errors: ValueError when shapes do not fit, a padded row predicts a label, or turns is unknown.
     Cost:   planned on the host; labels are waited for once a batch.
     """
+    check_choice("turns", turns, TURNS)
     if labels.dim() != 2:
         raise ValueError(f"labels: expected shape (batch, seq_len), got {tuple(labels.shape)}")
     for name, tensor in (("attention_mask", attention_mask), ("position_ids", position_ids)):
@@ -308,15 +317,16 @@ def plan_targets(
         documents[:, 1:] = (steps != 1).cumsum(1)
 
     # The stages in which a row runs for the first and for the last time: an even one is context, an odd one targets.
-    is_scattered = target_keep < 1.0
-    last = _stage_numbers(is_target, is_real, documents, is_scattered)
-    first = last.clone()
-    if is_scattered:
-        first[is_target & _stands_before((last >= 0) & ~is_target, documents)] -= 1
+    first = last = _stage_numbers(is_target, is_real, documents)
+    if target_keep < 1.0 or (turns != "apart" and (last > 1).any()):
+        again = _two_stages(is_target, runs=last >= 0, documents=documents)
+        if target_keep < 1.0 or turns == "together" or _cost(*again) < _cost(first, last):
+            first, last = again
     if context_keep > 0.0:
         is_context = (last >= 0) & ~is_target
         num_kept = draw_num_kept(int(is_context.sum()), 1.0 - context_keep, seed=seed, step=step, branch=_CONTEXT)
         order = draw_permutation(last.numel(), seed=seed, step=step, branch=_CONTEXT)
+        last = last.clone()
         last.view(-1)[order[is_context.flatten()[order]][:num_kept]] += 1
     stages = []
     for number in range(int(last.max()) + 1 if last.numel() else 0):
@@ -362,14 +372,22 @@ def _share_of_targets(is_target: Tensor, share: float, seed: int, step: int) -> 
     return is_drawn if is_drawn.any() else turn == turn.min()
 
 
-def _stage_numbers(is_target: Tensor, is_real: Tensor, documents: Tensor, is_scattered: bool) -> Tensor:
-    """The stage of every row (B, S): 2 x (turns of its document before it) + is_target; -1 where a row does not run.
+def _two_stages(is_target: Tensor, runs: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
+    """The first and the last stage of every row (B, S), where all context of a document runs before its targets."""
+    last = torch.where(runs, is_target.long(), -1)
+    return last - (is_target & _stands_before(runs & ~is_target, documents)).long(), last
 
-    Scattered targets make one turn of a document.
-    """
+
+def _cost(first: Tensor, last: Tensor) -> int:
+    """Rows that the stages run, padding included, no stage counted below PASS_ROWS."""
+    numbers = torch.arange(int(last.max()) + 1).view(-1, 1, 1)
+    width = ((first == numbers) | (last == numbers)).sum(2).amax(1)  # of each stage
+    return int((width * len(first)).clamp(min=PASS_ROWS)[width > 0].sum())
+
+
+def _stage_numbers(is_target: Tensor, is_real: Tensor, documents: Tensor) -> Tensor:
+    """The stage of every row (B, S): 2 x (turns of its document before it) + is_target; -1 where a row does not run."""
     runs = is_target | (is_real & _stands_before(is_target, documents))
-    if is_scattered:
-        return torch.where(runs, is_target.long(), -1)
     places = torch.arange(is_target.shape[1]).expand_as(documents)
     starts = torch.ones_like(is_target)
     starts[:, 1:] = documents[:, 1:] != documents[:, :-1]

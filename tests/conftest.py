@@ -46,6 +46,16 @@ def seed():
 
 
 @pytest.fixture
+def turns_apart(monkeypatch):
+    """Every turn of a conversation has stages of its own, as it has where batches are large."""
+    from dropbp_kernels.integrations import target_plans
+    from dropbp_kernels.targets import plan_targets
+
+    monkeypatch.setitem(plan_targets.__kwdefaults__, "turns", "apart")
+    monkeypatch.setattr(target_plans, "_turns", lambda decoder, rule: "apart")
+
+
+@pytest.fixture
 def one_thread():
     """For tensors so small that a second thread gains nothing, and loses much where other work wants its core."""
     num_threads = torch.get_num_threads()

@@ -150,16 +150,19 @@ def targets(rank: int, granularity: str):
     return train_targets(DistributedDataParallel(model), handler, chats(rank))
 
 
-def sharded_targets(rank: int) -> str:
-    """What a target plan says of FSDP2 where ranks have other numbers of turns."""
+def sharded_targets(rank: int) -> tuple[dict[str, torch.Tensor], str]:
+    """FSDP2 where ranks have other numbers of turns, and what is said where one of them has no target."""
     model = tiny_causal_lm(num_hidden_layers=2)
-    apply_dropbp(model, 0.0, context="inference")
+    handler = apply_dropbp(model, 0.0, context="inference")
     _fsdp2(model)
+    first, second, _ = chats(rank)
+    train_targets(model, handler, [first])
+    weights = _whole(model)
     try:
-        model(**chats(rank)[0][0])
+        model(**second[0])
     except ValueError as error:
-        return str(error)
-    return "no error"
+        return weights, str(error)
+    return weights, "no error"
 
 
 def _tensor_parallel(model):

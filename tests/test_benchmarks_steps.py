@@ -13,6 +13,7 @@ from benchmarks import (
     bench_row_step,
     bench_step,
     bench_target_step,
+    bench_turn_step,
     plots,
     steps,
 )
@@ -91,6 +92,22 @@ def test_patched_step_rows():
     assert [row.method for row in rows] == ["unpatched", "patched", "fused"]
     assert rows[0].step_over_unpatched == 1.0
     assert len(bench_patched_step.verdicts(rows)) == 2
+
+
+def test_turn_step_rows():
+    two, four = bench_turn_step.run(Settings(CPU, "tiny"))
+    assert [(row.method, row.num_passes, row.is_chosen) for row in two] == [
+        ("undropped", 1, False),
+        ("apart", 4, False),
+        ("together", 2, True),
+    ]
+    assert [row.num_passes for row in four] == [1, 8, 2]
+    tokens = torch.arange(1, 65).expand(3, 64)
+    labels = bench_turn_step.with_turns({"input_ids": tokens}, 4)["labels"]
+    shares = (labels != -100).view(3, 4, 16).sum(2) / 16
+    assert shares.min() >= 0.125
+    assert shares.max() <= 0.375
+    assert torch.equal(labels[:, 15::16], tokens[:, 15::16])
 
 
 class Asked(Exception):

@@ -352,7 +352,7 @@ def staged_rows():
     """Three samples of 8: one turn, two turns, no target; rows of the stages 3 + 0, 2 + 3, 0 + 0."""
     labels = torch.full((3, 8), IGNORED)
     labels[0, 2:5] = labels[1, 1:3] = labels[1, 5:8] = 7
-    return plan_targets(labels).staged_rows(with_context=False)
+    return plan_targets(labels, turns="apart").staged_rows(with_context=False)
 
 
 def test_rows_of_a_target_plan_are_one_share_of_all_its_stages():

@@ -40,7 +40,7 @@ def test_the_first_rows_of_one_document_are_causal():
 
 
 def test_a_window_counts_places_and_not_keys():
-    plan = plan_targets(torch.tensor([[X, X, 3, X, X, 4]]), context_keep=1.0)
+    plan = plan_targets(torch.tensor([[X, X, 3, X, X, 4]]), context_keep=1.0, turns="apart")
     masks, _ = masks_of(plan)
     assert [stage.rows.tolist() for stage in plan.stages] == [[[0]], [[0, 1]], [[2, 3]], [[2, 3, 4]]]
     # Of rows that ran twice the first run is not seen any more.

@@ -13,6 +13,8 @@ from dropbp_kernels.losses import linear_cross_entropy
 from dropbp_kernels.staged_blocks import run_by_targets, target_labels
 from dropbp_kernels.targets import IGNORED, plan_targets
 
+pytestmark = pytest.mark.usefixtures("turns_apart")
+
 SEQ_LEN = 16
 
 
@@ -169,14 +171,14 @@ def test_kept_and_sliced_context(cut_keys):
 
 
 @pytest.mark.parametrize("context_gradient", ["none", "one_hop", "full"])
-def test_drawn_targets_run_again_behind_the_context(context_gradient):
+def test_targets_that_run_again_behind_the_context(context_gradient):
     """Against turns, where every drawn target is a stage of its own and runs once."""
     model, (tokens, labels) = Model(), talks()
     options = {"context_gradient": context_gradient}
-    ours = backward(model, model.staged(tokens, labels, target_keep=0.4, max_rows=9, **options))
-    drawn = plan_targets(labels, target_keep=0.4).shift_labels
-    left = F.pad(drawn[:, :-1], (1, 0), value=IGNORED)
-    assert_same(ours, backward(model, model.staged(tokens, left, **options)))
+    for ours in ({"target_keep": 0.4}, {"turns": "together"}):
+        labels_left = F.pad(plan_targets(labels, **ours).shift_labels[:, :-1], (1, 0), value=IGNORED)
+        together = backward(model, model.staged(tokens, labels, max_rows=9, **ours, **options))
+        assert_same(together, backward(model, model.staged(tokens, labels_left, **options)))
 
 
 def test_one_hop_keeps_the_gradient_of_the_projections():

@@ -14,6 +14,8 @@ from dropbp_kernels.integrations.decoder_parts import PARTS, DecoderParts, parts
 from dropbp_kernels.measure import PeakLiveBytes
 from dropbp_kernels.targets import IGNORED, plan_targets
 
+pytestmark = pytest.mark.usefixtures("turns_apart")
+
 
 def pairs(padding_side="right"):
     """Two completions each of two prompts of 7 and 5 tokens, as trainers of preferences and of groups batch them."""
@@ -202,7 +204,7 @@ def test_offloaded_layers_run_whole():
 
 @pytest.mark.parametrize(("checkpoint", "num_slices"), [(None, 3), ("kept", 8)])
 def test_context_needs_less_memory_than_targets(checkpoint, num_slices, monkeypatch):
-    monkeypatch.setattr(staged_decoder, "MIN_ROWS", 1)
+    monkeypatch.setattr(staged_decoder, "PASS_ROWS", 1)
     tokens = torch.randint(3, 96, (1, 256))
     labels = tokens.clone()
     labels[:, :225] = IGNORED

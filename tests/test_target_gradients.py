@@ -11,6 +11,8 @@ from target_cases import CLOSE, assert_same, backward, chat, cut_inputs, is_targ
 from dropbp_kernels import apply_dropbp
 from dropbp_kernels.targets import IGNORED, plan_targets
 
+pytestmark = pytest.mark.usefixtures("turns_apart")
+
 FAMILIES = [
     *("cohere", "falcon", "gemma3_text", "gpt2", "gpt_neox", "hunyuan_v1_dense", "llama", "mistral", "olmo2", "opt"),
     *("phi", "qwen3"),

@@ -135,7 +135,7 @@ def test_one_target_is_drawn_at_least():
 
 @pytest.mark.parametrize("context_gradient", ["none", "one_hop", "full"])
 @pytest.mark.parametrize("part", PARTS)
-def test_equals_a_target_plan_of_the_labels_of_the_part(part, context_gradient):
+def test_equals_a_target_plan_of_the_labels_of_the_part(part, context_gradient, turns_apart):
     batch = chat()
     options = {"context": "inference", "context_gradient": context_gradient}
     model, by_hand = tiny(), tiny()
@@ -145,44 +145,6 @@ def test_equals_a_target_plan_of_the_labels_of_the_part(part, context_gradient):
         handler.step()
         labels = labels_of(plan_targets(batch["labels"], **part, seed=3, step=step))
         assert_same(backward(model, batch), backward(by_hand, {**batch, "labels": labels}), **CLOSE)
-
-
-def left_padded():
-    batch = chat()
-    mask = torch.ones_like(batch["labels"])
-    mask[0, :5] = mask[2, :2] = 0
-    batch["labels"][mask == 0] = IGNORED
-    return {**batch, "attention_mask": mask}
-
-
-def packed():
-    batch = chat()
-    return {**batch, "position_ids": torch.cat((torch.arange(7), torch.arange(9))).expand(3, -1)}
-
-
-@pytest.mark.parametrize(
-    ("model_type", "make_batch", "more"),
-    [
-        ("llama", left_padded, {}),
-        ("llama", packed, {}),
-        ("llama", packed, {"context_keep": 0.4}),
-        ("mistral", chat, {}),  # a sliding window
-        ("gemma3_text", chat, {"context_keep": 0.4}),  # with and without a window
-        ("gpt2", left_padded, {}),  # absolute positions
-    ],
-)
-def test_drawn_targets_among_padding_documents_and_windows(model_type, make_batch, more):
-    """Against turns, where every drawn target is a stage of its own and runs once."""
-    batch = make_batch()
-    overrides = {"sliding_window": 4} if model_type in ("mistral", "gemma3_text") else {}
-    model, by_hand = (tiny(model_type, **overrides) for _ in range(2))
-    options = {"context": "inference", "context_gradient": "one_hop", "seed": 2, **more}
-    handler, by_turns = apply_dropbp(model, 0.0, target_keep=0.4, **options), apply_dropbp(by_hand, 0.0, **options)
-    handler.step()
-    by_turns.step()
-    places = {name: batch[name] for name in ("attention_mask", "position_ids") if name in batch}
-    labels = labels_of(plan_targets(batch["labels"], **places, target_keep=0.4, seed=2, step=0))
-    assert_same(backward(model, batch), backward(by_hand, {**batch, "labels": labels}), **CLOSE)
 
 
 @pytest.mark.parametrize("part", PARTS)

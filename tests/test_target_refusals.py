@@ -250,7 +250,7 @@ def test_prompts_of_other_images_are_not_shared():
         model(**batch, pixel_values=torch.cat([one[:2], -one[2:]]))
 
 
-def test_reentrant_checkpointing_serves_one_turn_alone():
+def test_reentrant_checkpointing_serves_one_stage_of_targets_alone(request):
     """Keys of a turn that other turns attend to would have no graph: the gradient through them would be lost."""
     turns = chat()
     batch = {name: value[:2] if isinstance(value, torch.Tensor) else value for name, value in turns.items()}
@@ -263,6 +263,8 @@ def test_reentrant_checkpointing_serves_one_turn_alone():
     checkpointing._warn_of_reentrant.cache_clear()
     with pytest.warns(UserWarning, match="reentrant"):
         assert_same(backward(model, batch), backward(expected, batch), **CLOSE)
+    assert_same(backward(model, turns), backward(expected, turns), **CLOSE)
+    request.getfixturevalue("turns_apart")
     with pytest.raises(ValueError, match=r"use_reentrant: expected False .* with 2 turns"):
         model(**turns)
     TargetRule.of(model).context_gradient = "one_hop"

@@ -15,6 +15,8 @@ from dropbp_kernels.integrations import fusing
 from dropbp_kernels.measure import saved_bytes
 from dropbp_kernels.targets import IGNORED, plan_targets
 
+pytestmark = pytest.mark.usefixtures("turns_apart")
+
 
 def padded(side):
     """Samples of 16, 11 and 7 tokens, each a prompt and a completion, and one without a target."""

@@ -6,6 +6,8 @@ import torch
 from dropbp_kernels.target_share import TargetShare, count_targets
 from dropbp_kernels.targets import IGNORED as X
 
+pytestmark = pytest.mark.usefixtures("turns_apart")
+
 
 def test_rows_by_hand():
     batch = {"labels": torch.tensor([[X, X, X, 7, 8, X], [X, 6, 7, X, X, X]]), "input_ids": torch.zeros(2, 6)}

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from dropbp_kernels.targets import IGNORED as X
 from dropbp_kernels.targets import plan_targets
 
+pytestmark = pytest.mark.usefixtures("turns_apart")
+
 
 def rows_of(stage):
     return [rows[real].tolist() for rows, real in zip(stage.rows, stage.is_row, strict=True)]

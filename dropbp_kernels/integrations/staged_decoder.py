@@ -11,15 +11,12 @@ from torch.utils._pytree import tree_map_only
 
 from ..layer import as_inference
 from ..plan import running
-from ..targets import TargetPlan, TargetRule
+from ..targets import PASS_ROWS, TargetPlan, TargetRule
 from .decoder_parts import DecoderParts, parts_of
 from .stage_keys import LastKeysLeft, ModelMasks, StageKeys
 from .swapping import with_attribute
 from .target_checks import BY_ROW, DOCUMENTS, WITH_CACHE, check_checkpointing, check_inputs
 
-# Of context that run at a time: a pass costs as many calls as a dense forward, and so many rows hold little (200 MiB at
-# a width of 4096). With 1,024, a checkpointed step of the size in benchmarks/steps.py took a tenth more.
-MIN_ROWS = 2048
 COUNTS_TOKENS = ("opt",)  # whose positions leave padding on the left out; all others count places
 
 
@@ -97,7 +94,7 @@ def rows_at_once(parts: DecoderParts, num_target_rows: int) -> int:
     else:
         shares = (float(gate.kept) if isinstance(gate.kept, bool) else gate.kept.kept_share for gate in parts.gates)
         times = 1 + int(sum(shares)) // 8
-    return max(MIN_ROWS, times * num_target_rows)
+    return max(PASS_ROWS, times * num_target_rows)
 
 
 @contextmanager

@@ -136,7 +136,7 @@ def gathers_weights(decoder: nn.Module) -> bool:
 def check_ranks(decoder: nn.Module, num_passes: int, num_targets: int) -> None:
     """Raise ValueError, on all ranks of one that `gathers_weights`, where they would take other numbers of passes.
 
-    They would wait for each other for ever. A batch is asked about and not the model, since turns are the data's.
+    They would wait for each other for ever. A batch is asked about and not the model, since targets are the data's.
     """
     counts = [num_passes, num_targets]
     device = next(decoder.parameters()).device
@@ -145,7 +145,8 @@ def check_ranks(decoder: nn.Module, num_passes: int, num_targets: int) -> None:
     if most[:2].tolist() != (-most[2:]).tolist():
         raise ValueError(
             f"labels: expected as many passes on every rank under FSDP, got {num_passes} of which {num_targets} of "
-            f"targets here and up to {most[0]} and {most[1]} elsewhere; use DDP, or batches with the same turns"
+            f"targets here and up to {most[0]} and {most[1]} elsewhere; use DDP, or batches that are alike (each with "
+            "targets and context, and of one length)"
         )
 
 

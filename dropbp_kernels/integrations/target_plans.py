@@ -207,6 +207,7 @@ def _make_plan(decoder: Any, rule: TargetRule, labels: Tensor, inputs: dict[str,
         context_keep=rule.context_keep,
         target_windows=rule.target_windows,
         target_keep=rule.target_keep,
+        turns=_turns(decoder, rule),
         seed=rule.seed,
         step=rule.step,
     )
@@ -223,6 +224,15 @@ def _make_plan(decoder: Any, rule: TargetRule, labels: Tensor, inputs: dict[str,
     if position_ids is None:
         position_ids = torch.arange(labels.shape[1], device=labels.device).unsqueeze(0)
     return plan.with_shared_context(tokens, position_ids)
+
+
+def _turns(decoder: Any, rule: TargetRule) -> str:
+    """How turns may run, as `plan_targets` has it."""
+    if rule.shared_context or rule.context_gradient == "full":  # a context with targets in it is not shared; no gain
+        return "apart"
+    if decoder.config._attn_implementation not in TAKES_MASKS:
+        return "apart"
+    return "together" if parts_of(decoder).gathers_weights else "auto"
 
 
 def _check_mask(mask: Any) -> Tensor | None:
