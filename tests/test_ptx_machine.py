@@ -39,7 +39,7 @@ def run(body, x, y, threads=32, blocks=1):
 
 def numbers(values, dtype):
     """One in each 8 bytes, over and over."""
-    x = torch.zeros(64, 8, dtype=torch.uint8)
+    x = torch.zeros(65, 8, dtype=torch.uint8)[:64]  # where the next tensor cannot begin right behind it
     data = np.resize(np.array(values, dtype), 64)
     x.numpy()[:, : data.itemsize] = data.view(np.uint8).reshape(64, -1)
     return x
@@ -217,6 +217,7 @@ OTHER += "ld.shared.u32 %r8, [%d5];"
         ("setp.lt.u32 %p1, %r1, 16; @%p1 shfl.sync.idx.b32 %r4, %r1, 0, 31, -1;", "some threads of a warp are"),
         ("setp.lt.u32 %p1, %r1, 16; @%p1 bar.warp.sync -1;", "some threads of a warp are elsewhere"),
         ("frobnicate.b32 %r4, %r1;", "does not know frobnicate"),
+        ("cvt.rz.bf16.f32 %r4, %r1;", "rounds to the nearest alone"),
         ("call.uni (retval0), vprintf, (param0, param1);", "as an assertion does that fails"),
         # The same as some of the above, put right.
         ("ld.global.b32 %r4, [%d1+4];", None),

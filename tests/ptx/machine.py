@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .arithmetic import BITS, OPERATIONS, convert, read, write
+from .arithmetic import BITS, OPERATIONS, OTHER_ROUNDINGS, convert, read, write
 from .memory import Fault, GlobalMemory, Order, OwnMemory, Traffic
 from .program import Instruction, Program
 
@@ -39,6 +39,8 @@ def launch(
     per_block, num_blocks = math.prod(block), math.prod(grid)
     if per_block % WARP:
         raise ValueError(f"block: expected a multiple of {WARP} threads, got {tuple(block)}")
+    if per_block > program.max_threads:
+        raise Fault(f"{program.name}: {per_block} threads a block, {program.max_threads} at most")
     first_block = 0
     if num_last_blocks is not None:
         first_block = max(num_blocks - num_last_blocks, 0)
@@ -207,6 +209,8 @@ class _Threads:
     # ---- Instructions.
 
     def _execute(self, instruction: Instruction, mask: np.ndarray) -> None:
+        if not OTHER_ROUNDINGS.isdisjoint(instruction.modifiers):
+            raise NotImplementedError(f"{instruction.text}: this machine rounds to the nearest alone")
         special = {
             "ld": self._move, "st": self._move, "ldmatrix": self._move_matrices, "stmatrix": self._move_matrices,
             "mov": self._copy, "shfl": self._shuffle, "setp": self._compare, "cvt": self._convert,

@@ -48,6 +48,7 @@ class Program:
     parameters: Space = field(default_factory=Space)
     shared: Space = field(default_factory=Space)
     local: Space = field(default_factory=Space)
+    max_threads: int = 1024  # of a block
 
     def width(self, register: str) -> int:
         return self.widths[register.rstrip("0123456789")]
@@ -76,7 +77,10 @@ def parse(ptx: str, name: str | None = None) -> Program:
     end = ptx.index(")", found[0].end())
     for parameter in filter(None, (text.strip() for text in ptx[found[0].end() : end].split(","))):
         _declare(program.parameters, parameter.removeprefix(".param").strip())
-    _parse_body(program, _body(ptx, ptx.index("{", end)))
+    start = ptx.index("{", end)
+    if bound := re.search(r"\.maxntid (\d+)", ptx[end:start]):
+        program.max_threads = int(bound[1])
+    _parse_body(program, _body(ptx, start))
     return program
 
 
