@@ -3,6 +3,7 @@
 The numbers are tested with the ops (`test_gated_residual_add.py`, `test_gated_residual_rms_norm.py`).
 """
 
+import ast
 import json
 import os
 import subprocess
@@ -216,3 +217,16 @@ def test_frozen_weight_allocates_no_partial_sums(monkeypatch):
     rstd, weight = torch.ones(len(x), device=device), torch.ones(8, device=device)
     norm_kernels.launch_gated_residual_rms_norm_backward(x, None, x, weight, rstd, False, False)
     assert seen == [(0, 8), 0]
+
+
+def test_every_launch_is_on_the_device_of_its_tensors():
+    """And so on the current stream of that device: Triton asks for those of the current one."""
+    for path in sorted(Path(rows.__file__).parent.glob("*.py")):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        launches = [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)]
+        blocks = [
+            node for node in nodes if isinstance(node, ast.With) and "device_guard(" in ast.unparse(node.items[0])
+        ]
+        guarded = [node for block in blocks for node in ast.walk(block)]
+        assert (len(launches) > 0) == (path.stem not in ("__init__", "rows")), path.stem
+        assert all(launch in guarded for launch in launches), path.stem
