@@ -5,6 +5,7 @@ import struct
 import numpy as np
 import pytest
 import torch
+from ptx.fat_binary import lz4
 from ptx.machine import launch
 from ptx.memory import Fault, extent
 from ptx.program import parse
@@ -252,3 +253,15 @@ def test_last_blocks_alone():
     arguments = [struct.pack("<Q", out.data_ptr())] * 2
     launch(program, (2, 1, 1), (32, 1, 1), arguments, [extent(out)], num_last_blocks=1)
     assert out.numpy()[:, :4].copy().view("u4").ravel().tolist() == [0] * 32 + [*range(32, 64)]
+
+
+@pytest.mark.parametrize(
+    ("block", "expected"),
+    [
+        (b"\x13\n\x01\x00\x50hello", b"\n" * 8 + b"hello"),
+        (b"\x1fa\x01\x00\x02\x10b\0\0", b"a" * 22 + b"b"),  # zeros follow
+        (b"\x3eabc\x03\x00\xf0\x01" + b"0123456789abcdef", b"abc" * 7 + b"0123456789abcdef"),
+    ],
+)
+def test_what_nvcc_12_compresses(block, expected):
+    assert lz4(block) == expected
