@@ -200,31 +200,100 @@ def assert_as_the_reference(op: str, arguments: tuple[Any, ...], actual: list[Te
             assert ours.ne(theirs).sum() <= max(2, ours.numel() // 10)
 
 
-def huge(op: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Arguments of more than 2^31 elements, whose memory is touched at the last rows alone, and those rows of them."""
-    rows, width, num_last = (1 << 21) + 3, 1024, 4
-    tensors = [torch.empty(rows, width, dtype=torch.bfloat16) for _ in range(2)]
-    for tensor in tensors:
-        tensor[-num_last:] = torch.randn(num_last, width)
-    rest: tuple[Any, ...] = {
-        "gated_residual_add_": (None,),
-        "glu_": ("silu",),
-        "gated_residual_rms_norm": (torch.randn(width).bfloat16(), 1e-5, False),
-    }[op]
-    return (*tensors, *rest), (*(tensor[-num_last:].clone() for tensor in tensors), *rest)
+HUGE_ROWS, HUGE_WIDTH, NUM_LAST = (1 << 22) + 3, 1024, 4  # more elements than 32 bits can number
 
 
-HUGE = ("gated_residual_add_", "glu_", "gated_residual_rms_norm")
+def _huge(rows: int = HUGE_ROWS, width: int = HUGE_WIDTH, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Memory that is touched at the last rows alone."""
+    tensor = torch.empty(rows, width, dtype=dtype)
+    tensor[-NUM_LAST:] = 0.5 + torch.rand(NUM_LAST, width)
+    return tensor
 
 
-def assert_last_rows_as_the_reference(op: str, call_huge: Callable[..., Any]) -> None:
-    arguments, last = huge(op)
+def _huge_order() -> Tensor:
+    return torch.cat([torch.arange(HUGE_ROWS - NUM_LAST), torch.arange(HUGE_ROWS - NUM_LAST, HUGE_ROWS).flip(0)])
+
+
+def _huge_parts() -> tuple[Tensor, Tensor]:
+    return _huge(HUGE_ROWS // 4), _huge(HUGE_ROWS - HUGE_ROWS // 4)
+
+
+def _channels() -> Tensor:
+    return torch.randperm(HUGE_WIDTH)[:64]
+
+
+# raw op, and what of it -> huge arguments. Results of each row depend on that row alone.
+HUGE: dict[tuple[str, str], Callable[[], tuple[Any, ...]]] = {
+    ("gated_residual_add_", "all"): lambda: (_huge(), _huge(), None),
+    ("gated_residual_add_", "rows"): lambda: (_huge(), _huge(), _huge_order()),
+    ("gated_residual_add_backward", "rows"): lambda: (
+        _huge(),
+        _huge_order(),
+        torch.full((HUGE_ROWS,), 2.0),
+        1.0,
+        torch.bfloat16,
+    ),
+    ("permuted_residual_add", "some"): lambda: (_huge(), *_huge_parts(), _huge_order()),
+    ("gated_residual_rms_norm", "llama"): lambda: (_huge(), _huge(), torch.randn(HUGE_WIDTH).bfloat16(), 1e-5, False),
+    ("gated_residual_layer_norm", "no bias"): lambda: (
+        _huge(),
+        _huge(),
+        torch.randn(HUGE_WIDTH).bfloat16(),
+        None,
+        1e-5,
+    ),
+    ("permuted_norm", "llama"): lambda: (
+        _huge(),
+        torch.randn(HUGE_WIDTH).bfloat16(),
+        None,
+        _huge_order(),
+        HUGE_ROWS // 4,
+        1e-5,
+        False,
+        False,
+        torch.bfloat16,
+    ),
+    ("glu_", "silu"): lambda: (_huge(), _huge(), "silu"),
+    ("glu_backward_", "silu"): lambda: (_huge(), _huge(), _huge(), "silu"),
+    ("partial_gather", "some"): lambda: (_huge(), _channels()),
+    ("column_update_", "some"): lambda: (_huge(), _huge(width=64), _channels(), 2.0),
+    ("column_update_", "transposed"): lambda: (
+        _huge().t(),
+        torch.rand(HUGE_WIDTH, 1),
+        torch.tensor([HUGE_ROWS - 1]),
+        2.0,
+    ),
+    ("column_restore_", "some"): lambda: (_huge(), _huge(width=64), _channels()),
+    ("rope", "samples"): lambda: (
+        _huge()[:, None, None],
+        _huge(width=64)[:, None],
+        _huge(width=64)[:, None],
+        False,
+    ),
+}
+
+
+def _last(argument: Any) -> Any:
+    """What stands of a huge argument in its last rows, which may be columns; rows are numbered from there."""
+    if not isinstance(argument, torch.Tensor):
+        return 0 if argument == HUGE_ROWS // 4 else argument  # rows that are kept
+    first = HUGE_ROWS - NUM_LAST
+    if argument.dtype == torch.int64:
+        return argument[-NUM_LAST:] - first if argument[-1] >= first else argument
+    if argument.shape[0] == HUGE_ROWS // 4:
+        return argument[:0]
+    is_huge = [size >= HUGE_ROWS // 2 for size in argument.shape]
+    return (argument[-NUM_LAST:] if is_huge[0] else argument[..., -NUM_LAST:] if is_huge[-1] else argument).clone()
+
+
+def assert_last_rows_as_the_reference(op: str, name: str, call_huge: Callable[..., Any]) -> None:
+    arguments = HUGE[op, name]()
+    expected = call(getattr(reference, f"{op}_reference"), tuple(_last(argument) for argument in arguments))
     results = call_huge(*arguments)
-    results = [arguments[0]] if results is None else list(results)[:2]
-    expected = getattr(reference, f"{op}_reference")(*last)
-    expected = [last[0]] if expected is None else list(expected)[:2]
-    for ours, theirs in zip(results, expected, strict=True):
-        torch.testing.assert_close(ours[-len(theirs) :], theirs, rtol=1.6e-2, atol=1.6e-2)
+    results = [] if results is None else [results] if isinstance(results, torch.Tensor) else list(results)
+    results += [argument for argument in arguments if isinstance(argument, torch.Tensor)]
+    for ours, theirs in zip(map(_last, results), expected, strict=True):
+        torch.testing.assert_close(ours[len(ours) - len(theirs) :], theirs, rtol=1.6e-2, atol=1.6e-2)
 
 
 @dataclass(frozen=True)

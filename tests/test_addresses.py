@@ -1,8 +1,9 @@
 """Addresses beyond 2^31 elements, in every backend, mostly on memory that nobody touches.
 
 C++ CPU   the compiler finds every narrowing of a 64-bit index, and test_gated_residual_add.py runs 2^31 + 2^11 elements
-CUDA      flat kernels run on the host, one thread at places beyond 2^31 and 2^32 (cuda_index_arithmetic.cpp)
-Triton    test_triton.py reads the compiled kernels: no product of 32 bits is left but those of columns
+CUDA      test_ptx_cuda.py runs the last blocks of launches over 2^32 + 2^11 elements
+Triton    test_ptx_triton.py does the same; test_triton.py reads the compiled kernels: no product of 32 bits is left but
+          those of columns
 GPU       test_on_gpu.py runs over more than 2^31 elements
 """
 
@@ -10,7 +11,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import cuda_host
 import pytest
 import torch
 
@@ -33,12 +33,3 @@ def test_the_compiler_would_see_a_narrowed_index(tmp_path):
     (tmp_path / "narrow.cpp").write_text("long f(long i, long w) { int at = i * w; return at; }\n")
     command = ["clang++", "-fsyntax-only", "-Werror=shorten-64-to-32", str(tmp_path / "narrow.cpp")]
     assert subprocess.run(command, capture_output=True).returncode != 0
-
-
-@pytest.mark.skipif(not cuda_host.can_build(), reason="needs g++ and CUDA's headers")
-def test_cuda_kernels_address_beyond_2_32(tmp_path):
-    program = cuda_host.build("cuda_index_arithmetic.cpp", tmp_path)
-    done = subprocess.run([program], capture_output=True, text=True)
-    if done.returncode == 77:
-        pytest.skip("the system reserves no 100 GB of addresses")
-    assert done.returncode == 0, done.stdout
