@@ -223,7 +223,9 @@ class DropBP(nn.Module):
             output = self.without_padding(self.as_kept(branch) if entry else branch)(residual, *args, **kwargs)
             return self.shown(output) if entry else output.detach()
         with as_inference(residual.device.type):
-            return self.without_padding(self.as_dropped(branch))(residual, *args, **kwargs)
+            output = self.without_padding(self.as_dropped(branch))(residual, *args, **kwargs)
+        # Its input, or what it closes over, has a graph that the branch did not make.
+        return output.detach() if isinstance(output, Tensor) and output.requires_grad else output
 
     def as_kept(self, branch: Callable[..., Any]) -> Callable[..., Any]:
         """`branch` as a kept one runs: as written, or checkpointed, in slices where the gate has them.

@@ -107,6 +107,17 @@ def test_a_registered_family_is_found(mine):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_a_branch_pruned_to_an_identity_is_dropped_too(mine):
+    model = nn.Sequential(MyBlock())
+    model[0].norm = model[0].attn = nn.Identity()
+    with pytest.warns(UserWarning, match="FLOPs unknown"):
+        handler = apply_dropbp(model, 0.5)
+    handler.set_plan([False, False])
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    model(x).sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
 def test_grad_scale_scales_each_kept_branch_once(mine):
     """One block has one branch between its parameters and the loss, so all gradients scale by the factor."""
     grads = {}

@@ -42,6 +42,16 @@ def test_dropped_branch_has_the_same_value_and_only_the_residual_gets_a_gradient
     assert torch.equal(x.grad, 2 * dropped)
 
 
+def test_a_dropped_branch_that_computes_nothing_is_a_constant_too():
+    """An identity, as dropout at rate 0 is, and what somebody computed before the gate."""
+    gate, x = DropBP(), torch.randn(2, 3, 8, requires_grad=True)
+    gate.kept = False
+    before = x.tanh()
+    for branch in (torch.nn.Identity(), torch.nn.Dropout(0.0), lambda x: before):
+        (grad,) = torch.autograd.grad(gate.residual_add(x, branch).sum(), x)
+        assert torch.equal(grad, torch.ones_like(x))
+
+
 @pytest.mark.parametrize("dropped_runs", ["inference", "detach"])
 def test_what_a_dropped_branch_saves(dropped_runs):
     block, x = ToyBlock(), torch.randn(2, 3, 8, requires_grad=True)

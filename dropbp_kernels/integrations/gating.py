@@ -144,7 +144,10 @@ def _gated_class(original: Any) -> Any:
             return _call_by_rows(self, run, split, args, kwargs)
         if not any(entry or gate.dropped_runs == "detach" for gate, entry in zip(gates, entries, strict=True)):
             with as_inference("cpu" if stream is None else stream.device.type):
-                return whole(gates[0].as_dropped(run))(*args, **kwargs)
+                output = whole(gates[0].as_dropped(run))(*args, **kwargs)
+            if isinstance(output, Tensor) and output.requires_grad and "_dropbp_last_of" in vars(self):
+                return output.detach()  # an identity's
+            return output
         kept = next((gate for gate, entry in zip(gates, entries, strict=True) if entry), None)
         output = whole(run if kept is None else kept.as_kept(run))(*args, **kwargs)
         last_of = vars(self).get("_dropbp_last_of")
