@@ -107,6 +107,55 @@ def test_a_registered_family_is_found(mine):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+class AfterTheAdd(nn.Module):
+    """The norm runs on the stream. Its own argument comes first, and the stream is added to in place."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.attn, self.norm = nn.Linear(width, width), nn.LayerNorm(width)
+        self.mlp = nn.Linear(width, width)
+
+    def forward(self, scale, x):
+        x += scale * self.attn(x)
+        return self.norm(x) + self.mlp(x)
+
+
+class Conditioned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([AfterTheAdd(), AfterTheAdd()])
+
+    def forward(self, x):
+        x = x + 0.0
+        for block in self.blocks:
+            x = block(torch.ones(1, 1, 8), x)
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:.*FLOPs unknown")
+@pytest.mark.parametrize("attention", [("norm", "attn"), ("attn", "norm")])
+def test_a_norm_behind_the_add_is_not_taken_for_a_part_of_the_branch(attention):
+    """With the branch dropped, nothing below the block had a gradient."""
+    model, inputs = Conditioned(), {"x": torch.randn(2, 3, 8)}
+    wrong = Family(("AfterTheAdd",), {"attention": attention, "mlp": ("mlp",)})
+    with pytest.raises(ValueError, match=r"norm.*; mlp\), no gradient passes through AfterTheAdd"):
+        apply_dropbp(model, 0.5, families=[wrong], inputs=inputs)
+    assert not left_of_dropbp(model)
+    right = Family(("AfterTheAdd",), {"attention": ("attn",), "mlp": ("mlp",)})
+    handler = apply_dropbp(model, 0.5, families=[right], inputs=inputs)
+    assert handler.plan.kept == (True,) * 4
+    assert all(gate.kept is True for gate in handler.gates.values())
+
+
+def test_registered_branches_of_a_language_model_are_checked_on_four_tokens():
+    """BERT's `attention` holds the norm behind its add. A model that does not take tokens is not checked."""
+    wrong = Family(("BertLayer",), {"attention": ("attention",), "mlp": ("intermediate", "output.dense")})
+    with pytest.raises(ValueError, match="no gradient passes through BertLayer"):
+        apply_dropbp(tiny_causal_lm("bert"), 0.5, families=[wrong])
+    images = Family(("ViTLayer",), {"attention": ("layernorm_before", "attention"), "mlp": ("layernorm_after", "mlp")})
+    assert len(apply_dropbp(encoder_decoder("vit")[0], 0.5, families=[images]).gates) == 4
+
+
 def test_a_branch_pruned_to_an_identity_is_dropped_too(mine):
     model = nn.Sequential(MyBlock())
     model[0].norm = model[0].attn = nn.Identity()

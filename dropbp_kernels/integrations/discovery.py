@@ -92,6 +92,41 @@ def prove(model: nn.Module, inputs: dict[str, Any], gates: dict[nn.Module, list[
             raise NotFound(f"model: the branches found in {type(block).__name__} fail the proof: {_three_lines(block)}")
 
 
+def check_streams(
+    model: nn.Module, inputs: dict[str, Any], gates: dict[nn.Module, list[Any]], *, is_guess: bool = False
+) -> None:
+    """Check, on the patched model, that with everything dropped a gradient still passes through each block.
+
+    For branches that somebody named: a norm behind the add, taken for a part of one, would cut the stream. Blocks that
+    do not run on `inputs`, or return no tensor of an input's shape, are not checked. The plan is restored.
+
+    gates: the gates of each block. is_guess: as in `discover`; a guess that the model does not take checks nothing.
+    Errors: NotFound, naming the block; those of the model for other inputs.
+    Cost:   one forward that records gradients.
+    """
+    plan = {gate: gate.kept for block in gates.values() for gate in block}
+    cut: list[nn.Module] = []
+    try:
+        with _traceable(model), ExitStack() as hooks:
+            for block, members in gates.items():
+                for gate in members:
+                    gate.kept = False
+                hooks.enter_context(_watched_for_a_cut(block, cut))
+            model(**inputs)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        if not is_guess:
+            raise
+    finally:
+        for gate, kept in plan.items():
+            gate.kept = kept
+    if cut:
+        named = "; ".join(", ".join(gate.paths) for gate in gates[cut[0]])
+        raise NotFound(
+            f"model: with its branches dropped ({named}), no gradient passes through {type(cut[0]).__name__}. A branch "
+            "ends before its add: leave out a norm that runs behind it, on the stream."
+        )
+
+
 def example_inputs(model: nn.Module) -> dict[str, Any] | None:
     """Four tokens for a language model of transformers; None for a model of which it is not known what it takes."""
     if not (hasattr(model, "get_input_embeddings") and hasattr(model, "config")):
@@ -296,6 +331,34 @@ def _detached(module: nn.Module) -> RemovableHandle:
 
 
 @contextmanager
+def _watched_for_a_cut(block: nn.Module, cut: list[nn.Module]) -> Iterator[None]:
+    """Add `block` to `cut` if in its first call no input of its output's shape gets a gradient from it."""
+    leaves: list[Tensor] = []
+    seen: list[bool] = []
+
+    def start(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        def from_leaf(value: Any) -> Any:
+            if seen or not isinstance(value, Tensor) or not value.is_floating_point():
+                return value
+            leaves.append(value.detach().requires_grad_())
+            return leaves[-1].clone()  # a leaf could not be added to in place
+
+        return tuple(map(from_leaf, args)), {name: from_leaf(value) for name, value in kwargs.items()}
+
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        result = _first_of(output)
+        if result is not None and not seen:
+            streams = {id(leaf) for leaf in leaves if leaf.shape == result.shape}
+            nodes = _below(result.grad_fn, set()) if result.requires_grad else ()
+            if streams and streams.isdisjoint(id(getattr(node, "variable", None)) for node in nodes):
+                cut.append(block)
+        seen.append(True)
+
+    with block.register_forward_pre_hook(start, with_kwargs=True), block.register_forward_hook(end):
+        yield
+
+
+@contextmanager
 def _proved(block: nn.Module, gates: list[Any], measured: dict[Any, Tensor], must_be_free: bool) -> Iterator[None]:
     def finish(leaf: Tensor, output: Tensor | None) -> None:
         if output is None or output.grad_fn is None:
@@ -328,7 +391,7 @@ def _refusal(blocks: dict[str, nn.Module], reasons: dict[str, str]) -> str:
 def _three_lines(block: nn.Module) -> str:
     children = ", ".join(name for name, _ in block.named_children())
     return (
-        f"If you know its branches, name them:\n    from dropbp_kernels import register_family\n"
+        f"If you know its branches, name what runs before each add:\n    from dropbp_kernels import register_family\n"
         f'    branches = {{"attention": ("<norm>", "<attention>"), "mlp": ("<norm>", "<mlp>")}}  # of: {children}\n'
         f'    register_family("mine", block="{type(block).__name__}", branches=branches)'
     )

@@ -220,6 +220,9 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+# The others are somebody's own, and `apply_dropbp` checks them.
+SHIPPED = tuple(FAMILIES.values())
+
 
 def register_family(
     name: str,
@@ -231,8 +234,9 @@ def register_family(
     """Make `apply_dropbp` know the blocks of your model; return the entry, which `families=[...]` takes too.
 
     block: class name (or names) of the blocks. branches: by branch name, its modules in the order in which they run,
-    written as this module's docstring says. An entry of the same name is replaced. per_token: the branches that
-    process tokens independently, so that granularity="token" may keep a share of these.
+    written as this module's docstring says; a norm behind the add is none of them, which `apply_dropbp` checks if it is
+    given `inputs`. An entry of the same name is replaced. per_token: the branches that process tokens independently, so
+    that granularity="token" may keep a share of these.
 
     Errors: TypeError for a string in place of a sequence of module names; ValueError for a branch without modules, a
             branch name that is no identifier, or a block class that another entry has already.

@@ -26,8 +26,8 @@ from ..handler import DropBPHandler, check_drop_rate
 from ..targets import TargetRule
 from . import fused_lora, fused_mlp, fusing
 from .checkpointing import CheckpointByPlan, takes_cache, without_cache
-from .discovery import discover, example_inputs, prove, ungated_blocks
-from .families import FAMILIES
+from .discovery import check_streams, discover, example_inputs, prove, ungated_blocks
+from .families import FAMILIES, SHIPPED
 from .family import Family
 from .gating import ModuleGate
 from .output_head import check_fused_loss, patch_head, unpatch_head
@@ -65,6 +65,8 @@ def apply_dropbp(
     drop_rate: the probability that a step drops a branch, 0 <= drop_rate < 1; 0 drops none.
     families: the names or entries of `integrations.families` to look for, in place of all. A model without known blocks
         is traced by a forward on `inputs` (default: four tokens), and what is found is proved (see `discovery`).
+    inputs: a batch of the model's arguments by name. On it, or on four tokens, branches that you registered are checked
+        for one that ends behind its add.
     fused: True fuses residual adds with the norms behind them, where the family's norms allow it (see `fusing`), the
         activation and product of gated MLPs (see `fused_mlp`), and PEFT's LoRA layers, those that come later from the
         handler's next step on (see `fused_lora`). Results are then equal to rounding. "auto": where something faster
@@ -131,6 +133,8 @@ def apply_dropbp(
             _patch(block, family)
         if traced is not None:
             prove(model, traced, {block: list(find_gates(block).values()) for block, _ in blocks})
+        else:
+            _check_named(model, blocks, inputs)
         _patch_checkpointed(model)
         fusing.install(model, fused)
         _check_flops(model)
@@ -227,6 +231,14 @@ def _patch(block: nn.Module, family: Family) -> None:
         gate.refresh()
     if forward is not None:
         swap(block, _class_with, forward)
+
+
+def _check_named(model: nn.Module, blocks: list[tuple[nn.Module, Family]], inputs: dict[str, Any] | None) -> None:
+    """Check the branches that somebody registered, where weights have values and it is known what the model takes."""
+    named = [block for block, family in blocks if not any(family is shipped for shipped in SHIPPED)]
+    given = inputs or example_inputs(model)
+    if named and given is not None and not any(parameter.is_meta for parameter in model.parameters()):
+        check_streams(model, given, {block: list(find_gates(block).values()) for block in named}, is_guess=not inputs)
 
 
 def _patch_checkpointed(model: nn.Module) -> None:
