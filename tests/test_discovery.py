@@ -107,6 +107,14 @@ def test_what_cannot_be_proved_is_refused_with_three_lines(block, reason):
     assert all(module.training for module in model.modules())
 
 
+def test_a_refusal_is_about_blocks_and_not_about_what_feeds_them():
+    """Wav2Vec2's convolutions are a list of modules too, and come first."""
+    model = Model(PostNorm)
+    model.embed = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 8))
+    with pytest.raises(NotFound, match=r"branches in blocks\.0 \(PostNorm\): .*norm after the add"):
+        apply_dropbp(model, 0.5, inputs=inputs())
+
+
 def test_the_proof_sees_a_branch_that_leaks(monkeypatch):
     """A gate that does not drop: the proof, and not a later gradient, has to say so."""
     monkeypatch.setattr(ModuleGate, "entry", lambda gate, stream: True)

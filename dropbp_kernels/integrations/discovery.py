@@ -26,6 +26,7 @@ _KINDS = {
     "mlp": ("mlp", "ffn", "feed", "moe", "expert", "dense", "fc"),
     "mixer": ("mixer", "mamba", "ssm", "conv", "rec", "time", "temporal"),
 }
+_NO_STREAM = "it does not map a stream to a stream of the same shape"
 
 
 class NotFound(ValueError):
@@ -236,7 +237,7 @@ def _traced(name: str, block: nn.Module, found: dict[str, Family], reasons: dict
 
 def _branches(block: nn.Module, leaf: Tensor, output: Tensor | None, outputs: list[tuple[str, Any]]) -> Family:
     if output is None or output.shape != leaf.shape or output.grad_fn is None:
-        raise NotFound("it does not map a stream to a stream of the same shape")
+        raise NotFound(_NO_STREAM)
     is_output = {node for _, node in outputs}
     roots, stream = _roots(output.grad_fn, leaf, is_output)
     if not roots:
@@ -382,7 +383,8 @@ def _proved(block: nn.Module, gates: list[Any], measured: dict[Any, Tensor], mus
 def _refusal(blocks: dict[str, nn.Module], reasons: dict[str, str]) -> str:
     if not blocks:
         return "model: no list of blocks found in it. Put gates into its forward (DropBP), or use register_family."
-    name = next((name for name in blocks if name in reasons), next(iter(blocks)))
+    called = [name for name in blocks if name in reasons] or list(blocks)
+    name = min(called, key=lambda name: reasons.get(name) == _NO_STREAM)  # convolutions of an input stand before blocks
     why = reasons.get(name, "the forward did not call it")
     block = blocks[name]
     return f"model: found no residual branches in {name} ({type(block).__name__}): {why}. {_three_lines(block)}"
