@@ -77,6 +77,22 @@ def detach_drawn(entry, gate):
     return hook
 
 
+def test_a_sequence_first_attention_is_refused_and_nothing_is_patched():
+    """Its time steps were taken for samples: other values, and no error."""
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, norm_first=True)  # batch_first is False by default
+    model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    named = Family(
+        ("TransformerEncoderLayer",), {"attention": ("norm1", "self_attn"), "mlp": ("norm2", "linear1", "linear2")}
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*FLOPs unknown")
+        with pytest.raises(
+            ValueError, match=r"layers\.0\.gate_attention has an nn\.MultiheadAttention of \(seq, batch"
+        ):
+            apply_dropbp(model, 0.5, granularity="sample", families=[named])
+        assert len(apply_dropbp(model, 0.5, families=[named]).gates) == 4
+
+
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt"])
 def test_padding_is_told_to_the_gates_and_never_kept(model_type):
     model = double(model_type)

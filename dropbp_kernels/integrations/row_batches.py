@@ -19,6 +19,17 @@ _HANDLE = "_dropbp_batch_handle"
 _GATES = "_dropbp_gates_below"
 
 
+def check_batch_first(gates: dict[str, DropBP]) -> None:
+    """Errors: ValueError for a branch whose attention takes the sequence first: steps would be taken for samples."""
+    for name, gate in gates.items():
+        for module in gate.modules_of_branch:
+            if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
+                raise ValueError(
+                    f"granularity: expected a stream of (batch, seq, ...) for a plan by rows, but {name} has an "
+                    'nn.MultiheadAttention of (seq, batch, ...); build it with batch_first=True or use "branch"'
+                )
+
+
 def tell_gates_of_batches(model: nn.Module) -> None:
     """Let every module above the patched blocks of `model` tell the gates below it of its batch."""
     blocks = {id(below) for module in model.modules() if _is_block(module) for below in module.modules()}

@@ -31,7 +31,7 @@ from .families import FAMILIES, SHIPPED
 from .family import Family
 from .gating import ModuleGate
 from .output_head import check_fused_loss, patch_head, unpatch_head
-from .row_batches import recorded_outputs, stop_telling, tell_gates_of_batches
+from .row_batches import check_batch_first, recorded_outputs, stop_telling, tell_gates_of_batches
 from .swapping import is_swapped, subclass, swap, swap_back
 from .target_checks import check_context
 from .target_plans import patch_targets, unpatch_targets
@@ -153,6 +153,7 @@ def apply_dropbp(
             "target_keep": target_keep,
         }
         if handler.granularity != "branch":
+            check_batch_first(handler.gates)
             tell_gates_of_batches(model)
         if families is None and (ungated := ungated_blocks(model)):
             _warn_of_ungated(ungated)
