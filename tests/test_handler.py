@@ -74,6 +74,9 @@ def test_kept_one_is_spread_over_the_branches():
     handler = DropBPHandler(toy_model(4), 0.5, sampler=never)
     chosen = [handler.draw(step).kept.index(True) for step in range(400)]
     assert all(60 < chosen.count(index) < 140 for index in range(4))  # expected 100, standard error 8.7
+    handler.set_drop_rates([0.8, 0.4, 0.4, 0.4])
+    chosen = [handler.draw(step).kept.index(True) for step in range(400)]
+    assert 16 < chosen.count(0) < 64  # expected 40, in proportion to 1 - rate; standard error 6
 
 
 def test_nothing_to_back_propagate_is_seen_from_the_loss():

@@ -111,6 +111,18 @@ def test_evaluation_does_not_count_as_a_call():
     assert (block.gate.batch_size, block.gate.seq_len) == (2, 3)
 
 
+def test_the_batch_of_a_flattened_stream():
+    """It is that of the model where the gate was told of one that fits; else each row is a sample of one token."""
+    gate, stream = DropBP(), torch.zeros(6, 8)
+    assert gate.batch_of(stream)[:2] == (6, 1)
+    gate.num_samples, gate.is_real = 2, torch.ones(2, 3, dtype=torch.bool)
+    assert gate.batch_of(stream)[:2] == gate.batch_of(stream.view(2, 3, 8))[:2] == (2, 3)
+    assert gate.batch_of(stream).is_real is gate.is_real
+    gate.num_samples = 4
+    assert gate.batch_of(stream)[:2] == (6, 1)
+    assert gate.batch_of(stream).is_real is None
+
+
 def test_the_gate_adds_nothing_to_state_dict_and_does_not_own_its_modules():
     norm, linear = torch.nn.LayerNorm(4), torch.nn.Linear(4, 4)
     gate = DropBP(modules=(norm, linear))

@@ -74,6 +74,9 @@ def test_work_is_equal_in_every_step_though_shares_are_not_whole():
 
 def test_one_sample_is_the_branch_plan_of_the_sampler_and_said_once():
     row_plan._say_that_one_sample_is_no_share.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_plan([0.5], by_token=[True]).rows(0, Batch(1, 5, CPU))  # tokens have shares
     with pytest.warns(UserWarning, match="a batch of one sample has no share"):
         make_plan([0.5]).rows(0, Batch(1, 5, CPU))
     with warnings.catch_warnings():
@@ -124,6 +127,8 @@ def test_padding_is_never_kept_and_shares_are_those_of_real_tokens():
         assert is_real.flatten()[rows.permutation[:20]].all()
         assert sorted(rows.permutation.tolist()) == list(range(40))
         assert plan.rows(0, Batch(4, 10, CPU, is_real)).num_kept == 2
+        others = plan.rows(1, Batch(4, 10, CPU, ~is_real)).permutation  # of another micro-batch
+        assert not is_real.flatten()[others[:20]].any()
 
 
 def test_cover_moves_only_samples_that_have_none():
@@ -261,6 +266,14 @@ def test_only_branches_that_train_cover_samples():
         assert kept[2] | kept[3] == {0, 1, 2, 3}
 
 
+@pytest.mark.filterwarnings("ignore:granularity. a batch of one sample")  # said once a process, by whoever comes first
+def test_keep_one_is_asked_of_rows_too():
+    for keep_one in (True, False):
+        handler = DropBPHandler(toy_model(1), 0.9, granularity="sample", keep_one=keep_one)
+        plans = [handler.draw(step).kept[0].plan for step in range(10)]
+        assert all(kept_rows(plan, Batch(1, 5, CPU)) == [{0}] for plan in plans) == keep_one
+
+
 def test_a_plan_of_other_rows_than_the_batch_is_refused():
     model = toy_model(2)
     handler = DropBPHandler(model, 0.5)
@@ -374,6 +387,7 @@ def test_rows_of_a_target_plan_are_one_share_of_all_its_stages():
         seen.add((tuple(first), tokens[0].num_kept))
         assert plan.counts(0) == (4, 8)
         assert plan.counts(1) == (1, 2)
+        assert plan.rows(0, Batch(3, 3, CPU)).num_rows == 9  # another micro-batch, as large as the first stage
     assert {kept for kept, _ in seen} == {(0,), (1,)}
     assert {count for _, count in seen} >= {2, 3}
 
