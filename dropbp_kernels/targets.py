@@ -192,8 +192,8 @@ class TargetPlan:
     num_context: int
     num_target: int
     num_skipped: int
-    num_again: int = 0
-    is_packed: bool = False
+    num_again: int
+    is_packed: bool
 
     @property
     def is_dense(self) -> bool:

@@ -112,6 +112,34 @@ def test_each_branch_is_called_with_its_rows():
     assert x.grad.flatten().tolist() == [1.0, 1.0, 6.0, 1.0]
 
 
+@pytest.mark.parametrize("by_token", [False, True])
+@pytest.mark.parametrize("is_flat", [False, True])
+def test_a_call_is_taken_apart_and_put_together(is_flat, by_token):
+    """The stream, and what a branch returns beside it: scores of flattened tokens, a table for all, a loss or None."""
+    stream = torch.arange(BATCH * SEQ * WIDTH).double().view(BATCH, SEQ, WIDTH).requires_grad_()
+    call = stream.flatten(0, 1) if is_flat else stream
+    rows = plans(0.25, "cpu")[by_token]
+    split = RowSplit(rows, Batch(BATCH, SEQ, stream.device), call)
+    kept, dropped, call = split.take(call)
+    parts = [split.shaped(part) for part in (kept, dropped)]
+    shape = (-1, WIDTH) if is_flat else (1, -1, WIDTH) if by_token else (-1, SEQ, WIDTH)
+    for part, which in zip(parts, (split.kept, split.dropped), strict=True):
+        assert torch.equal(part, call.reshape(rows.num_rows, -1)[which].reshape(shape))
+    (given,) = split.arguments((call.detach()[..., :2],), split.kept)
+    assert torch.equal(given, parts[0][..., :2])
+
+    def branch(part, loss):
+        return part, part.reshape(-1, WIDTH)[:, :2], torch.ones(3, 2), loss
+
+    merged, scores, table, loss = split.merge(branch(parts[0], torch.tensor(1.0)), branch(parts[1], None))
+    assert torch.equal(merged, call)
+    assert torch.equal(scores, stream.reshape(-1, WIDTH)[:, :2])
+    assert (table.shape, loss) == ((3, 2), 1.0)
+    merged.sum().backward()
+    is_kept = torch.zeros(rows.num_rows).index_fill(0, split.kept, 1.0).view(BATCH, -1, 1)
+    assert torch.equal(stream.grad, is_kept.expand_as(stream).double())
+
+
 def test_a_block_mask_of_flex_attention_is_taken_apart_by_samples():
     """Its blocks, and what is masked inside of them; a mask that is the same for all samples stays as it is."""
     lengths, seen = torch.tensor([48, 20, 6, 40]), []

@@ -88,6 +88,9 @@ def test_contexts_that_differ_are_not_shared():
     assert plan.with_shared_context(torch.arange(64).reshape(4, 16), places) is plan
     shifted = places + torch.tensor([[0], [0], [1], [1]])
     assert plan.with_shared_context(batch["input_ids"], shifted) is plan
+    for labels in (torch.ones(4, 16, dtype=torch.long), torch.full((4, 16), IGNORED)):
+        plan = plan_targets(labels)  # no context at all
+        assert plan.with_shared_context(torch.zeros_like(labels), places) is plan
     longer = batch["labels"].clone()
     longer[2, 7] = longer[3, 5] = IGNORED
     longer = plan_targets(longer, batch["attention_mask"])

@@ -59,6 +59,7 @@ def test_loss_on_all_tokens_is_dense():
     assert plan_targets(torch.tensor([[4, 5, 6], [7, 8, 9]])).is_dense
     assert not plan_targets(torch.tensor([[4, 5, 6], [X, X, X]])).is_dense
     assert not plan_targets(torch.tensor([[X, 5, X], [X, X, 9]])).is_dense
+    assert not plan_targets(torch.tensor([[4, 5, 6, 7, 8], [8, 9, 3, X, X]])).is_dense  # no context, and rows that skip
 
 
 def test_gather_takes_the_rows_of_a_stage():
