@@ -105,7 +105,7 @@ class UnsteppedCalls:
             warnings.warn(
                 "step: expected handler.step() before the forward of each optimizer step, but weights changed between "
                 "two forwards without it; the plan stays what it was (before the first step: nothing is dropped). In "
-                "a Trainer use DropBPCallback",
+                "a Trainer use DropBPCallback; LBFGS and SAM, which run several forwards a step, may ignore this",
                 UserWarning,
                 stacklevel=2,
             )
