@@ -16,10 +16,14 @@ NUM_RANKS = 2
 TIMEOUT_S = 240
 
 # What a script imports takes seconds, often longer than what it does: one process imports it, and forks for every rank.
-# It ends with the first that fails, as the others would wait for that one.
+# It ends with the first that fails, as the others would wait for that one. PEFT would import bitsandbytes where it is,
+# and with it torch's inductor, which no rank uses.
 FORKING = """
-import os, runpy, sys
+import contextlib, os, runpy, sys
 
+sys.modules["bitsandbytes"] = None
+with contextlib.suppress(ImportError):
+    import peft
 script, folder = sys.argv[1:]
 sys.argv = [script, folder]
 runpy.run_path(script)

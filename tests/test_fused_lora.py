@@ -2,10 +2,9 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from fused_models import MIXED, build
@@ -324,7 +323,7 @@ model = with_lora(tiny_causal_lm())
 apply_dropbp(model, 0.5, fused=True)
 print(sum(hasattr(type(module), fused_lora._ORIGINAL) for module in model.modules()))
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = forks.run(code)
     assert result.stdout.strip() == "21", result.stderr
 
 
