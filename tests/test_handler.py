@@ -146,6 +146,7 @@ def test_a_new_handler_takes_back_the_plan_of_the_old_one():
     DropBPHandler(model, 0.5).set_plan([False] * 4)
     handler = DropBPHandler(model, 0.5)
     assert handler.plan.kept == tuple(gate.kept for gate in handler.gates.values()) == (True,) * 4
+    assert handler.plan.step == -1  # drawn for no step
 
 
 def test_report_counts_what_was_drawn():

@@ -1,6 +1,7 @@
 """Target plans on models of transformers: what comes back, what is saved, and what they compose with."""
 
 import copy
+import functools
 from contextlib import nullcontext
 
 import pytest
@@ -16,6 +17,22 @@ from dropbp_kernels.targets import IGNORED
 
 def own_loss(logits, labels):
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def test_what_is_made_of_each_label_comes_back_at_its_place():
+    """As TRL's log-probabilities, beside the labels without the first."""
+    model, batch = tiny(), chat()
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def with_values(*args, labels, **kwargs):
+        output = forward(*args, labels=labels, **kwargs)
+        output["of_each_label"] = labels[:, 1:]
+        return output
+
+    model.forward = with_values
+    apply_dropbp(model, 0.0, context="inference").step()
+    assert torch.equal(model(**batch).of_each_label, batch["labels"][:, 1:].clamp(min=0))
 
 
 @pytest.mark.parametrize("model_type", ["cohere", "llama"])  # the first scales its logits behind the head

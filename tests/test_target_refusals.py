@@ -19,7 +19,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dropbp_kernels import DropBPHandler, apply_dropbp
-from dropbp_kernels.integrations import checkpointing
+from dropbp_kernels.integrations import checkpointing, target_checks
 from dropbp_kernels.integrations.same_code import calls
 from dropbp_kernels.targets import IGNORED, TargetRule
 
@@ -228,6 +228,14 @@ def test_images_that_attend_in_both_directions_are_refused():
     batch["labels"][:, :4] = -100
     with pytest.raises(ValueError, match="attention_mask: expected rows that attend to no later ones with context"):
         model(**batch)
+
+
+def test_a_mask_that_looks_one_row_ahead_is_seen():
+    sees = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    added = torch.zeros(1, 1, 4, 4).masked_fill(~sees, torch.finfo(torch.float32).min)
+    assert not any(map(target_checks._looks_ahead, (sees, added, sees[0, 0], None)))
+    sees[..., 1, 2], added[..., 1, 2] = True, 0.0
+    assert all(map(target_checks._looks_ahead, (sees, added)))
 
 
 def test_prompts_of_other_images_are_not_shared():

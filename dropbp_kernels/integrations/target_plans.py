@@ -114,8 +114,7 @@ def _call_with_labels(self: Any, run: Callable[..., Any], *args: Any, **kwargs: 
         return _replace(output, num_rows, lambda values: plan.to_places(values, seq_len - 1))
 
     def logits_at_places(logits: Tensor) -> Tensor:
-        logits = plan.to_places(logits[:, :-1], seq_len)
-        return logits if isinstance(logits_to_keep, int) and logits_to_keep == 0 else logits[:, _last(logits_to_keep)]
+        return plan.to_places(logits[:, :-1], seq_len)[:, _last(logits_to_keep)]
 
     return _replace(output, num_rows + 1, logits_at_places)
 
@@ -269,4 +268,4 @@ def _replace(output: Any, num_rows: int, function: Callable[[Tensor], Tensor]) -
 
 
 def _last(logits_to_keep: Any) -> Any:
-    return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+    return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # 0: all
