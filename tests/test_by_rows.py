@@ -140,6 +140,20 @@ def test_a_call_is_taken_apart_and_put_together(is_flat, by_token):
     assert torch.equal(stream.grad, is_kept.expand_as(stream).double())
 
 
+def test_a_whole_output_and_what_modules_recorded_are_put_together():
+    gate, recorded = DropBP(), {"scores": [torch.zeros(1)]}
+    gate.kept, gate.records = ChosenRows(torch.tensor([False, True, False, True])), lambda: recorded
+    x = torch.randn(4, 3, 2)
+
+    def branch(rows):
+        recorded["scores"].append(rows.flatten(0, 1)[:, :1])
+        return 2 * rows
+
+    assert torch.equal(gate.run(x, branch), 2 * x)
+    assert len(recorded["scores"]) == 2  # one more
+    assert torch.equal(recorded["scores"][1], x.flatten(0, 1)[:, :1])
+
+
 def test_a_block_mask_of_flex_attention_is_taken_apart_by_samples():
     """Its blocks, and what is masked inside of them; a mask that is the same for all samples stays as it is."""
     lengths, seen = torch.tensor([48, 20, 6, 40]), []
