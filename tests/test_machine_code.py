@@ -27,7 +27,8 @@ def stores(tmp_path: Path, architecture: int) -> dict[str, Counter]:
             if (kind, of) != ("elf", architecture):
                 continue
             (tmp_path / "code").write_bytes(code)
-            text = subprocess.run([disassembler(), "-c", tmp_path / "code"], capture_output=True, text=True, check=True)
+            command = [disassembler(), "-c", "-ndf", tmp_path / "code"]  # without its analysis of branches
+            text = subprocess.run(command, capture_output=True, text=True, check=True)
             for section in re.split(r"\.section\s+\.text\.", text.stdout)[1:]:
                 widths = re.findall(r"\bSTG\.E(?:\.EF|\.STRONG|\.GPU|\.SYS)*\.?(U16|64|128)?\b", section)
                 found[section.partition(",")[0]] = Counter({"U16": 16, "": 32}.get(w) or int(w) for w in widths)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo
+import torch._inductor.config
 from op_cases import PUBLIC, RAW, Tensors, assert_as_the_reference, call
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -201,6 +202,9 @@ def test_a_new_grad_scale_is_no_new_compilation(function, dtype):
     assert counter.frame_count == 2
 
 
+# What is ours is how ops are called, not the loops between them: these need no vectors, nor a compiler's trial of each
+# instruction set. Workers that compile would import torch.
+@torch._inductor.config.patch({"cpp.vec_isa_ok": False, "compile_threads": 1})
 def test_inductor_matches_eager():
     """A use of every differentiable function, all in one graph, which is compiled once."""
     chosen = {use.function: name for name, use in reversed(PUBLIC.items()) if use.has_gradient and use.has_backward}
