@@ -11,7 +11,7 @@ BITS = {
     "s32": 32, "f32": 32, "f16x2": 32, "bf16x2": 32, "b64": 64, "u64": 64, "s64": 64, "f64": 64,
 }  # fmt: skip
 ROUNDINGS = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}  # to integers
-OTHER_ROUNDINGS = {"rz", "rm", "rp", "rna", "rs"}  # of floating point, where only the nearest is known here
+OTHER_ROUNDINGS = {"rz", "rm", "rp", "rna", "rs"}  # of conversions, which round to nearest alone here
 
 
 def read(bits: np.ndarray, kind: str) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Runs PTX on the CPU: all threads of a launch at once, in NumPy.
 
 Threads that went different ways run by turns, those at the lowest instruction first, and join where they meet again.
-Approximate instructions (ex2, rsqrt, division) are exact to rounding here.
+Approximate instructions (ex2, rsqrt, division) are exact to rounding here, and arithmetic rounds to nearest, also where
+exp asks for down.
 """
 
 import math
@@ -209,8 +210,6 @@ class _Threads:
     # ---- Instructions.
 
     def _execute(self, instruction: Instruction, mask: np.ndarray) -> None:
-        if not OTHER_ROUNDINGS.isdisjoint(instruction.modifiers):
-            raise NotImplementedError(f"{instruction.text}: this machine rounds to the nearest alone")
         special = {
             "ld": self._move, "st": self._move, "ldmatrix": self._move_matrices, "stmatrix": self._move_matrices,
             "mov": self._copy, "shfl": self._shuffle, "setp": self._compare, "cvt": self._convert,
@@ -233,6 +232,8 @@ class _Threads:
         self._set(to, write(result, operation.kind_of_result(kind, instruction.modifiers), instruction.modifiers), mask)
 
     def _convert(self, instruction: Instruction, mask: np.ndarray) -> None:
+        if not OTHER_ROUNDINGS.isdisjoint(instruction.modifiers):
+            raise NotImplementedError(f"{instruction.text}: this machine rounds to the nearest alone")
         to, *sources = instruction.operands
         kind_to, kind_from = (word for word in instruction.modifiers if word in BITS)
         values = [read(self._raw(source, BITS[kind_from] // 8), kind_from) for source in sources]
