@@ -95,8 +95,9 @@ size_t shared_bytes_of(const char* name, void (*kernel)(Parameters...), int num_
                                     tensor.get_device_index()),
              name);
   if (bytes == 0 || bytes + kOfTeams > most) return 0;
+  // Always the same: another thread may launch the kernel for another width in between.
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(bytes)),
+                                  static_cast<int>(most - kOfTeams)),
              name);
   return static_cast<size_t>(bytes);
 }

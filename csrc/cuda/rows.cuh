@@ -168,15 +168,11 @@ __device__ void add_to_sums(W* sums, const W (&values)[N], int column, bool is_f
   store<false>(sums + column, total);
 }
 
-#ifdef __CUDACC__
 // As much shared memory as the launch has asked for.
 __device__ inline void* shared_memory() {
   extern __shared__ uint4 memory[];
   return memory;
 }
-#else
-void* shared_memory();  // of a test on a CPU
-#endif
 
 // Sums of rows that are not held: number `place` of those in shared memory, or block_sums.
 template <class W>
