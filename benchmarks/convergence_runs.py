@@ -103,10 +103,12 @@ class WindowRun(Run):
         super().__init__(*args)
         self.num_windows = num_windows
         self.random = random.Random(f"window:{self.settings.seed}")
+        self.numbers: list[int] = []  # of the windows of the steps so far
 
     def loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         if self.model.training:
-            labels = in_window(labels, self.num_windows, self.random.randrange(self.num_windows))
+            self.numbers.append(self.random.randrange(self.num_windows))
+            labels = in_window(labels, self.num_windows, self.numbers[-1])
         return super().loss(input_ids, labels)
 
 

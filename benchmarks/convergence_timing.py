@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dropbp_kernels.cli.training import Run
 
 from .convergence_methods import METHODS, Group, Point, is_simulated, label
-from .convergence_runs import make_run
+from .convergence_runs import WindowRun, make_run
 from .rows import Machine, append_rows, machine
 from .timing import quantile
 
@@ -81,6 +81,9 @@ def run(name: str, group: Group, adapter: str, out: Path, num_rounds: int) -> in
         batch_size = point.batch_size or task.batch_size
         runs[point] = make_run(task, own, point, batch_size, task.learning_rates[own], 0)
     flops = {point: _count_flops(run, min(NUM_COUNTED_STEPS, num_rounds)) for point, run in runs.items()}
+    for run in runs.values():
+        if isinstance(run, WindowRun):
+            run.numbers.clear()
     order, num_warm_up = random.Random(0), min(NUM_WARM_UP_ROUNDS, num_rounds - 1)
     for step in tqdm(range(num_warm_up + num_rounds), desc=f"timing {name}, {adapter}", leave=False, disable=None):
         for run in order.sample(list(runs.values()), len(runs)):
@@ -89,7 +92,7 @@ def run(name: str, group: Group, adapter: str, out: Path, num_rounds: int) -> in
     undropped = {point.batch_size or 0: statistics.median(samples[point]) for point in undropped_points}
     rows = []
     for point, run in runs.items():
-        history, step_ms = run.history, statistics.median(samples[point])
+        history, step_ms = run.history, _typical(samples[point], run, num_warm_up)
         rows.append(
             ConvergenceStepRow(
                 **asdict(where),
@@ -125,6 +128,16 @@ def _is_timed(point: Point, adapter: str) -> bool:
     if is_simulated(point.method, point.drop_rate):
         return False
     return point.learning_rate is None and "schedule" not in make_options(point.drop_rate)
+
+
+def _typical(samples: Sequence[float], run: Run, num_warm_up: int) -> float:
+    """The median; of windows, whose steps differ by the context before them, the mean of each one's median."""
+    if not isinstance(run, WindowRun):
+        return statistics.median(samples)
+    by_window: dict[int, list[float]] = {}
+    for number, sample in zip(run.numbers[num_warm_up:], samples, strict=True):
+        by_window.setdefault(number, []).append(sample)
+    return statistics.fmean(statistics.median(times) for times in by_window.values())
 
 
 def batch_as_fast_as(step_ms: float, undropped: dict[int, float]) -> float:
