@@ -18,7 +18,7 @@ def tiny(tmp_path, monkeypatch):
         yield folder
 
 
-@pytest.mark.parametrize("group", ["targets", "variations", "chosen", "plans", "paca", "coreset"])
+@pytest.mark.parametrize("group", ["targets", "variations", "chosen", "parts", "plans", "paca", "coreset"])
 def test_a_group_is_timed_and_trained_and_a_second_call_has_nothing_to_do(group, tiny, capsys, monkeypatch):
     call = ["--group", group, "--scale", "tiny", "--out", str(tiny)]
     assert convergence.main([*call, "--time", "--rounds", "1"]) == 0
@@ -49,7 +49,7 @@ def test_a_group_is_timed_and_trained_and_a_second_call_has_nothing_to_do(group,
 
 def test_no_method_is_left_out():
     """The groups that are not run above hold no method that those do not."""
-    names = ("targets", "variations", "chosen", "plans", "paca", "coreset")
+    names = ("targets", "variations", "chosen", "parts", "plans", "paca", "coreset")
     points = [point for name in names for point in GROUPS[name].points]
     assert {point.method for group in GROUPS.values() for point in group.points} == {point.method for point in points}
     assert convergence_methods.METHODS.keys() == {point.method for point in points}
