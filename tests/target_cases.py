@@ -3,6 +3,7 @@
 from functools import partial
 
 import torch
+from hypothesis import strategies as st
 from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -101,3 +102,20 @@ def cut_inputs(model, targets):
         if hasattr(module, "layer_idx") and type(module).__name__.endswith("Attention"):
             module.register_forward_pre_hook(cut, with_kwargs=True)
     return model
+
+
+@st.composite
+def batches(draw):
+    """Labels, attention_mask and position_ids of a batch, padded anywhere or packed."""
+    batch_size, seq_len = draw(st.integers(1, 3)), draw(st.integers(1, 12))
+    bits = st.lists(st.booleans(), min_size=seq_len, max_size=seq_len)
+    rows = [draw(bits) for _ in range(batch_size)]
+    labels = torch.where(torch.tensor(rows), 5, IGNORED)
+    if draw(st.booleans()):
+        starts = torch.tensor([draw(bits) for _ in range(batch_size)])
+        starts[:, 0] = True
+        places = torch.arange(seq_len).expand(batch_size, seq_len)
+        return labels, None, places - torch.where(starts, places, 0).cummax(1).values
+    mask = torch.tensor([draw(bits) for _ in range(batch_size)])  # holes too
+    labels[:, 1:][~mask[:, :-1]] = IGNORED
+    return labels, mask.long(), None

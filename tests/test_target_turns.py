@@ -3,8 +3,7 @@
 import pytest
 import torch
 from hypothesis import given, settings
-from target_cases import CLOSE, assert_same, backward, chat, tiny
-from test_targets import batches
+from target_cases import CLOSE, assert_same, backward, batches, chat, tiny
 
 from dropbp_kernels import apply_dropbp, targets
 from dropbp_kernels.integrations import target_plans

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
+from target_cases import batches
 
 from dropbp_kernels.targets import IGNORED as X
 from dropbp_kernels.targets import plan_targets
@@ -107,22 +107,6 @@ def test_rows_come_back_at_their_places():
     ]
     one = plan_targets(torch.tensor([[X, X, X, 7, 8], [X, 5, X, X, X]]))  # a padded row must not touch place 0
     assert one.to_places(torch.tensor([[True, True], [True, True]]), 4).tolist() == [[0, 0, 1, 1], [1, 0, 0, 0]]
-
-
-@st.composite
-def batches(draw):
-    batch_size, seq_len = draw(st.integers(1, 3)), draw(st.integers(1, 12))
-    bits = st.lists(st.booleans(), min_size=seq_len, max_size=seq_len)
-    rows = [draw(bits) for _ in range(batch_size)]
-    labels = torch.where(torch.tensor(rows), 5, X)
-    if draw(st.booleans()):
-        starts = torch.tensor([draw(bits) for _ in range(batch_size)])
-        starts[:, 0] = True
-        places = torch.arange(seq_len).expand(batch_size, seq_len)
-        return labels, None, places - torch.where(starts, places, 0).cummax(1).values
-    mask = torch.tensor([draw(bits) for _ in range(batch_size)])  # holes too
-    labels[:, 1:][~mask[:, :-1]] = X
-    return labels, mask.long(), None
 
 
 @settings(max_examples=300, deadline=None)
