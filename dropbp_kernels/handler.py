@@ -273,7 +273,7 @@ class DropBPHandler:
         elif self.num_steps == 1 and rule.num_target and rule.was_dense and rule.context_gradient != "full":
             found = (
                 "every token of the first step has a label; expected -100 where there is no loss (TRL's SFTTrainer: "
-                "assistant_only_loss=True, or data of prompt and completion), or target_keep below 1"
+                "assistant_only_loss=True, or data of prompt and completion), or target_windows above 1"
             )
         else:
             return

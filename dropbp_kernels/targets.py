@@ -32,7 +32,8 @@ from .permutation import draw_num_kept, draw_permutation
 IGNORED = -100  # the label of a token without a loss, as PyTorch and transformers have it
 _RULE = "_dropbp_targets"
 # A pass of the decoder over fewer rows takes as long on a GPU, which waits for the calls of the host, and holds little
-# (200 MiB at a width of 4096). By calls and widths, not measured on one.
+# (200 MiB at a width of 4096): by calls and widths, not measured on one. On a CPU, context 1,024 rows at a time made a
+# checkpointed step of the size in benchmarks/steps.py a tenth longer.
 PASS_ROWS = 2048
 _CONTEXT, _TARGETS = -1, -2  # stand for these where rows of branches are drawn: no branch has such a number
 

@@ -75,7 +75,7 @@ def make_runs(model: nn.Module, data: Data, settings: Settings, control_batch: i
     if not settings.compare:
         handler = gate(model, settings, settings.drop_rate, **asked)
         coreset = _coreset(model, settings)
-        return [Run(OURS, model, handler, settings.batch_size, data, settings, bool(asked), coreset)]
+        return [Run(OURS, model, handler, settings.batch_size, data, settings, coreset)]
     share = count_targets_of(data, settings.batch_size, settings.steps).backward
     is_target_plan = bool(asked) and settings.drop_rate == 0.0
     others = [FULL, SMALLER, PUBLISHED, *[BRANCHES] * is_target_plan]
@@ -95,16 +95,13 @@ def make_runs(model: nn.Module, data: Data, settings: Settings, control_batch: i
         "dropped_runs": "detach",
         "keep_one": False,
     }
-    rate = 1.0 - (1.0 - settings.drop_rate) * (share * settings.trained_share if asked else 1.0)
+    handlers[OURS] = gate(models[OURS], settings, settings.drop_rate, **asked)
+    targets = handlers[OURS].targets
+    rate = 1.0 - (1.0 - settings.drop_rate) * (1.0 if targets is None else share * targets.trained_share)
     handlers[PUBLISHED] = gate(models[PUBLISHED], settings, rate, **published)
     if BRANCHES in others:
         handlers[BRANCHES] = gate(models[BRANCHES], settings, rate)
-    handlers[OURS] = gate(models[OURS], settings, settings.drop_rate, **asked)
-    by_plan = {TARGETS, *[OURS] * bool(asked)}
-    runs = {
-        name: Run(name, models[name], handlers.get(name), settings.batch_size, data, settings, name in by_plan)
-        for name in models
-    }
+    runs = {name: Run(name, models[name], handlers.get(name), settings.batch_size, data, settings) for name in models}
     runs[OURS].coreset = _coreset(model, settings)
     runs[SMALLER].batch_size = control_batch or equal_time_batch(runs[FULL], runs[OURS])
     return list(runs.values())

@@ -8,7 +8,7 @@ import torch
 
 from ..coreset.budgets import num_kept
 from ..measure import PeakLiveBytes, saved_bytes
-from .compare import OURS, count_targets_of, in_words, measured_step
+from .compare import count_targets_of, in_words, measured_step
 from .output import console
 from .settings import Settings
 from .training import Run
@@ -66,9 +66,9 @@ def result(run: Run) -> dict[str, Any]:
     last = history.train_loss[-max(1, len(history.train_loss) // 10) :]
     kept: float | None = 1.0 if run.handler is None else run.handler.report()["flops_kept"]
     rows = 1.0
-    if run.by_targets:
-        rows = count_targets_of(run.data, run.batch_size, len(history.step_s) or 1).backward
-        rows *= run.settings.trained_share if run.name == OURS else 1.0
+    targets = None if run.handler is None else run.handler.targets
+    if targets is not None:
+        rows = count_targets_of(run.data, run.batch_size, len(history.step_s) or 1).backward * targets.trained_share
         if kept is not None and run.settings.context_gradient == "none":
             kept *= rows
         else:  # context has a part of its backward: not counted

@@ -81,11 +81,6 @@ class Settings:
         """Where the rates come from, when it is an earlier calibration."""
         return Path(self.rates).expanduser() if self.rates.endswith(".json") else None
 
-    @property
-    def trained_share(self) -> float:
-        """The share of the targets that a step of ours trains on."""
-        return self.target_keep / self.target_windows
-
     def torch_dtype(self) -> "torch.dtype":
         import torch
 

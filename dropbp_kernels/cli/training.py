@@ -49,10 +49,7 @@ class History:
 
 
 class Run:
-    """One model on its way: model, handler (None: nothing is dropped), optimizer and history.
-
-    by_targets: whether the model runs tokens without a loss like inference.
-    """
+    """One model on its way: model, handler (None: nothing is dropped), optimizer and history."""
 
     def __init__(
         self,
@@ -62,7 +59,6 @@ class Run:
         batch_size: int,
         data: Data,
         settings: Settings,
-        by_targets: bool = False,
         coreset: CoresetSelector | None = None,
     ):
         self.name = name
@@ -73,7 +69,6 @@ class Run:
         self.settings = settings
         self.device = torch.device(settings.device)
         self.history = History()
-        self.by_targets = by_targets
         self.coreset = coreset
         self.num_tokens = 0
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
