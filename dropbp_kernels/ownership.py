@@ -7,8 +7,9 @@ reference counts, of the tensor and of its storage, in Python and in C++, are th
 holds. So Python objects, views, other autograd nodes and tensors of C++ all make it no.
 
 What those counts are is not assumed but found out once a process, on a graph of two elements, and every way of sharing
-that has to be told apart is tried as well. Where PyTorch counts otherwise or lacks what is asked, and while
-torch.compile traces, the answer is always no, which costs the copy and nothing else.
+that has to be told apart is tried as well. While some thread runs a function of torch.compile, every Python call in the
+process holds its arguments once more: those counts are found out by themselves. Where PyTorch counts otherwise or lacks
+what is asked, and while torch.compile traces, the answer is always no, which costs the copy and nothing else.
 
 Counts do not see work that another CUDA stream still has to do on memory whose last reference is gone
 (`Tensor.record_stream`), nor raw pointers, nor another process that maps the same memory.
@@ -41,7 +42,8 @@ def owns_saved_tensors(ctx: Any, num: int | None = None) -> bool:
     """
     if torch.compiler.is_compiling() or (alone := _counts_of_a_sole_owner()) is None:
         return False
-    return _is_last_use(ctx) and all(counts == alone.saved for counts in _saved_counts(ctx)[:num])
+    is_sole = _is_last_use(ctx) and all(counts == alone.saved for counts in _saved_counts(ctx)[:num])
+    return is_sole and _counts_of_a_sole_owner() is alone
 
 
 def owns_gradient(grad: Tensor) -> bool:
@@ -51,7 +53,7 @@ def owns_gradient(grad: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or grad.requires_grad or (alone := _counts_of_a_sole_owner()) is None:
         return False
-    return _arrival(grad) == alone.gradient
+    return _arrival(grad) == alone.gradient and _counts_of_a_sole_owner() is alone
 
 
 def _counts(tensor: Any) -> Counts | None:
@@ -114,22 +116,31 @@ _lock = threading.Lock()
 
 
 def _counts_of_a_sole_owner() -> _Seen | None:
-    """What a node sees of tensors that nobody else holds; None where shared ones cannot be told from them."""
+    """What a node sees now of tensors that nobody else holds; None where shared ones cannot be told from them.
+
+    Another object than before where meanwhile a thread went into or came out of a function of torch.compile.
+    """
     with _lock:
-        return _found_out()
+        return _found_out(_references(object()))
+
+
+def _references(argument: object) -> int:
+    """To the argument of a Python call. While a frame evaluation function is set (PEP 523), the caller has one, too."""
+    return sys.getrefcount(argument)
 
 
 @functools.cache
-def _found_out() -> _Seen | None:
+def _found_out(references: int) -> _Seen | None:
+    """With as many `_references` to the argument of a call."""
     found: list[_Seen | None] = []
     # Hooks, modes and grad mode belong to a thread: in a fresh one there are none.
-    thread = threading.Thread(target=lambda: found.append(_experiment()))
+    thread = threading.Thread(target=lambda: found.append(_experiment(references)))
     thread.start()
     thread.join()
     return found[0] if found else None
 
 
-def _experiment() -> _Seen | None:
+def _experiment(references: int) -> _Seen | None:
     sys.settrace(None)  # a debugger's copies of the local variables would be counted, and taken for no owner later on
     sys.setprofile(None)
     try:
@@ -148,6 +159,7 @@ def _experiment() -> _Seen | None:
         and all(seen.saved is None for seen in reread)
         and alone.gradient[1] is not None
         and all(seen.gradient != alone.gradient for seen in held)
+        and _references(object()) == references
     )
     return _Seen(first, alone.gradient) if is_told_apart else None
 

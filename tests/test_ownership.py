@@ -212,7 +212,7 @@ def test_a_modified_input_is_still_an_error():
 def test_the_experiment_runs_once_for_all_threads(monkeypatch):
     runs = []
     alone = ownership._counts_of_a_sole_owner()
-    monkeypatch.setattr(ownership, "_experiment", lambda: time.sleep(0.05) or runs.append(1) or alone)
+    monkeypatch.setattr(ownership, "_experiment", lambda references: time.sleep(0.05) or runs.append(1) or alone)
     ownership._found_out.cache_clear()
     threads = [threading.Thread(target=ownership._counts_of_a_sole_owner) for _ in range(8)]
     for thread in threads:
@@ -236,6 +236,61 @@ def test_a_debugger_does_not_change_the_counts():
         assert ownership._counts_of_a_sole_owner() == alone
     finally:
         threading.settrace(before)
+
+
+@pytest.fixture
+def compiled_elsewhere():
+    """Starts a thread that waits in a compiled function, and stops it."""
+    entered, leave = threading.Event(), threading.Event()
+
+    def function(x):
+        y = x + 1
+        entered.set()  # a graph break
+        leave.wait(60)
+        return y * 2
+
+    compiled = torch.compile(function, backend="eager")
+    leave.set()
+    compiled(torch.ones(2))  # so that the thread has nothing to compile, where torch.compile comes and goes
+    leave.clear()
+    entered.clear()
+    thread = threading.Thread(target=compiled, args=(torch.ones(2),))
+
+    def stop():
+        leave.set()
+        thread.join()
+
+    def start():
+        thread.start()
+        assert entered.wait(60)
+        return stop
+
+    yield start
+    stop()
+
+
+def test_a_compiled_function_in_another_thread_does_not_mix_up_the_counts(decisions, compiled_elsewhere):
+    """Every Python call holds its arguments then: counts found out there would take shared tensors for free later."""
+
+    def overwrites():
+        swiglu(x * 2, x + 1, donate=True).sum().backward()
+        return decisions.pop(), norm_overwrites()
+
+    x = leaf()
+    ownership._found_out.cache_clear()
+    stop = compiled_elsewhere()
+    assert overwrites() == (True, True)
+    during = ownership._counts_of_a_sole_owner()
+    stop()
+    for hold in HOLDERS.values():
+        gate, up = x * 2, x + 1
+        held = hold(gate), hold(up)
+        output = swiglu(gate, up, donate=True)
+        del gate, up
+        output.sum().backward()
+        assert not decisions.pop(), held
+    assert overwrites() == (True, True)
+    assert ownership._counts_of_a_sole_owner() != during  # else this test shows nothing
 
 
 def test_counts_are_found_out_unseen(decisions):
