@@ -48,6 +48,18 @@ def test_turns_run_together_where_that_makes_fewer_rows(monkeypatch):
     assert len(plan_targets(ragged).stages) == 2  # no stage is padded to a turn of the other sample
 
 
+def test_turns_run_the_way_that_runs_fewer_rows(monkeypatch):
+    draws = torch.Generator().manual_seed(0)
+
+    def num_rows(turns):
+        return sum(max(stage.rows.numel(), targets.PASS_ROWS) for stage in plan_targets(labels, turns=turns).stages)
+
+    for case in range(80):
+        monkeypatch.setattr(targets, "PASS_ROWS", 1 + case % 8)
+        labels = torch.where(torch.rand(1 + case % 3, 12, generator=draws) < 0.5, 5, IGNORED)
+        assert num_rows("auto") == min(num_rows("apart"), num_rows("together"))
+
+
 @settings(max_examples=200, deadline=None)
 @given(batches())
 @pytest.mark.parametrize(
