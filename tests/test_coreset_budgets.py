@@ -30,6 +30,11 @@ def test_by_hand(counts, keep, expected):
     assert plan_budgets(members(*counts), num_kept(sum(counts), keep)) == dict(enumerate(expected))
 
 
+def test_what_sources_below_one_example_get_is_taken_where_most_is_above_the_exact_share():
+    # 8 of 74: exactly 5.30 and 2.38, so 5 and 2; of the two too many one is taken off 5, then one off 2 (4 is less).
+    assert plan_budgets(members(49, 22, 1, 1, 1), 8, dict.fromkeys(range(5), 1)) == dict(enumerate([4, 1, 1, 1, 1]))
+
+
 def test_sizes_of_the_data_set_decide_what_is_small():
     assert plan_budgets(members(9, 9), 13, {0: 900, 1: 100}) == {0: 4, 1: 9}
     assert plan_budgets(members(9, 9), 13) == {0: 7, 1: 6}

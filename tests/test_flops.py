@@ -1,12 +1,14 @@
 """What a branch costs, against the FLOP counter of torch and numbers worked out by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dropbp_kernels.flops import attention_core_flops, linear_flops
+from dropbp_kernels.flops import attention_core_flops, attention_shape, linear_flops
 
 BATCH, SEQ = 2, 48
 TOLERANCE = 0.01
@@ -98,6 +100,30 @@ def test_only_active_adapters_count():
     assert linear_flops(up_proj, 10) == first + second
     layer.mlp.gate_proj.set_adapter("second")  # active, but this layer has none of that name
     assert linear_flops(layer.mlp.gate_proj, 10) == linear_flops(layer.mlp.gate_proj.base_layer, 10)
+
+
+def test_adapters_whose_matrices_are_parameters():
+    peft = pytest.importorskip("peft")
+    _, layer, _ = llama_layer()
+    base = linear_flops(layer.mlp, 10)
+    config = peft.AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=["up_proj"])
+    peft.inject_adapter_in_model(config, layer.mlp)
+    assert linear_flops(layer.mlp, 10) == base + 2.0 * 10 * 4 * (64 + 160)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "expected"),
+    [
+        ({"num_attention_heads": 4, "hidden_size": 32}, (4, 8)),
+        ({"n_head": 4, "head_dim": 12, "n_embd": 32}, (4, 12)),
+        ({"num_heads": 4, "qk_head_dim": 16, "v_head_dim": 8}, (4, 12)),  # their mean
+        ({"hidden_size": 32}, None),
+        ({"num_heads": 4}, None),
+    ],
+)
+def test_shape_of_an_attention(attributes, expected):
+    assert attention_shape(SimpleNamespace(config=SimpleNamespace(**attributes))) == expected
+    assert attention_shape(SimpleNamespace(**attributes)) == expected
 
 
 def test_llama3_8b_hand_numbers():

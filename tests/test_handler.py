@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -239,7 +240,9 @@ def test_a_calibration_is_used_again(tmp_path):
     other = DropBPHandler(toy_model(), 0.5)
     assert other.use_calibration(tmp_path / "calibration.json") == handler.drop_rates == other.drop_rates
     assert other.calibration == handler.calibration
-    rates = DropBPHandler(toy_model(), 0.25).use_calibration(handler.calibration)
+    less = DropBPHandler(toy_model(), 0.25)
+    rates = less.use_calibration(handler.calibration)
+    assert less.calibration == replace(handler.calibration, drop_rate=0.25, drop_rates=tuple(rates))
     assert rates == allocate(handler.calibration.sensitivities, handler.flops(), 0.25)
     with pytest.raises(ValueError, match=r"calibration: expected the 5 branches of this model, got 4 .* lacks 4\.gate"):
         DropBPHandler(toy_model(5), 0.5).use_calibration(handler.calibration)

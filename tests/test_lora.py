@@ -151,6 +151,15 @@ def test_backward_under_autocast_runs_in_the_dtype_of_the_forward(way):
     torch.testing.assert_close(gradients, expected)
 
 
+def test_autocast_does_not_reach_into_what_is_added_to_a_wider_output():
+    x, weight, _, *adapter = operands(dtype=torch.float32)
+    output = F.linear(x, weight)
+    expected = add_lora(output, x, *adapter)
+    for is_recording in (True, False):
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(is_recording):
+            torch.testing.assert_close(add_lora(output, x, *adapter), expected)
+
+
 def test_no_copy_of_strided_rows_is_needed_for_right_gradients():
     x, *others = operands((IN, 6))
     torch.testing.assert_close(lora_linear(x.t(), *others), as_modules(x.t(), *others, scaling=1.0))

@@ -45,6 +45,7 @@ def test_selection_by_gradient():
     select_columns(model, lambda: model(**batch).loss.backward())
     assert torch.equal(rng, torch.get_rng_state())
     assert all(p.grad is None for p in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
 
     full = tiny_causal_lm()
     full(**batch).loss.backward()

@@ -70,7 +70,7 @@ def plan_budgets(
 
 
 def _in_proportion(counts: Mapping[Hashable, int], budget: int) -> dict[Hashable, int]:
-    """budget shared out by counts: each part at least one and at most 1 off its exact share, unless that is below one.
+    """budget shared out by counts: each part at least one and, where no exact share is below that, at most 1 off it.
 
     Largest remainders get what rounding down leaves; of equal ones, the first.
     """
