@@ -198,8 +198,9 @@ class TargetPlan:
 
     @property
     def is_dense(self) -> bool:
-        """Whether there is nothing to save: no context, and no sample skips more than its last row."""
-        return self.num_context == 0 and self.num_skipped <= self.documents.shape[0]
+        """Whether there is nothing to save: no context, and no sample that runs skips more than its last row."""
+        num_running = sum(count > 0 for stage in self.stages[:1] for count in stage.num_rows)
+        return self.num_context == 0 and self.num_skipped <= num_running
 
     def staged_rows(self, *, with_context: bool) -> StagedRows:
         """The rows that run with autograd: those of target stages, or of context stages too."""

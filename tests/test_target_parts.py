@@ -63,6 +63,13 @@ def test_rows_behind_the_window_do_not_run():
     assert counts == {0: (4, 13), 4: (4, 9), 8: (4, 5), 12: (4, 1)}
 
 
+def test_a_window_beside_a_sample_of_padding_leaves_labels_out():
+    labels = torch.tensor([[4, 5, 6], [IGNORED] * 3])
+    mask = torch.tensor([[1, 1, 1], [0, 0, 0]])
+    assert not any(plan_targets(labels, mask, target_windows=2, step=step).is_dense for step in range(2))
+    assert plan_targets(labels, mask).is_dense
+
+
 # ---- drawn at random
 
 
@@ -196,6 +203,21 @@ def test_a_loss_over_counted_labels_is_right_on_average():
         handler.set_plan([True] * len(handler.gates))
         losses.append(model(**batch, **({} if items is None else {"num_items_in_batch": torch.tensor(items)})).loss)
     torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("seq_len", [2, 9])  # one target, which is always drawn: nothing to save; four of eight
+def test_counted_labels_are_taken_as_a_part_once(seq_len):
+    """Also where PEFT's model calls the patched one inside, and for who calls again with what a hook saw."""
+    peft = pytest.importorskip("peft")
+    tokens = torch.randint(3, 96, (1, seq_len), generator=torch.Generator().manual_seed(1))
+    model, seen = peft.get_peft_model(tiny(), peft.LoraConfig(target_modules=["q_proj"])), []
+    apply_dropbp(model, 0.0, context="inference", target_keep=0.5)
+    mean = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    num_drawn = max(1, (seq_len - 1) // 2)
+    counted = model(input_ids=tokens, labels=tokens, use_cache=False, num_items_in_batch=num_drawn).loss
+    torch.testing.assert_close(counted, 2.0 * mean)
+    torch.testing.assert_close(model(**seen[0]).loss, counted)
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.0, True, "4"])

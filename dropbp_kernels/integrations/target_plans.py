@@ -90,16 +90,17 @@ def _call_with_labels(self: Any, run: Callable[..., Any], *args: Any, **kwargs: 
         return run(*args, **kwargs)
     if kwargs.get("shift_labels") is not None:
         raise ValueError("shift_labels: expected None with context, which shifts labels by itself, got a tensor")
-    if rule.trains_on_part_by is not None:
-        kwargs = _with_items_of_part(kwargs, rule, is_given)
     # A hook sees the head's labels; who calls the model again with what a hook saw means the same batch.
     plan: TargetPlan | None = getattr(labels, _PLAN, None)
     if plan is None:
+        if rule.trains_on_part_by is not None:
+            kwargs = _with_items_of_part(kwargs, rule, is_given)
         plan = _plan_of(decoder, rule, labels, _named(self, args, kwargs))
     if plan.num_target == 0:
         return run_without_target(self, rule, run, args, kwargs)
     if plan.is_dense:
-        return run(*args, **kwargs)
+        # Told of the plan as well: the model inside of PEFT's would take the counted items for those of all labels.
+        return run(*args, **(kwargs if is_given else {**kwargs, "labels": with_plan(labels.detach(), plan)}))
     seq_len = plan.documents.shape[1]
     logits_to_keep = kwargs.pop("logits_to_keep", 0) if is_given else 0
     vars(decoder)[_PLAN] = plan
