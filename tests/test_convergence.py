@@ -95,3 +95,10 @@ def test_points_are_named_on_the_command_line(capsys):
         convergence.main(["--group", "plans", "--only", "poems 0.5"])
     assert "published 0.75" in capsys.readouterr().err
     assert str(Point("published", 0.75)) == convergence_methods.label("published", 0.75)
+
+
+def test_a_step_in_windows_takes_the_mean_of_what_each_window_takes():
+    """A window with more context before it takes longer: no median over all of them says what a turn of them costs."""
+    run = object.__new__(convergence_timing.WindowRun)
+    run.numbers = [9, 0, 1, 0, 1, 0, 1]  # the first is a warm-up
+    assert convergence_timing._typical([1.0, 2.0, 1.0, 40.0, 3.0, 4.0], run, 1) == (1.0 + 4.0) / 2
