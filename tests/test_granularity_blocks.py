@@ -43,13 +43,15 @@ def test_own_blocks(tokens, checkpoint, attention):
     if attention == "whole":
         masks[::2] = [torch.ones_like(mask) for mask in masks[::2]]
     plan = [True if mask.all() else mask for mask in masks]
-    x = torch.randn(BATCH, SEQ, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    draws = torch.Generator().manual_seed(1)
+    x, grad_out = torch.randn(2, BATCH, SEQ, 32, dtype=torch.float64, generator=draws)
+    x.requires_grad_()
 
     def run():
         model.zero_grad()
         x.grad = None
         out = model(x, by_sample=not tokens)
-        out.square().sum().backward()
+        out.backward(grad_out)
         return out.detach(), {**gradients(model), "x": x.grad}
 
     handler.set_plan(plan)
