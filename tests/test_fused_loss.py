@@ -133,10 +133,30 @@ def changed_in_place(logits, labels):
     return F.cross_entropy(flat, labels) + F.cross_entropy(logits.view(-1, 64), labels)
 
 
+def scaled_by_what_is_trained(logits, labels):
+    scale = torch.tensor(2.0, requires_grad=True)
+    loss = F.cross_entropy((logits * scale).flatten(0, 1), labels.flatten())
+    return loss + torch.autograd.grad(loss, scale, retain_graph=True)[0]
+
+
+def read_below_python(logits, labels):
+    """As C++ does, and all that no __torch_function__ sees."""
+    capped = (logits * 2).tanh().float()
+    with torch._C.DisableTorchFunctionSubclass():
+        before = logits.square().mean() + capped.square().mean()
+        assert type(before) is torch.Tensor
+    assert capped.sum().isfinite()  # from here on they are computed
+    with torch._C.DisableTorchFunctionSubclass():
+        return before + capped.exp().mean()
+
+
 @pytest.mark.parametrize(
     "use",
     [
         changed_in_place,
+        scaled_by_what_is_trained,
+        read_below_python,
+        lambda logits, labels: logits.unsqueeze(dim=0).square().mean(),
         lambda logits, labels: logits.square().mean(),
         lambda logits, labels: Consumer.apply(logits.float()),
         lambda logits, labels: Consumer.apply((logits * 2).tanh().float()),
