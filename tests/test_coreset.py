@@ -107,6 +107,37 @@ def test_spsa_is_the_slope_along_its_directions_and_runs_the_first_blocks_once(k
     torch.testing.assert_close(grads, expected, rtol=1e-2, atol=2e-2 * float(expected.abs().max()))
 
 
+def test_spsa_passes_over_blocks_that_are_called_by_name_and_return_more():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, hidden):
+            return hidden + self.linear(hidden).tanh(), hidden.mean(-1, keepdim=True)
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.head = nn.Embedding(64, 8), nn.Linear(8, 64)
+            self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+        def forward(self, input_ids, attention_mask):
+            hidden = self.embed(input_ids)
+            for block in self.blocks:
+                hidden, more = block(hidden=hidden)
+                hidden = hidden + more
+            return self.head(hidden)
+
+    model, batch = Own(), ragged_batch(6)
+    selector = CoresetSelector(model, projection="blocks.2.linear", features="spsa", directions=2, max_tokens=1000)
+    _, exact = CoresetSelector(model, projection="blocks.2.linear").score(batch)
+    directions = torch.stack([d.flatten() for d in selector._draw_directions((8, 8), exact.device)])
+    expected = (exact @ directions.T) @ directions / 2
+    torch.testing.assert_close(selector.score(batch)[1], expected, rtol=1e-2, atol=2e-2 * float(expected.abs().max()))
+
+
 def test_one_fixed_direction_is_one_number_times_one_vector():
     batch = ragged_batch(8)
     selector = CoresetSelector(tiny_causal_lm(), features="spsa", directions=1, fixed=True)

@@ -189,10 +189,18 @@ def test_watched_projections_keep_their_outputs_and_watched_activations_are_call
 
 
 @pytest.mark.parametrize(
-    ("name", "known"), [("silu", True), ("gelu", True), ("gelu_pytorch_tanh", True), ("gelu_new", False)]
+    ("activation", "known"),
+    [
+        (ACT2FN["silu"], True),
+        (ACT2FN["gelu"], True),
+        (ACT2FN["gelu_pytorch_tanh"], True),
+        (ACT2FN["gelu_new"], False),
+        (nn.GELU(), True),
+        (nn.GELU("tanh"), True),
+    ],
 )
-def test_activations(name, known):
-    activation = copy.deepcopy(ACT2FN[name])
+def test_activations(activation, known):
+    activation = copy.deepcopy(activation)
     op = fused_mlp._known(activation)
     assert (op is not None) is known
     if op is not None:
