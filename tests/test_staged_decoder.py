@@ -120,6 +120,19 @@ def test_slices_of_the_context_change_no_gradient(context_gradient, monkeypatch)
     assert_same(backward(model, batch), expected, **CLOSE)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo's own asking
+def test_blocks_that_were_compiled_with_another_context_gradient_are_compiled_anew():
+    """Dynamo tells neither one model's block from another's nor which hooks a module has."""
+    torch.compiler.reset()
+    batch = {name: value[:1] if isinstance(value, torch.Tensor) else value for name, value in chat().items()}
+    for context_gradient in ("none", "one_hop"):
+        model = tiny(num_hidden_layers=1)
+        apply_dropbp(model, 0.0, context="inference", context_gradient=context_gradient)
+        expected = backward(model, batch)
+        model.model.layers[0].compile(backend="eager")
+        assert_same(backward(model, batch), expected, **CLOSE)
+
+
 def calls_with_and_without_graph(module):
     """How often `module` is called, from now on: [with autograd, as inference]."""
     calls = [0, 0]

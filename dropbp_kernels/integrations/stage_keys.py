@@ -94,13 +94,13 @@ class StageKeys(Cache):
         all_keys, all_values = zip(*pairs, (key_states, value_states), strict=True)
         return torch.cat(all_keys, dim=-2), torch.cat(all_values, dim=-2)
 
-    def of_next(self, stage: Stage, *, is_last: bool, ends_at: int | None) -> "StageKeys":
+    def of_next(self, stage: Stage, *, is_last: bool, ends_at: int | None, is_hop: bool) -> "StageKeys":
         """What `stage` sees, which runs after this one; a recompute of this one keeps nothing more."""
         own, self._own = self._own or {}, None
         num_own = 0 if self.stage is None else self.stage.rows.shape[1]
         # Stage by stage and not joined: what a context stage joins has no graph, and keys of targets need theirs.
         before = {layer: [*self.before.get(layer, []), _of_all(parts)] for layer, parts in own.items()}
-        return StageKeys(before, self.num_before + num_own, stage, is_last, ends_at)
+        return (HopKeys if is_hop else StageKeys)(before, self.num_before + num_own, stage, is_last, ends_at)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Rows of the stages before, padding included."""
@@ -109,6 +109,13 @@ class StageKeys(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Length and offset of the keys that a stage of query_length rows sees."""
         return self.num_before + query_length, 0
+
+
+class HopKeys(StageKeys):
+    """Those of a context stage whose projections have a gradient ("one_hop").
+
+    A type of its own, for which torch.compile compiles a block anew; for other hooks, which make the hop, it does not.
+    """
 
 
 def _of_all(parts: list[_Keys]) -> _Keys:

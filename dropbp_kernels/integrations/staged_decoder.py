@@ -50,7 +50,8 @@ def run_in_stages(decoder: Any, run: Callable[..., Any], inputs: dict[str, Any],
             rows = {name: stage.running(stage.gather(inputs[name])) for name in BY_ROW if inputs.get(name) is not None}
             mask = masks.add(stage, parameter.dtype)
             is_last = stage is plan.stages[-1]
-            keys = keys.of_next(stage, is_last=is_last, ends_at=None if stage.is_target else ends_at)
+            is_hop = rule.context_gradient == "one_hop" and not stage.is_target
+            keys = keys.of_next(stage, is_last=is_last, ends_at=None if stage.is_target else ends_at, is_hop=is_hop)
             context = contextlib.nullcontext() if stage.is_target else _context(parts, rule, parameter.device.type)
             whole = _last_layer_whole(parts) if is_last else contextlib.nullcontext()
             with contextlib.suppress(LastKeysLeft), running(parts.gates, staged, stage), context, whole:
