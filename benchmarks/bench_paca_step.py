@@ -15,8 +15,7 @@ from torch import nn
 
 from .rows import machine
 from .settings import Settings
-from .steps import NUM_WARM_UP_ROUNDS, ModelRow, Size, Stepper, build, over, size_of, time_columns
-from .timing import in_turn
+from .steps import ModelRow, Size, Stepper, build, over, size_of, time_columns, times_in_turn
 
 NUM_ROUNDS = {"full": 41, "quick": 9, "tiny": 2}
 METHODS = ("lora", "paca", "frozen")
@@ -80,8 +79,7 @@ def run(settings: Settings) -> Iterator[list[PacaStepRow]]:
     size, models, batch, ranks = build_all(settings)
     steppers = {name: Stepper(model, batch, settings.device) for name, model in models.items()}
     memory = {name: stepper.bytes() for name, stepper in steppers.items()}
-    runs = {name: stepper.times for name, stepper in steppers.items()}
-    times = in_turn(runs, NUM_ROUNDS[settings.scale], NUM_WARM_UP_ROUNDS[settings.scale])
+    times = times_in_turn(steppers, NUM_ROUNDS, settings)
     yield [
         PacaStepRow(
             **asdict(where),

@@ -13,8 +13,7 @@ from dropbp_kernels.cli.models import twin
 
 from .rows import machine
 from .settings import Settings
-from .steps import NUM_WARM_UP_ROUNDS, ModelRow, Stepper, build, over, size_of, time_columns
-from .timing import in_turn
+from .steps import ModelRow, Stepper, build, over, size_of, time_columns, times_in_turn
 
 NUM_ROUNDS = {"full": 41, "quick": 9, "tiny": 2}
 METHODS = {"unpatched": None, "patched": False, "fused": True}  # name -> option `fused` of apply_dropbp
@@ -54,8 +53,7 @@ def run(settings: Settings) -> Iterator[list[PatchedStepRow]]:
             apply_dropbp(own, 0.0, fused=fused, strict=False)
         steppers[name] = Stepper(own, batch, settings.device)
 
-    runs = {name: stepper.times for name, stepper in steppers.items()}
-    times = in_turn(runs, NUM_ROUNDS[settings.scale], NUM_WARM_UP_ROUNDS[settings.scale])
+    times = times_in_turn(steppers, NUM_ROUNDS, settings)
     yield [
         PatchedStepRow(
             **asdict(where),

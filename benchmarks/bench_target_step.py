@@ -22,8 +22,7 @@ from dropbp_kernels.targets import IGNORED
 
 from .rows import machine
 from .settings import Settings
-from .steps import NUM_WARM_UP_ROUNDS, ModelRow, Stepper, build, over, size_of, time_columns
-from .timing import in_turn
+from .steps import ModelRow, Stepper, build, over, size_of, time_columns, times_in_turn
 
 TARGET_SHARES = (0.25, 1.0, 0.0625, 0.5)  # those with a bound first, in case time runs out
 CHECKPOINTED = " checkpointed"
@@ -91,12 +90,7 @@ def run(settings: Settings) -> Iterator[list[TargetStepRow]]:
             continue
         steppers = {method: Stepper(models[method], with_targets(batch, share), settings.device) for method in METHODS}
         memory = {method: stepper.bytes() for method, stepper in steppers.items()}
-        measured = in_turn(
-            {method: stepper.times for method, stepper in steppers.items()},
-            NUM_ROUNDS[settings.scale],
-            NUM_WARM_UP_ROUNDS[settings.scale],
-            f"target share {share:g}",
-        )
+        measured = times_in_turn(steppers, NUM_ROUNDS, settings, f"target share {share:g}")
         yield [
             TargetStepRow(
                 **asdict(where),

@@ -24,8 +24,7 @@ from dropbp_kernels.targets import IGNORED, plan_targets
 
 from .rows import machine
 from .settings import Settings
-from .steps import NUM_WARM_UP_ROUNDS, ModelRow, Stepper, Times, build, over, size_of, time_columns
-from .timing import in_turn
+from .steps import ModelRow, Stepper, Times, build, over, size_of, time_columns, times_in_turn
 
 METHODS = ("undropped", "apart", "together")
 TURNS = (2, 8, 4, 16)
@@ -88,12 +87,7 @@ def run(settings: Settings) -> Iterator[list[TurnStepRow]]:
             continue
         talks = with_turns(batch, num_turns)
         steppers = {method: TurnStepper(models[method], talks, settings.device, turns=method) for method in METHODS}
-        measured = in_turn(
-            {method: stepper.times for method, stepper in steppers.items()},
-            NUM_ROUNDS[settings.scale],
-            NUM_WARM_UP_ROUNDS[settings.scale],
-            f"{num_turns} turns",
-        )
+        measured = times_in_turn(steppers, NUM_ROUNDS, settings, f"{num_turns} turns")
         passes = {"undropped": 1} | {
             turns: len(plan_targets(talks["labels"], turns=turns).stages) for turns in METHODS[1:]
         }

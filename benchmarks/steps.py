@@ -7,7 +7,7 @@ A step is forward and backward: the optimizer is the same for all and left out. 
 import statistics
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from dropbp_kernels.measure import PeakLiveBytes, saved_bytes
 
 from .rows import Machine
 from .settings import Settings
-from .timing import quantile
+from .timing import in_turn, quantile
 
 DROP_RATES = (0.5, 0.75, 0.875)
 NUM_MEMORY_ROUNDS = {"full": 3, "quick": 2, "tiny": 1}  # plans whose bytes are counted
@@ -130,6 +130,14 @@ class Stepper:
             self.forward().backward()
         self.model.zero_grad(set_to_none=True)
         return {"saved_bytes": saved.num_bytes, "peak_live_bytes": live.peak_bytes}
+
+
+def times_in_turn(
+    steppers: Mapping[str, Stepper], num_rounds: Mapping[str, int], settings: Settings, what: str = "rounds"
+) -> dict[str, list[Times]]:
+    """Of one step of each, in as many rounds as the scale has."""
+    runs = {name: stepper.times for name, stepper in steppers.items()}
+    return in_turn(runs, num_rounds[settings.scale], NUM_WARM_UP_ROUNDS[settings.scale], what)
 
 
 def steps_ms(times: Sequence[Times]) -> list[float]:
