@@ -61,7 +61,7 @@ def sweep(model_type: str) -> Row:
     }
     try:
         model = tiny_causal_lm(model_type)
-        inputs = tiny_inputs(model)
+        inputs = tiny_inputs()
         model(**inputs).loss.backward()
     except Exception as error:  # whatever a model of somebody else's raises: the reason goes into the row
         return Row(model_type, "not built", note=_first_line(error), **seen)

@@ -90,7 +90,7 @@ def tiny_causal_lm(model_type: str, **overrides: Any) -> nn.Module:
     return model
 
 
-def tiny_inputs(model: nn.Module, batch_size: int = 2, seq_len: int = 12) -> dict[str, torch.Tensor]:
+def tiny_inputs(batch_size: int = 2, seq_len: int = 12) -> dict[str, torch.Tensor]:
     """Token ids with themselves as labels."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(3, VOCAB_SIZE, (batch_size, seq_len), generator=generator)

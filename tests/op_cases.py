@@ -203,9 +203,9 @@ def assert_as_the_reference(op: str, arguments: tuple[Any, ...], actual: list[Te
 HUGE_ROWS, HUGE_WIDTH, NUM_LAST = (1 << 22) + 3, 1024, 4  # more elements than 32 bits can number
 
 
-def _huge(rows: int = HUGE_ROWS, width: int = HUGE_WIDTH, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def _huge(rows: int = HUGE_ROWS, width: int = HUGE_WIDTH) -> Tensor:
     """Memory that is touched at the last rows alone."""
-    tensor = torch.empty(rows, width, dtype=dtype)
+    tensor = torch.empty(rows, width, dtype=torch.bfloat16)
     tensor[-NUM_LAST:] = 0.5 + torch.rand(NUM_LAST, width)
     return tensor
 

@@ -52,7 +52,7 @@ def branch_ends(model):
 def test_adapters_before_or_after(adapter, model_type, order):
     """Gradients against hooks on a model that was never patched; PEFT replaces linears that gates hold."""
     plain = adapted(tiny_causal_lm(model_type), adapter)
-    inputs = tiny_inputs(plain)
+    inputs = tiny_inputs()
     with detached([end for end, is_kept in zip(branch_ends(plain), KEPT, strict=True) if not is_kept]):
         expected = run_backward(plain, inputs)
     model = tiny_causal_lm(model_type)
@@ -83,7 +83,7 @@ OTHER_ADAPTERS = [(kind, name) for kind in ADAPTERS for name in ("llama", "opt")
 def test_other_adapters(adapter, model_type, order):
     """As in `test_adapters_before_or_after`; prefixes reach every layer as keys and values of a cache."""
     plain = with_weights(adapted(tiny_causal_lm(model_type), adapter))
-    inputs = tiny_inputs(plain)
+    inputs = tiny_inputs()
     if order == "after":
         problems, (missed, _) = check_gradients(plain, inputs)
         assert not problems
@@ -107,7 +107,7 @@ def test_other_adapters(adapter, model_type, order):
 def test_prefixes_are_refused_where_their_cache_would_be_taken_away(model_type, options):
     """Also where blocks are given it by its place, as GPT-2's."""
     model = adapted(tiny_causal_lm(model_type), "prefix")
-    inputs = tiny_inputs(model)
+    inputs = tiny_inputs()
     apply_dropbp(model, 0.5, **options).step()
     with pytest.raises(ValueError, match=r"past_key_values: .* that holds keys \(prefix tuning\?\); patch with"):
         model(**inputs)
@@ -131,7 +131,7 @@ def test_grad_scale_once_though_an_adapter_wraps_the_last_linear():
         handler = apply_dropbp(model, 0.5, grad_scale=grad_scale)
         model = adapted(model, "lora")
         handler.set_plan([False, False, False, True])
-        grads.append(run_backward(model, tiny_inputs(model))[1])
+        grads.append(run_backward(model, tiny_inputs())[1])
     name = next(name for name, grad in grads[0].items() if grad is not None and "fc2.lora_B" in name)
     torch.testing.assert_close(grads[1][name], 2 * grads[0][name])
 
@@ -155,7 +155,7 @@ def test_quantised_bases(bits, model_type):
     model.enable_input_require_grads()
     try:
         model = adapted(model, "lora")
-        problems, (missed, _) = check_gradients(model, tiny_inputs(model))
+        problems, (missed, _) = check_gradients(model, tiny_inputs())
     except (NotImplementedError, RuntimeError) as error:
         if bits == 8:
             pytest.skip(f"bitsandbytes {bitsandbytes.__version__}: no 8-bit training on this CPU ({error})")
@@ -168,7 +168,7 @@ def test_quantised_bases(bits, model_type):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype, model_type):
     model = tiny_causal_lm(model_type).to(dtype)
-    problems, _ = check_gradients(model, tiny_inputs(model))
+    problems, _ = check_gradients(model, tiny_inputs())
     assert not [problem for problem in problems if not problem.startswith("rounding")]
 
 
@@ -179,7 +179,7 @@ def test_autocast_over_two_micro_batches_with_other_plans(model_type):
     for first in ([False] * 4, None):
         model = tiny_causal_lm(model_type)
         handler = apply_dropbp(model, 0.5, fused_loss="off")
-        batch = tiny_inputs(model)
+        batch = tiny_inputs()
         with torch.autocast("cpu", torch.bfloat16):
             if first is not None:
                 handler.set_plan(first)
@@ -206,7 +206,7 @@ def test_ways_to_call_a_model(case, model_type):
     model = tiny_causal_lm(model_type, **overrides)
     if case == "tied":
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    batch = tiny_inputs(model)
+    batch = tiny_inputs()
     if case in ("left", "right"):
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
         batch["attention_mask"][0, slice(0, 4) if case == "left" else slice(-4, None)] = 0
@@ -225,7 +225,7 @@ def test_ways_to_call_a_model(case, model_type):
 def test_flash_attention(case, monkeypatch):
     """transformers' own way to it, by stand-ins for its functions: padding and documents reach them as lengths."""
     model = tiny_causal_lm("mistral", sliding_window=None)
-    batch = tiny_inputs(model)
+    batch = tiny_inputs()
     if case in ("left", "right"):
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
         batch["attention_mask"][0, slice(0, 4) if case == "left" else slice(-4, None)] = 0
@@ -245,7 +245,7 @@ def test_flash_attention(case, monkeypatch):
 def test_accumulated_gradients_are_the_sum_over_plans():
     model = tiny_causal_lm("gemma2")
     handler = apply_dropbp(model, 0.5, fused_loss="off")
-    batch, alone = tiny_inputs(model), []
+    batch, alone = tiny_inputs(), []
     for plan in (KEPT, tuple(not kept for kept in KEPT)):
         handler.set_plan(plan)
         alone.append({k: g.clone() for k, g in run_backward(model, batch)[1].items() if g is not None})

@@ -144,7 +144,7 @@ def test_a_model_of_something_else_than_tokens():
 def test_models_of_transformers_that_the_table_lacks(model_type):
     model = tiny_causal_lm(model_type)
     assert not any(family.fits(module) for family in FAMILIES.values() for module in model.modules())
-    problems, (missed, gates) = check_gradients(model, tiny_inputs(model))
+    problems, (missed, gates) = check_gradients(model, tiny_inputs())
     assert not problems
     assert not missed
     assert len(gates) >= 2

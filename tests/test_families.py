@@ -43,31 +43,26 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("model_type", CAUSAL_LMS)
-def test_gradients_equal_detach_after_bit_for_bit(model_type):
-    model = tiny_causal_lm(model_type)
-    problems, (missed, gates) = check_gradients(model, tiny_inputs(model))
-    assert not problems
-    assert not missed
-    assert len(gates) == 4
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_layouts_that_a_configuration_chooses(name):
-    model = tiny_causal_lm(name.split("-")[0], **VARIANTS[name])
-    problems, (missed, gates) = check_gradients(model, tiny_inputs(model))
-    assert not problems
-    assert not missed
-    assert len(gates) == 4
-
-
-@pytest.mark.parametrize("name", ["t5", "whisper", "vit", "roberta"])
-def test_encoders_and_cross_attention(name):
-    model, inputs, num_branches = encoder_decoder(name)
+def check_branches(model, inputs, num_branches):
     problems, (missed, gates) = check_gradients(model, inputs)
     assert not problems
     assert not missed
     assert len(gates) == num_branches
+
+
+@pytest.mark.parametrize("model_type", CAUSAL_LMS)
+def test_gradients_equal_detach_after_bit_for_bit(model_type):
+    check_branches(tiny_causal_lm(model_type), tiny_inputs(), 4)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_layouts_that_a_configuration_chooses(name):
+    check_branches(tiny_causal_lm(name.split("-")[0], **VARIANTS[name]), tiny_inputs(), 4)
+
+
+@pytest.mark.parametrize("name", ["t5", "whisper", "vit", "roberta"])
+def test_encoders_and_cross_attention(name):
+    check_branches(*encoder_decoder(name))
 
 
 class MyBlock(nn.Module):
@@ -256,7 +251,7 @@ def test_checkpointing_follows_the_plan_in_any_layout(name, way):
             model, inputs, _ = encoder_decoder(name)
         else:
             model = tiny_causal_lm(name)
-            inputs = tiny_inputs(model)
+            inputs = tiny_inputs()
         kept = checkpointing and way == "kept"
         handler = apply_dropbp(model, 0.5, fused=False, checkpoint="kept" if kept else None, fused_loss="off")
         if checkpointing and not kept:

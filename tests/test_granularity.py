@@ -26,7 +26,7 @@ def test_gradients_are_those_of_detached_rows(model_type, tokens):
     model = double(model_type)
     # Its router multiplies in float32, which rounds as the number of rows and the CPU will have it.
     tolerance = {"rtol": 1e-5, "atol": 1e-8} if model_type == "deepseek_v3" else {}
-    check(model, tiny_inputs(model, BATCH, SEQ), tokens=tokens, **tolerance)
+    check(model, tiny_inputs(BATCH, SEQ), tokens=tokens, **tolerance)
 
 
 @pytest.mark.parametrize("tokens", [False, True], ids=["sample", "token"])
@@ -96,7 +96,7 @@ def test_a_sequence_first_attention_is_refused_and_nothing_is_patched():
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt"])
 def test_padding_is_told_to_the_gates_and_never_kept(model_type):
     model = double(model_type)
-    inputs = tiny_inputs(model, BATCH, SEQ)
+    inputs = tiny_inputs(BATCH, SEQ)
     is_real = torch.arange(SEQ)[None] < torch.tensor([[6], [2], [4]])
     inputs["labels"] = inputs["labels"].masked_fill(~is_real, -100)
     inputs["attention_mask"] = is_real.long()
@@ -148,7 +148,7 @@ def test_checkpointing_and_lora(model_type, way):
         handler.step()
         with warnings.catch_warnings(), saved_bytes() as saved:
             warnings.filterwarnings("ignore", "gradient checkpointing: it is reentrant")
-            loss = model(**tiny_inputs(model, BATCH, SEQ)).loss
+            loss = model(**tiny_inputs(BATCH, SEQ)).loss
         handler.step()
         loss.backward()
         results.append(((loss.detach(), gradients(model)), saved.num_bytes))

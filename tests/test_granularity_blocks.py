@@ -95,7 +95,7 @@ def test_norms_that_read_permuted_rows(model_type, tokens):
     for has_kernel in (True, False):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(fusing, "has_kernel", lambda *_, has_kernel=has_kernel: has_kernel)
-            results.append(step(model, tiny_inputs(model, BATCH, SEQ)))
+            results.append(step(model, tiny_inputs(BATCH, SEQ)))
     assert_close(*results, rtol=1e-4, atol=1e-6)
 
 
@@ -135,7 +135,7 @@ def test_samples_of_one_token(context):
 def test_an_auxiliary_loss_sees_all_tokens_in_their_order():
     """Mixtral's: by the attention mask, layer by layer. Its gradient comes through kept tokens alone."""
     model = double("mixtral", output_router_logits=True, router_aux_loss_coef=1.0)
-    inputs = tiny_inputs(model, BATCH, SEQ)
+    inputs = tiny_inputs(BATCH, SEQ)
     is_real = torch.arange(SEQ)[None] < torch.tensor([[6], [2], [4]])
     inputs = {**inputs, "attention_mask": is_real.long(), "labels": inputs["labels"].masked_fill(~is_real, -100)}
     with torch.no_grad():

@@ -34,9 +34,9 @@ def config(config_class=LlamaConfig, num_layers=6, **more):
     return config_class(**SIZES, num_hidden_layers=num_layers, **more)
 
 
-def real_model(adapter, dtype=torch.bfloat16, **more):
+def real_model(adapter, **more):
     """The model of `config` with weights, as a user would make it."""
-    model = tiny_causal_lm(**{**SIZES, "num_hidden_layers": 6}, dtype=None, **more).to(dtype)
+    model = tiny_causal_lm(**{**SIZES, "num_hidden_layers": 6}, dtype=None, **more).to(torch.bfloat16)
     if adapter == "full":
         return model.train()
     return get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")).train()

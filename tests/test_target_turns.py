@@ -11,9 +11,9 @@ from dropbp_kernels.stage_masks import StageMasks
 from dropbp_kernels.targets import IGNORED, plan_targets
 
 
-def talk(num_turns, num_context=3, num_targets=1):
+def talk(num_turns, num_context=3):
     """Labels of one conversation, (1, S)."""
-    return torch.tensor([[*[IGNORED] * num_context, *[5] * num_targets] * num_turns])
+    return torch.tensor([[*[IGNORED] * num_context, 5] * num_turns])
 
 
 def places(plan):
