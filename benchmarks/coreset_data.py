@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dropbp_kernels.cli import corpus
+from dropbp_kernels.cli.data import shuffled
 
 # Share of the rows, by source: the mean is a third, so that the last is a small source and the others are large.
 SOURCES = {"code": 0.5, "documentation": 0.4, "headers": 0.1}
@@ -69,7 +70,7 @@ class Mixture:
         """input_ids, labels (batch_size, seq_len), sources (batch_size,): from an endless stream of shuffled epochs."""
         num = len(self._all)
         rows = [
-            _order(num, self.seed, place // num)[place % num]
+            shuffled(num, f"mixture:{self.seed}:{place // num}")[place % num]
             for place in range(step * batch_size, (step + 1) * batch_size)
         ]
         ids = self._all[rows].to(torch.int64)
@@ -79,10 +80,3 @@ class Mixture:
         """All rows of a source that validate."""
         for rows in self.validation[source].to(torch.int64).split(batch_size):
             yield rows, rows
-
-
-@functools.lru_cache(maxsize=4)
-def _order(num: int, seed: int, epoch: int) -> list[int]:
-    generator = random.Random(f"mixture:{seed}:{epoch}")
-    keys = [generator.random() for _ in range(num)]
-    return sorted(range(num), key=keys.__getitem__)

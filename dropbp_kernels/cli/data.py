@@ -60,7 +60,9 @@ class Data:
         """Batch `step` of the endless stream of shuffled epochs, cut into batches of this size."""
         num = len(self.train)
         places = range(step * batch_size, (step + 1) * batch_size)
-        return self._collate([self.train[_order(num, self.seed, place // num)[place % num]] for place in places])
+        return self._collate(
+            [self.train[shuffled(num, f"data:{self.seed}:{place // num}")[place % num]] for place in places]
+        )
 
     def validation_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All validation rows, shortest first."""
@@ -101,9 +103,9 @@ class Data:
 
 
 @functools.lru_cache(maxsize=4)
-def _order(num: int, seed: int, epoch: int) -> list[int]:
-    """The order of rows in an epoch; only random(), whose stream is the same in every Python."""
-    generator = random.Random(f"data:{seed}:{epoch}")
+def shuffled(num: int, seed: str) -> list[int]:
+    """The order of num rows in an epoch, by its seed; only random(), whose stream is the same in every Python."""
+    generator = random.Random(seed)
     keys = [generator.random() for _ in range(num)]
     return sorted(range(num), key=keys.__getitem__)
 
