@@ -49,7 +49,6 @@ def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
             for tensor in (*gradients, *context.saved_tensors)
             if isinstance(tensor, Tensor) and tensor.requires_grad
         ]
-        results = results if isinstance(results, tuple) else (results,)
         return _Underivable.apply(len(results), *results, *sources) if sources else results
 
     return wrapper
