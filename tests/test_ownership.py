@@ -3,6 +3,7 @@
 Gradients that a backward was given: test_ownership_of_gradients.py.
 """
 
+import sys
 import threading
 import time
 import weakref
@@ -290,7 +291,8 @@ def test_a_compiled_function_in_another_thread_does_not_mix_up_the_counts(decisi
         output.sum().backward()
         assert not decisions.pop(), held
     assert overwrites() == (True, True)
-    assert ownership._counts_of_a_sole_owner() != during  # else this test shows nothing
+    is_changed = ownership._counts_of_a_sole_owner() != during
+    assert is_changed == (sys.version_info >= (3, 11))  # else this test shows nothing; Python 3.10 always holds them
 
 
 def test_counts_are_found_out_unseen(decisions):
