@@ -22,8 +22,9 @@ namespace dropbp {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Which exception decides what Python sees: std::invalid_argument a ValueError, std::out_of_range
-// an IndexError, std::runtime_error a RuntimeError.
+// Which exception decides what Python sees: std::invalid_argument a ValueError (under torch 2.15 a
+// RuntimeError with the same words), std::out_of_range an IndexError, std::runtime_error a
+// RuntimeError.
 template <class Exception = std::invalid_argument, class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream message;

@@ -86,10 +86,12 @@ def test_bytes_and_flops_are_exact_for_the_plan_it_assumes(checkpoint):
     handler.set_plan([entry for block in plan for entry in block])
     peak = measured(model, PeakLiveBytes()).peak_bytes
     assert peak <= live_bytes(predicted) <= peak + SEQ_LEN * 8  # a mask that real values show to be needless
-    if checkpoint == "none":  # torch's counter does not know the CPU's flash attention
+    if checkpoint == "none":
         counted = measured(model, FlopCounterMode(display=False)).get_flop_counts()["Global"]
         core = 4 * BATCH_SIZE * SEQ_LEN**2 * SIZES["hidden_size"]
-        assert predicted.forward_flops + predicted.backward_flops == sum(counted.values()) + core * (6 + 3 * 2.5)
+        # The CPU's flash attention is in the counts of torch 2.15, not in those of 2.13.
+        linear = sum(flops for op, flops in counted.items() if "flash_attention_for_cpu" not in str(op))
+        assert predicted.forward_flops + predicted.backward_flops == linear + core * (6 + 3 * 2.5)
 
 
 @pytest.mark.parametrize(
