@@ -3,7 +3,6 @@
 Gradients that a backward was given: test_ownership_of_gradients.py.
 """
 
-import sys
 import threading
 import time
 import weakref
@@ -281,7 +280,7 @@ def test_a_compiled_function_in_another_thread_does_not_mix_up_the_counts(decisi
     ownership._found_out.cache_clear()
     stop = compiled_elsewhere()
     assert overwrites() == (True, True)
-    during = ownership._counts_of_a_sole_owner()
+    during = ownership._counts_of_a_sole_owner(), ownership._references(object())
     stop()
     for hold in HOLDERS.values():
         gate, up = x * 2, x + 1
@@ -291,8 +290,9 @@ def test_a_compiled_function_in_another_thread_does_not_mix_up_the_counts(decisi
         output.sum().backward()
         assert not decisions.pop(), held
     assert overwrites() == (True, True)
-    is_changed = ownership._counts_of_a_sole_owner() != during
-    assert is_changed == (sys.version_info >= (3, 11))  # else this test shows nothing; Python 3.10 always holds them
+    after = ownership._counts_of_a_sole_owner(), ownership._references(object())
+    # Python 3.10 always holds them, and every Python after a function of torch.compile failed with fullgraph=True.
+    assert (after[0] != during[0]) == (after[1] != during[1])
 
 
 def test_counts_are_found_out_unseen(decisions):
