@@ -25,7 +25,11 @@ BUILTIN = Recipe()
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained on what. learning_rates: by adapter, chosen by the same small sweep for all methods."""
+    """What is trained on what.
+
+    learning_rates: by adapter, chosen by the same small sweep for all methods.
+    checkpointed: whether blocks are computed again in the backward, as transformers does it.
+    """
 
     data: str
     seq_len: int
@@ -33,10 +37,12 @@ class Task:
     steps: int
     learning_rates: dict[str, float]
     recipe: Recipe = BUILTIN
+    checkpointed: bool = False
 
     @property
     def model(self) -> str:
-        return f"byte Llama, {self.recipe.num_hidden_layers} blocks, width {self.recipe.hidden_size}"
+        how = ", checkpointed" if self.checkpointed else ""
+        return f"byte Llama, {self.recipe.num_hidden_layers} blocks, width {self.recipe.hidden_size}{how}"
 
 
 @dataclass(frozen=True)
@@ -205,7 +211,8 @@ _ROW_PLANS = ("published", "branch", "sample", "sample, aligned", "token")
 _CHOSEN = tuple(
     method for method in METHODS if method.startswith(("last", "most sensitive", "query rows", "target plan, a window"))
 )
-_PARTS = ("target plan, a window, one_hop", "target plan, drawn, one_hop")
+_WINDOWS = ("target plan, a window", "target plan, a window, one_hop")
+_PARTS = (*_WINDOWS, "target plan, drawn, one_hop")
 _CORESETS = tuple(Point(method) for method in METHODS if method.startswith("coreset"))
 # As fast as plans by rows, as plans by branches; of the backward FLOPs of rate 0.75, of published DropBP at 0.75.
 _SMALLER_TEXTS = _smaller(8, 5, 3, 2)
@@ -260,7 +267,16 @@ GROUPS = {
             *_at(0.5, "published", *_PARTS),
             *_at(0.75, "published", "target plan, drawn", "query rows, aligned, one_hop", *_PARTS),
             *_at(0.875, "published", *_PARTS),
-            *_smaller(8, 6, 5, 4, 3, 2),
+            *_smaller(8, 7, 6, 5, 4, 3, 2),
+        ),
+    ),
+    "parts_checkpointed": Group(
+        replace(TEXT, checkpointed=True),
+        (
+            Point("undropped"),
+            *_at(0.5, "published", *_WINDOWS),
+            *_at(0.75, "published", *_WINDOWS),
+            *_smaller(8, 7, 6, 5, 4),
         ),
     ),
     "deep": Group(

@@ -30,6 +30,8 @@ def make_run(task: Task, adapter: str, point: Point, batch_size: int, learning_r
     model = models.load_model(settings, data)
     if adapter == "paca":
         model = _with_paca(model, seed)
+    if task.checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     make_options = METHODS[point.method]
     if make_options is None:
         return Run(point.method, model, None, batch_size, data, settings)

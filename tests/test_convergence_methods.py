@@ -72,6 +72,17 @@ def test_aligned_samples_are_a_smaller_batch_to_an_adapter(tiny):
     assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0).item() == pytest.approx(1.0, abs=1e-5)
 
 
+@pytest.mark.parametrize(("group", "calls"), [("parts", 1), ("parts_checkpointed", 2)])
+def test_checkpointed_steps_compute_blocks_again(group, calls, tiny):
+    task = convergence_methods.group_of(group, "tiny").task
+    assert ("checkpointed" in task.model) is (calls == 2)  # of which the tables' heads tell
+    run, seen = convergence_runs.make_run(task, "lora", Point("undropped"), 2, 8e-3, 0), []
+    mlp = next(module for name, module in run.model.named_modules() if name.endswith("layers.0.mlp"))
+    mlp.register_forward_pre_hook(lambda *_: seen.append(1))
+    run.step(0)
+    assert len(seen) == calls
+
+
 def test_frozen_branches_are_the_same_in_every_step():
     """The last ones, or those of the lowest rates; the one on the edge is kept as often as the rates pay for."""
     flops = [1.0, 3.0] * 4
