@@ -221,6 +221,27 @@ def test_gradient_checkpointing_switched_on_before_patching_and_left_after():
     assert sum(calls.values()) == 12
 
 
+@pytest.mark.parametrize(("option", "num_again"), [({"every_n_layers": 2}, 1), ({"offload": True}, 2)])
+def test_every_second_block_and_inputs_on_the_host(option, num_again, monkeypatch):
+    """Options that transformers 5.23 has. Here "the host" is where everything is, and its memory cannot be pinned."""
+    model, _ = build(MIXED, attention_dropout=0.3)
+    if not hasattr(model, "activation_checkpointing_enable"):
+        pytest.skip("transformers: no activation_checkpointing_enable, which came with 5.23")
+    expected, moved = step(model, tiny_batch()), []
+
+    def offload(pin_memory, device_type):
+        moved.append(device_type)
+        return torch.autograd.graph.save_on_cpu(pin_memory=False, device_type=device_type)
+
+    monkeypatch.setattr("transformers.modeling_utils.save_on_cpu", offload)
+    model, _ = build(MIXED, attention_dropout=0.3)
+    model.activation_checkpointing_enable(**option)
+    calls = count_calls(model)
+    assert_same(step(model, tiny_batch()), expected)
+    assert sum(calls.values()) == 6 + num_again
+    assert len(moved) == (2 if "offload" in option else 0)  # once for each kept branch, none for dropped ones
+
+
 def test_switched_off_again_nothing_is_computed_again():
     model, _ = build((True,) * 6, "transformers")
     model.gradient_checkpointing_disable()
