@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dropbp_kernels import DropBPHandler, apply_dropbp
+from dropbp_kernels.integrations.checkpointing import set_checkpointing
 from dropbp_kernels.layer import checkpoint_branch
 from dropbp_kernels.slicing import SLICE_TOKENS
 
@@ -99,9 +100,8 @@ def run(settings: Settings) -> Iterator[list[CheckpointedStepRow]]:
     size = size_of(settings)
     model, batch = build(size, settings.device)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)  # a switch renamed
         warnings.filterwarnings("ignore", "gradient checkpointing: it is reentrant.*", UserWarning)
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        set_checkpointing(model, {"use_reentrant": False})
         handler = apply_dropbp(model, 0.0, strict=False)
         stepper = Stepper(model, batch, settings.device)
         memory = {}

@@ -9,7 +9,6 @@ All are compared with the undropped step of the unpatched model, under the same 
 tokens of every sample.
 """
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from dropbp_kernels import apply_dropbp
 from dropbp_kernels.cli.models import twin
+from dropbp_kernels.integrations.checkpointing import set_checkpointing
 from dropbp_kernels.targets import IGNORED
 
 from .rows import machine
@@ -77,9 +77,7 @@ def run(settings: Settings) -> Iterator[list[TargetStepRow]]:
     for method, each in models.items():
         gradient, *others = method.split()
         if method.endswith(CHECKPOINTED):
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)  # a switch renamed
-                each.gradient_checkpointing_enable({"use_reentrant": False})
+            set_checkpointing(each, {"use_reentrant": False})
         fused = "fused" in others
         if gradient != "undropped":
             apply_dropbp(each, 0.0, strict=False, fused=fused, context="inference", context_gradient=gradient)

@@ -15,6 +15,7 @@ from dropbp_kernels.cli.data import IGNORED
 from dropbp_kernels.cli.settings import Settings
 from dropbp_kernels.cli.training import Run
 from dropbp_kernels.coreset import CoresetSelector
+from dropbp_kernels.integrations.checkpointing import set_checkpointing
 from dropbp_kernels.schedules import factor_at, get_schedule
 
 from . import convergence_data
@@ -31,7 +32,7 @@ def make_run(task: Task, adapter: str, point: Point, batch_size: int, learning_r
     if adapter == "paca":
         model = _with_paca(model, seed)
     if task.checkpointed:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        set_checkpointing(model, {"use_reentrant": False})
     make_options = METHODS[point.method]
     if make_options is None:
         return Run(point.method, model, None, batch_size, data, settings)

@@ -2,6 +2,7 @@
 
 import warnings
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -240,6 +241,16 @@ def test_every_second_block_and_inputs_on_the_host(option, num_again, monkeypatc
     assert_same(step(model, tiny_batch()), expected)
     assert sum(calls.values()) == 6 + num_again
     assert len(moved) == (2 if "offload" in option else 0)  # once for each kept branch, none for dropped ones
+
+
+@pytest.mark.parametrize("kind", ["activation", "gradient"])
+def test_transformers_is_told_by_the_names_that_its_release_has(kind):
+    told, options = [], {"use_reentrant": False}
+    methods = {"enable": told.append, "disable": lambda: told.append(None)}
+    model = SimpleNamespace(**{f"{kind}_checkpointing_{name}": method for name, method in methods.items()})
+    checkpointing.set_checkpointing(model, options)
+    checkpointing.set_checkpointing(model, None)
+    assert told == [options, None]
 
 
 def test_switched_off_again_nothing_is_computed_again():

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from ..integrations.checkpointing import set_checkpointing
 from ..integrations.target_plans import with_plan
 from ..integrations.transformers import apply_dropbp, remove_dropbp
 from ..simulation import GRADIENTS, Cost, extend, make_fake, simulate, total
@@ -201,13 +202,11 @@ class StepModel:
                 for gate in handler.gates.values():
                     gate.checkpoint = functools.partial(checkpoint, **options)
             if setting.checkpoint == "block":
-                with _names_on_their_way_out():
-                    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+                set_checkpointing(model, options)
             yield
         finally:
             if setting.checkpoint == "block":
-                with _names_on_their_way_out():
-                    model.gradient_checkpointing_disable()
+                set_checkpointing(model, None)
                 model.disable_input_require_grads()  # switched on with it; left on, it costs later settings FLOPs
             remove_dropbp(model)
 
@@ -270,13 +269,6 @@ def _on_meta(
         if parameter.requires_grad:
             parameter.data = parameter.data.to(adapter_dtype or torch.float32)
     return model.train()
-
-
-@contextlib.contextmanager
-def _names_on_their_way_out() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
-        yield
 
 
 def _one_sequence_a_row() -> Any:

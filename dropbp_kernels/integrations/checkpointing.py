@@ -136,6 +136,18 @@ def _warn_of_reentrant() -> None:
     )
 
 
+def set_checkpointing(model: Any, options: dict[str, Any] | None) -> None:
+    """Let transformers checkpoint the blocks of `model` with these options of torch.utils.checkpoint; None: no longer.
+
+    The methods have other names from transformers 5.23 on, which is to drop the old ones in release 6.
+    """
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if options is None:
+        getattr(model, f"{kind}_checkpointing_disable")()
+    else:
+        getattr(model, f"{kind}_checkpointing_enable")(options)
+
+
 def takes_cache(block: nn.Module) -> bool:
     """Whether the forward of `block` has an argument for a key/value cache."""
     return not _CACHES.isdisjoint(inspect.signature(block.forward).parameters)
