@@ -130,8 +130,11 @@ def chats(rank: int | None) -> list[list[dict[str, torch.Tensor]]]:
 
 
 def train_targets(model, handler, steps: list[list[dict[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
-    """AdamW on the mean of the batches' losses, where one without a target counts as 0; the weights afterwards."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    """SGD on the mean of the batches' losses, where one without a target counts as 0; the weights afterwards.
+
+    Not Adam, which hides a gradient's scale and turns the rounding of one near zero into a step.
+    """
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     for batches in steps:
         handler.step()
         for batch in batches:

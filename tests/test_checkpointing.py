@@ -201,7 +201,8 @@ def test_a_cache_of_blocks_that_transformers_does_not_checkpoint_does_not_see_ke
         with pytest.warns(UserWarning, match="FLOPs unknown"):
             apply_dropbp(model, 0.5, checkpoint=checkpoint).step()
         seen.append(step(model, tiny_batch()))
-    assert_same(seen[1], seen[0])
+    # To rounding: joined with an empty cache, keys lie in memory otherwise.
+    torch.testing.assert_close(seen[1], seen[0])
     assert model(**tiny_batch()).past_key_values.get_seq_length() == 0
 
 
