@@ -8,6 +8,7 @@ import pytest
 import torch
 from target_cases import CLOSE, assert_same, backward, chat, is_target, tiny
 from torch import nn
+from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 
 from dropbp_kernels import apply_dropbp, remove_dropbp
 from dropbp_kernels.integrations import staged_decoder
@@ -55,6 +56,21 @@ def test_labels_given_to_step_serve_a_loss_of_the_callers(model_type, cut_attent
     assert torch.equal(model(**batch, return_dict=False)[0], logits)
     handler.step()  # they held for one step
     torch.testing.assert_close(model(**batch).logits, exact_logits)
+
+
+def test_noise_of_neftune_is_as_strong_as_without_a_plan():
+    model, batch, alpha = tiny(), chat(), 5.0
+    strongest = alpha / (16 * model.config.hidden_size) ** 0.5  # of 16 tokens
+    nn.init.zeros_(model.get_input_embeddings().weight)
+    noises = []
+    apply_dropbp(model, 0.0, context="inference")
+    hook = activate_neftune(model, alpha)
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: noises.append(args[0].abs().max().item()))
+    backward(model, batch)
+    assert len(noises) > 1
+    assert all(0.95 * strongest < noise <= strongest for noise in noises)
+    assert model.get_input_embeddings().neftune_noise_alpha == alpha
+    deactivate_neftune(model, hook)
 
 
 def test_hidden_states_of_target_rows_come_back_at_their_places():

@@ -1,6 +1,7 @@
 """One pass of a decoder in the stages of a target plan."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,12 +12,13 @@ from torch.utils._pytree import tree_map_only
 
 from ..layer import as_inference
 from ..plan import running
-from ..targets import PASS_ROWS, TargetPlan, TargetRule
+from ..targets import PASS_ROWS, Stage, TargetPlan, TargetRule
 from .decoder_parts import DecoderParts, parts_of
 from .stage_keys import LastKeysLeft, ModelMasks, StageKeys
 from .swapping import with_attribute
 from .target_checks import BY_ROW, DOCUMENTS, WITH_CACHE, check_checkpointing, check_inputs
 
+NEFTUNE_ALPHA = "neftune_noise_alpha"  # of an embedding, as the Trainer sets it
 COUNTS_TOKENS = ("opt",)  # whose positions leave padding on the left out; all others count places
 
 
@@ -54,7 +56,8 @@ def run_in_stages(decoder: Any, run: Callable[..., Any], inputs: dict[str, Any],
             keys = keys.of_next(stage, is_last=is_last, ends_at=None if stage.is_target else ends_at, is_hop=is_hop)
             context = contextlib.nullcontext() if stage.is_target else _context(parts, rule, parameter.device.type)
             whole = _last_layer_whole(parts) if is_last else contextlib.nullcontext()
-            with contextlib.suppress(LastKeysLeft), running(parts.gates, staged, stage), context, whole:
+            noise = _noise_as_of(plan.documents.shape[1], decoder, stage)
+            with contextlib.suppress(LastKeysLeft), running(parts.gates, staged, stage), context, whole, noise:
                 output = run(**{**inputs, **rows, "attention_mask": mask, "past_key_values": keys, "use_cache": True})
             if stage.is_target:
                 hidden.append(stage.of_targets(output.last_hidden_state))
@@ -132,6 +135,14 @@ def _caches_under_checkpointing(decoder: nn.Module, parts: DecoderParts) -> Iter
     told = [decoder] if vars(decoder).get("gradient_checkpointing") else []
     with with_attribute(layers, WITH_CACHE, True), with_attribute(told, "gradient_checkpointing", False):
         yield
+
+
+def _noise_as_of(seq_len: int, decoder: Any, stage: Stage) -> contextlib.AbstractContextManager[None]:
+    """Let NEFTune's noise, which is stronger where fewer tokens are embedded at once, be that of whole samples."""
+    embedding = decoder.get_input_embeddings()
+    if (alpha := getattr(embedding, NEFTUNE_ALPHA, None)) is None:
+        return contextlib.nullcontext()
+    return with_attribute([embedding], NEFTUNE_ALPHA, alpha * math.sqrt(stage.rows.shape[1] / seq_len))
 
 
 def _last_layer_whole(parts: DecoderParts) -> contextlib.AbstractContextManager[None]:
