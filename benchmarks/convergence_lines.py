@@ -63,7 +63,7 @@ def difference(losses: dict[int, float], of: dict[int, float]) -> Difference | N
 def lines_of(group: str, adapter: str, rows: Rows, steps: Rows) -> list[Line]:
     """The lines that have rows, in the group's order. None where undropped at the full batch has no row.
 
-    Only rows with the task's steps and the point's learning rate count; of step times the newest of each point.
+    Only rows with the task's steps and the point's learning rate count: the newest of each seed, of step times the newest.
     """
     task, points = GROUPS[group].task, GROUPS[group].points
     recorded_as = GROUPS[group].rows_of or group
@@ -79,6 +79,7 @@ def _line(point: Point, adapter: str, rows: Rows, timed: dict["Key", dict[str, s
     key = (point.adapter or adapter, point.method, point.drop_rate, point.batch_size or task.batch_size)
     learning_rate = point.learning_rate or task.learning_rates.get(key[0])
     chosen = [row for row in rows if _key(row) == key and float(row["learning_rate"]) == learning_rate]
+    newest = {int(row["seed"]): row for row in chosen}
     is_control = point.method == "undropped" and key[0] == adapter
     full = (adapter, "undropped", 0.0, task.batch_size)
     step, backward = _undropped_cost(key, timed, full) if is_control else _cost(key, timed, full)
@@ -87,10 +88,10 @@ def _line(point: Point, adapter: str, rows: Rows, timed: dict["Key", dict[str, s
     return Line(
         point=point,
         batch_size=key[3],
-        losses={int(row["seed"]): float(row["validation_loss"]) for row in chosen},
+        losses={seed: float(row["validation_loss"]) for seed, row in newest.items()},
         step_over_undropped=step,
         backward_over_undropped=backward,
-        rows=chosen,
+        rows=list(newest.values()),
         is_control=is_control,
         timed_on=_machine(timed[key]) if key in timed else None,
     )

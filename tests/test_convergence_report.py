@@ -96,6 +96,16 @@ def test_a_table_by_hand(tmp_path):
     assert (tmp_path / "plans.png").stat().st_size > 10_000
 
 
+def test_a_seed_that_was_run_again_counts_once_by_its_newest_row():
+    first = [run_row("undropped", 0, 12, seed, 2.0, validation_before="3.1") for seed in (0, 1)]
+    again = [run_row("undropped", 0, 12, seed, 2.2) for seed in (0, 1, 2)]
+    table = convergence_report.table("plans", "lora", first + again, [])
+    assert table.splitlines()[0].endswith("; validation loss 3.000 before.")
+    assert "| 2.200 ± 0.000 |  |  |  |  | 3 |" in table
+    (line,) = convergence_lines.lines_of("plans", "lora", first + again, [])
+    assert line.rows == again  # whose curves are drawn
+
+
 def test_the_page_says_what_the_committed_rows_say():
     text = convergence_report.PAGE.read_text()
     filled = convergence_report.with_tables(text, *convergence_report.read_all(RESULTS))
