@@ -63,7 +63,7 @@ def difference(losses: dict[int, float], of: dict[int, float]) -> Difference | N
 def lines_of(group: str, adapter: str, rows: Rows, steps: Rows) -> list[Line]:
     """The lines that have rows, in the group's order. None where undropped at the full batch has no row.
 
-    Only rows with the task's steps and the point's learning rate count: the newest of each seed, of step times the newest.
+    Only rows with the task's steps and the point's learning rate count, of each seed the newest; so of step times.
     """
     task, points = GROUPS[group].task, GROUPS[group].points
     recorded_as = GROUPS[group].rows_of or group
