@@ -223,25 +223,49 @@ def test_gradient_checkpointing_switched_on_before_patching_and_left_after():
     assert sum(calls.values()) == 12
 
 
-@pytest.mark.parametrize(("option", "num_again"), [({"every_n_layers": 2}, 1), ({"offload": True}, 2)])
-def test_every_second_block_and_inputs_on_the_host(option, num_again, monkeypatch):
-    """Options that transformers 5.23 has. Here "the host" is where everything is, and its memory cannot be pinned."""
-    model, _ = build(MIXED, attention_dropout=0.3)
-    if not hasattr(model, "activation_checkpointing_enable"):
-        pytest.skip("transformers: no activation_checkpointing_enable, which came with 5.23")
-    expected, moved = step(model, tiny_batch()), []
+@pytest.fixture
+def moved(monkeypatch):
+    """One entry for each move of inputs to the host: here that is where everything is, its memory not pinned."""
+    moves = []
 
     def offload(pin_memory, device_type):
-        moved.append(device_type)
+        moves.append(device_type)
         return torch.autograd.graph.save_on_cpu(pin_memory=False, device_type=device_type)
 
     monkeypatch.setattr("transformers.modeling_utils.save_on_cpu", offload)
-    model, _ = build(MIXED, attention_dropout=0.3)
+    return moves
+
+
+def checkpoint_some(model, option):
+    if not hasattr(model, "activation_checkpointing_enable"):
+        pytest.skip("transformers: no activation_checkpointing_enable, which came with 5.23")
     model.activation_checkpointing_enable(**option)
+
+
+@pytest.mark.parametrize(("option", "num_again"), [({"every_n_layers": 2}, 1), ({"offload": True}, 2)])
+def test_every_second_block_and_inputs_on_the_host(option, num_again, moved):
+    expected = step(build(MIXED, attention_dropout=0.3)[0], tiny_batch())
+    model, _ = build(MIXED, attention_dropout=0.3)
+    checkpoint_some(model, option)
     calls = count_calls(model)
     assert_same(step(model, tiny_batch()), expected)
     assert sum(calls.values()) == 6 + num_again
     assert len(moved) == (2 if "offload" in option else 0)  # once for each kept branch, none for dropped ones
+
+
+@pytest.mark.parametrize("granularity", ["sample", "token"])
+@pytest.mark.parametrize("option", [{"every_n_layers": 2}, {"offload": True}])
+def test_every_second_block_and_inputs_on_the_host_under_a_row_plan(option, granularity, moved):
+    seen = []
+    for checkpointed in (False, True):
+        model = tiny_causal_lm()
+        apply_dropbp(model, 0.5, granularity=granularity).step()
+        if checkpointed:
+            checkpoint_some(model, option)
+        seen.append(step(model, tiny_batch()))
+    assert seen[1][0] == seen[0][0]
+    torch.testing.assert_close(seen[1], seen[0])  # rows of a block are added up in another order
+    assert bool(moved) == ("offload" in option)
 
 
 @pytest.mark.parametrize("kind", ["activation", "gradient"])

@@ -51,6 +51,13 @@ def test_opcheck(backend, device, op, name, layout):
     torch.library.opcheck(getattr(torch.ops.dropbp_kernels, op), arguments, **utilities)
 
 
+@pytest.mark.parametrize(("op", "name"), RAW_CASES)
+def test_fakes_know_float64(op, name):
+    """Whose statistics are float64 as well."""
+    arguments = RAW[op][name](Tensors(4, 6, torch.float64, torch.float64))
+    torch.library.opcheck(getattr(torch.ops.dropbp_kernels, op), arguments, test_utils="test_faketensor")
+
+
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
 def test_memory_that_compiled_kernels_ask_for_is_poisoned(poisoned):
     libtorch = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
