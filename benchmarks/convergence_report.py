@@ -116,7 +116,7 @@ def draw(group: str, adapter: str, rows: Rows, steps: Rows, path: Path) -> None:
     task = GROUPS[group].task
     methods = [line for line in lines if not line.is_control]
     colours = dict(zip((line.point.name for line in methods), plt.get_cmap("tab20").colors * 3, strict=False))
-    figure, (curves, finals) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    figure, (curves, finals) = plt.subplots(1, 2, figsize=(15, 5), layout="constrained")
     full = lines[0]
     for line in [full, *methods]:
         means = [statistics.mean(values) for values in zip(*map(_train_curve, line.rows), strict=False)]
@@ -126,7 +126,7 @@ def draw(group: str, adapter: str, rows: Rows, steps: Rows, path: Path) -> None:
             times = [line.step_over_undropped] * len(line.losses)
             finals.plot(times, list(line.losses.values()), "o", color=colours[line.point.name], markersize=4, alpha=0.6)
             mean = statistics.mean(line.losses.values())
-            finals.plot([times[0]], [mean], "D", color=colours[line.point.name], markersize=8, label=line.point.name)
+            finals.plot([times[0]], [mean], "D", color=colours[line.point.name], markersize=8)
     controls = sorted(
         (line for line in lines if line.is_control and line.step_over_undropped), key=lambda c: c.batch_size
     )
@@ -134,7 +134,7 @@ def draw(group: str, adapter: str, rows: Rows, steps: Rows, path: Path) -> None:
         [line.step_over_undropped for line in controls],
         [statistics.mean(line.losses.values()) for line in controls],
         "k.-",
-        label="undropped, by batch size",
+        label="undropped, by batch size (right)",
     )
     for line in controls:
         where: Any = (line.step_over_undropped, statistics.mean(line.losses.values()))
@@ -144,7 +144,7 @@ def draw(group: str, adapter: str, rows: Rows, steps: Rows, path: Path) -> None:
     for axes in (curves, finals):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    finals.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.suptitle(
         f"{group}: {task.model}, {adapter}, {task.data}, {task.steps} steps", fontsize=11, x=0.01, ha="left"
     )
