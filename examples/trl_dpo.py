@@ -73,7 +73,6 @@ def main(argv: list[str] | None = None) -> float:
             report_to="none",
             disable_tqdm=True,
             bf16=False,
-            gradient_checkpointing=False,
             dataloader_pin_memory=torch.cuda.is_available(),
         )
         model = LlamaForCausalLM(config)

@@ -61,7 +61,6 @@ def main(argv: list[str] | None = None) -> float:
             report_to="none",
             disable_tqdm=True,
             bf16=False,
-            gradient_checkpointing=False,
             dataloader_pin_memory=torch.cuda.is_available(),
         )
         trainer = SFTTrainer(
