@@ -256,7 +256,7 @@ def enter(stream: Stream, norm: RMSNorm, gate: DropBP) -> tuple[Tensor, Tensor]:
     Cost: one kernel; in the very first block, where nothing is pending, the plain norm.
     """
     if stream.branch is None:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and gate.records_graph):
+        with torch.set_grad_enabled(gate.records_graph):
             return norm(stream.residual), stream.residual
     return gated_residual_rms_norm(
         stream.residual,

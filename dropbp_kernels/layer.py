@@ -284,17 +284,20 @@ class DropBP(nn.Module):
         return kept, dropped
 
     def entry(self, stream: Tensor) -> bool | Rows:
-        """The plan entry for a call on `stream`: whether the branch is kept, or the rows of it that are."""
-        if isinstance(self.kept, bool):
-            return self.kept
+        """The plan entry for a call on `stream`: whether the branch is kept, or the rows of it that are.
+
+        Without gradients it is kept, unread: so torch.compile makes one graph of it for all plans.
+        """
         if not torch.is_grad_enabled():
             return True
+        if isinstance(self.kept, bool):
+            return self.kept
         rows = self.kept.rows(self.batch_of(stream), per_token=self.per_token)
         return rows if 0 < rows.num_kept < rows.num_rows else rows.num_kept > 0
 
     def split(self, stream: Tensor) -> RowSplit | None:
         """How to take a call on `stream` apart; None where the branch is kept or dropped as a whole."""
-        if isinstance(self.kept, bool):
+        if not torch.is_grad_enabled() or isinstance(self.kept, bool):
             return None
         entry = self.entry(stream)
         if isinstance(entry, bool):
@@ -350,7 +353,7 @@ class DropBP(nn.Module):
     @property
     def records_graph(self) -> bool:
         """Whether autograd records the branch, or may record some of its rows, under the present plan."""
-        return bool(self.kept) or self.dropped_runs == "detach"
+        return torch.is_grad_enabled() and (bool(self.kept) or self.dropped_runs == "detach")
 
     def is_trainable(self) -> bool:
         """Whether the branch has a parameter to train, as far as the gate knows its modules."""

@@ -182,7 +182,7 @@ def test_compiles_fullgraph_with_equal_gradients(kept):
 
 
 def test_new_plans_compile_each_block_at_most_twice():
-    """One graph for kept, one for dropped; no step after those recompiles."""
+    """One graph for kept, one for dropped, and one for both without gradients; no step after those recompiles."""
     torch.compiler.reset()
     block, x = ToyBlock(), torch.randn(2, 3, 8, requires_grad=True)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -191,6 +191,10 @@ def test_new_plans_compile_each_block_at_most_twice():
         block.gate.kept = step % 3 != 0
         compiled(x).sum().backward()
     assert counter.frame_count == 2
+    with torch.no_grad():
+        for block.gate.kept in (True, False):
+            compiled(x)
+    assert counter.frame_count == 3
 
 
 @pytest.mark.parametrize("kept", [True, False])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from flash_stand_ins import attend_by_flash
 from target_cases import CLOSE, assert_same, backward, chat, is_target, runs_again, tiny
+from torch._dynamo.testing import CompileCounter
 
 from dropbp_kernels import apply_dropbp, remove_dropbp
 from dropbp_kernels.integrations import staged_decoder
@@ -131,6 +132,51 @@ def test_blocks_that_were_compiled_with_another_context_gradient_are_compiled_an
         expected = backward(model, batch)
         model.model.layers[0].compile(backend="eager")
         assert_same(backward(model, batch), expected, **CLOSE)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize(("context_gradient", "way"), [("none", "wrapped"), ("one_hop", "in place")])
+def test_layers_compiled_one_by_one_share_their_graphs(context_gradient, way):
+    num_graphs = []
+    for num_layers in (2, 3):
+        torch.compiler.reset()
+        model, batch, counter = tiny(num_hidden_layers=num_layers), pairs(), CompileCounter()
+        apply_dropbp(model, 0.0, context="inference", context_gradient=context_gradient)
+        expected = backward(model, batch)
+        layers = model.model.layers
+        for number, layer in enumerate(list(layers)):
+            if way == "in place":
+                layer.compile(backend=counter)
+            else:
+                layers[number] = torch.compile(layer, backend=counter)
+        before = [vars(layer).get("_compiled_call_impl") or layer.forward for layer in layers]
+        for _ in range(2):
+            loss, grads = backward(model, batch)
+            grads = {name.replace("_orig_mod.", ""): grad for name, grad in grads.items()}
+            assert_same((loss, grads), expected, **CLOSE)
+            num_graphs.append(counter.frame_count)
+        assert [vars(layer).get("_compiled_call_impl") or layer.forward for layer in layers] == before
+    assert len(set(num_graphs)) == 1
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_layers_compiled_as_a_group_see_each_its_own_keys():
+    class Group(torch.nn.Sequential):
+        def forward(self, hidden_states, **kwargs):
+            for layer in self:
+                hidden_states = layer(hidden_states, **kwargs)
+            return hidden_states
+
+    torch.compiler.reset()
+    model, batch = tiny(num_hidden_layers=3), pairs()
+    apply_dropbp(model, 0.0, context="inference")
+    expected = backward(model, batch)
+    first, *others = model.model.layers
+    group = Group(*others)
+    group.compile(backend="eager")
+    model.model.layers = torch.nn.ModuleList([first, group])
+    loss, grads = backward(model, batch)
+    assert_same((loss, dict(zip(expected[1], grads.values(), strict=True))), expected, **CLOSE)
 
 
 def calls_with_and_without_graph(module):

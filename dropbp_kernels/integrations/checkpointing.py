@@ -59,7 +59,7 @@ def _checkpoint_block(block: nn.Module, function: Callable[..., Any], run: Calla
     """Run the block's forward `run`, checkpointed by `function` as far as its branches are kept."""
     gates = [module for module in block.modules() if isinstance(module, DropBP)]
     recorded = [gate for gate in gates if gate.records_graph]
-    if not recorded or not torch.is_grad_enabled() or any(gate.checkpoint is not None for gate in gates):
+    if not recorded or any(gate.checkpoint is not None for gate in gates):
         return run(*args)
     may_be_reentrant = _may_be_reentrant(function)
     if may_be_reentrant:

@@ -4,6 +4,7 @@ They are found once and not in each step: a model of 32 layers with adapters has
 through them take as long as some layers.
 """
 
+from collections import Counter
 from typing import Any
 
 from torch import nn
@@ -19,7 +20,8 @@ class DecoderParts:
 
     gates: those of its branches. switches: modules with transformers' switch for checkpointing, the decoder among them.
     attention: modules that leave keys in a cache, in their order. around: from the decoder to the attention of its last
-    layer. gathers_weights: whether ranks share out its weights and gather them in each pass.
+    layer. layers: by number, modules that hold one attention alone, outermost first. gathers_weights: whether ranks
+    share out its weights and gather them in each pass.
     """
 
     def __init__(self, decoder: nn.Module):
@@ -34,6 +36,9 @@ class DecoderParts:
         self._runs_last = len(stacks) == 1  # of a number that two stacks have (HRM's) nobody knows
         self.around = _around(decoder, self._name)
         self._types = [type(module) for module in self.around]
+        ways = {module.layer_idx: _around(decoder, name) for name, module in attention.items()}
+        held = Counter(module for way in ways.values() for module in way)
+        self.layers = {number: [module for module in way if held[module] == 1] for number, way in ways.items()}
         self.gathers_weights = gathers_weights(decoder)
 
     def still_hold(self, decoder: nn.Module) -> bool:

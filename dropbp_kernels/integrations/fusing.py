@@ -104,7 +104,7 @@ class _Branch:
         """Add what is pending and run the branch on it; then the branch's output is pending."""
         gate, norm = getattr(block, self.gate), getattr(block, self.norm)
         stream = pending.take()
-        if not isinstance(gate.kept, bool) and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not isinstance(gate.kept, bool):
             pending.put(Stream(self.add_by_rows(block, gate, stream.added(), norm, kwargs)))
             return
         run = functools.partial(self.run, block, kwargs)

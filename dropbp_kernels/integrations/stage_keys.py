@@ -22,66 +22,74 @@ class LastKeysLeft(Exception):
     """A context stage has left the keys of the last layer: what would follow in its pass goes to nobody."""
 
 
-class StageKeys(Cache):
-    """What one stage sees: the keys of the stages before it, and its own once a layer has written them.
+class _SeenKeys(Cache):
+    """What rows of a stage see, of which num_before lie in stages before it, padding included."""
+
+    is_recomputable = True  # a layer that runs again in the backward finds what it found and writes what it wrote
+
+    def __init__(self, num_before: int):
+        super().__init__(layer_class_to_replicate=DynamicLayer)
+        self.num_before = num_before
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Rows of the stages before, padding included."""
+        return self.num_before
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Length and offset of the keys that a stage of query_length rows sees."""
+        return self.num_before + query_length, 0
+
+
+class LayerKeys(_SeenKeys):
+    """What one stage sees in one layer: the keys of the stages before it, and its own once the layer has written them.
+
+    Nothing in it tells a layer from others: those that are compiled one by one, and are given this, share their graphs.
 
     Args:
-        before: by layer, keys and values of each stage before, and whose of them each sample takes.
+        before: keys and values of each stage before, and whose of them each sample takes.
         num_before: how many rows these stages have.
-        stage: the one that runs; None before the first.
-        is_last: whether no stage follows, so that the keys of this one need not be kept.
-        ends_at: the layer in which a context stage ends, by `LastKeysLeft`; None: all of its layers run whole.
+        sample_of: whose keys each sample takes of this stage, int64 (B,); None: its own.
+        keeps: whether the stage's own keys are kept for later ones.
+        is_end: whether a context stage ends here, by `LastKeysLeft`.
 
     Source: `Cache.update` of transformers.
     """
 
-    is_recomputable = True  # a layer that runs again in the backward finds what it found and writes what it wrote
+    def __init__(self, before: list[_Keys], num_before: int, sample_of: Tensor | None, keeps: bool, is_end: bool):
+        super().__init__(num_before)
+        self.before = before
+        self.sample_of = sample_of
+        self.keeps = keeps
+        self.is_end = is_end
+        self.own: list[_Keys] = []
 
-    def __init__(
-        self,
-        before: dict[int, list[_Keys]] | None = None,
-        num_before: int = 0,
-        stage: Stage | None = None,
-        is_last: bool = False,
-        ends_at: int | None = None,
-    ):
-        super().__init__(layer_class_to_replicate=DynamicLayer)
-        self.before = before or {}
-        self.num_before = num_before
-        self.stage = stage
-        self.ends_at = ends_at
-        self._own: dict[int, list[_Keys]] | None = None if is_last else {}
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """Keys and values (B, H, rows, D) of this stage's rows behind those of the stages before."""
-        sample_of = None if self.stage is None else self.stage.sample_of
-        if self._own is not None:
-            self._own[layer_idx] = [(key_states, value_states, sample_of)]
-        if layer_idx == self.ends_at and not torch.compiler.is_compiling():  # a traced pass cannot be left
-            raise LastKeysLeft
-        return self._join(key_states, value_states, layer_idx, is_spread=sample_of is None)
+    def of_layer(self, layer_idx: int) -> "LayerKeys":
+        """This, which is about one layer."""
+        return self
 
     def of_samples(self, samples: Tensor) -> "SampleKeys":
         """What some samples of the batch see, int64 (K,), and where they leave their keys."""
         return SampleKeys(self, samples)
 
-    def update_samples(self, key_states: Tensor, value_states: Tensor, layer_idx: int, samples: Tensor) -> Any:
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Keys and values (B, H, rows, D) of this stage's rows behind those of the stages before."""
+        if self.keeps:
+            self.own = [(key_states, value_states, self.sample_of)]
+        if not torch.compiler.is_compiling() and self.is_end:  # a traced pass cannot be left
+            raise LastKeysLeft
+        return self._join(key_states, value_states, is_spread=self.sample_of is None)
+
+    def update_samples(self, key_states: Tensor, value_states: Tensor, samples: Tensor) -> Any:
         """As `update`, of some samples, int64 (K,); the others come in calls of their own."""
-        if self._own is not None:
-            self._own.setdefault(layer_idx, []).append((key_states, value_states, samples))
-        return self._join(key_states, value_states, layer_idx, is_spread=True, samples=samples)
+        if self.keeps:
+            self.own = [*self.own, (key_states, value_states, samples)]
+        return self._join(key_states, value_states, is_spread=True, samples=samples)
 
     def _join(
-        self,
-        key_states: Tensor,
-        value_states: Tensor,
-        layer_idx: int,
-        *,
-        is_spread: bool,
-        samples: Tensor | None = None,
+        self, key_states: Tensor, value_states: Tensor, *, is_spread: bool, samples: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         pairs = []
-        for keys, values, whose in self.before.get(layer_idx, ()):
+        for keys, values, whose in self.before:
             # Context that samples share is spread here and not before: kept, it is as large as what ran.
             index = whose if is_spread else None
             if samples is not None:
@@ -94,28 +102,83 @@ class StageKeys(Cache):
         all_keys, all_values = zip(*pairs, (key_states, value_states), strict=True)
         return torch.cat(all_keys, dim=-2), torch.cat(all_values, dim=-2)
 
-    def of_next(self, stage: Stage, *, is_last: bool, ends_at: int | None, is_hop: bool) -> "StageKeys":
-        """What `stage` sees, which runs after this one; a recompute of this one keeps nothing more."""
-        own, self._own = self._own or {}, None
-        num_own = 0 if self.stage is None else self.stage.rows.shape[1]
-        # Stage by stage and not joined: what a context stage joins has no graph, and keys of targets need theirs.
-        before = {layer: [*self.before.get(layer, []), _of_all(parts)] for layer, parts in own.items()}
-        return (HopKeys if is_hop else StageKeys)(before, self.num_before + num_own, stage, is_last, ends_at)
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Rows of the stages before, padding included."""
-        return self.num_before
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Length and offset of the keys that a stage of query_length rows sees."""
-        return self.num_before + query_length, 0
-
-
-class HopKeys(StageKeys):
+class HopKeys(LayerKeys):
     """Those of a context stage whose projections have a gradient ("one_hop").
 
     A type of its own, for which torch.compile compiles a block anew; for other hooks, which make the hop, it does not.
     """
+
+
+class StageKeys(_SeenKeys):
+    """What one stage sees, layer by layer.
+
+    Args:
+        before: by layer, keys and values of each stage before, and whose of them each sample takes.
+        num_before: how many rows these stages have.
+        stage: the one that runs; None before the first.
+        is_last: whether no stage follows, so that the keys of this one need not be kept.
+        ends_at: the layer in which a context stage ends; None: all of its layers run whole.
+        is_hop: whether it is a context stage whose projections have a gradient.
+    """
+
+    def __init__(
+        self,
+        before: dict[int, list[_Keys]] | None = None,
+        num_before: int = 0,
+        stage: Stage | None = None,
+        is_last: bool = False,
+        ends_at: int | None = None,
+        is_hop: bool = False,
+    ):
+        super().__init__(num_before)
+        self.before = before or {}
+        self.stage = stage
+        self.is_last = is_last
+        self.ends_at = ends_at
+        self.is_hop = is_hop
+        self._layers: dict[int, LayerKeys] = {}
+
+    def of_layer(self, layer_idx: int) -> LayerKeys:
+        """What the stage sees in one layer, and where that leaves its keys."""
+        if layer_idx not in self._layers:
+            sample_of = None if self.stage is None else self.stage.sample_of
+            self._layers[layer_idx] = (HopKeys if self.is_hop else LayerKeys)(
+                self.before.get(layer_idx, []), self.num_before, sample_of, not self.is_last, layer_idx == self.ends_at
+            )
+        return self._layers[layer_idx]
+
+    def of_samples(self, samples: Tensor) -> "SampleKeys":
+        """What some samples of the batch see, int64 (K,), and where they leave their keys."""
+        return SampleKeys(self, samples)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Keys and values (B, H, rows, D) of this stage's rows behind those of the stages before."""
+        return self.of_layer(layer_idx).update(key_states, value_states, layer_idx)
+
+    def of_next(self, stage: Stage, *, is_last: bool, ends_at: int | None, is_hop: bool) -> "StageKeys":
+        """What `stage` sees, which runs after this one; a recompute of this one keeps nothing more."""
+        num_own = 0 if self.stage is None else self.stage.rows.shape[1]
+        before = {}
+        for number, layer in self._layers.items():
+            # Stage by stage and not joined: what a context stage joins has no graph, and keys of targets need theirs.
+            if layer.own:
+                before[number] = [*layer.before, _of_all(layer.own)]
+            layer.own, layer.keeps = [], False
+        return StageKeys(before, self.num_before + num_own, stage, is_last, ends_at, is_hop)
+
+
+class SampleKeys(_SeenKeys):
+    """What some samples see of a stage, or of a layer of it, for a layer that runs on these alone."""
+
+    def __init__(self, whole: StageKeys | LayerKeys, samples: Tensor):
+        super().__init__(whole.num_before)
+        self.whole = whole
+        self.samples = samples
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Keys and values (K, H, rows, D) of these samples behind those of the stages before."""
+        return self.whole.of_layer(layer_idx).update_samples(key_states, value_states, self.samples)
 
 
 def _of_all(parts: list[_Keys]) -> _Keys:
@@ -124,29 +187,6 @@ def _of_all(parts: list[_Keys]) -> _Keys:
         return parts[0]
     keys, values, samples = zip(*parts, strict=True)
     return torch.cat(keys), torch.cat(values), torch.cat(samples).argsort()
-
-
-class SampleKeys(Cache):
-    """What some samples see of a `StageKeys`, for a layer that runs on these alone."""
-
-    is_recomputable = True
-
-    def __init__(self, whole: StageKeys, samples: Tensor):
-        super().__init__(layer_class_to_replicate=DynamicLayer)
-        self.whole = whole
-        self.samples = samples
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """Keys and values (K, H, rows, D) of these samples behind those of the stages before."""
-        return self.whole.update_samples(key_states, value_states, layer_idx, self.samples)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Rows of the stages before, padding included."""
-        return self.whole.get_seq_length(layer_idx)
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Length and offset of the keys that a stage of query_length rows sees."""
-        return self.whole.get_mask_sizes(query_length, layer_idx)
 
 
 def is_flash(config: Any) -> bool:

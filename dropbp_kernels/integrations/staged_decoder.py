@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def run_in_stages(decoder: Any, run: Callable[..., Any], inputs: dict[str, Any],
     ends_at = None if rule.context_gradient == "full" else parts.last_keys
     keys, hidden = StageKeys(), []
     output: Any = None
-    with _caches_under_checkpointing(decoder, parts):
+    with _caches_under_checkpointing(decoder, parts), _compiled_layers_given_their_keys(parts):
         for stage in plan.stages:
             rows = {name: stage.running(stage.gather(inputs[name])) for name in BY_ROW if inputs.get(name) is not None}
             mask = masks.add(stage, parameter.dtype)
@@ -111,7 +112,7 @@ def _context(parts: DecoderParts, rule: TargetRule, device_type: str) -> Iterato
         if rule.context_gradient == "one_hop":
             for module in parts.attention:
                 stack.callback(module.register_forward_pre_hook(_begin_hop).remove)
-                stack.callback(module.register_forward_hook(_end_hop, always_call=True).remove)
+                stack.callback(module.register_forward_hook(_end_hop).remove)
         stack.enter_context(as_inference(device_type))
         yield
 
@@ -135,6 +136,26 @@ def _caches_under_checkpointing(decoder: nn.Module, parts: DecoderParts) -> Iter
     told = [decoder] if vars(decoder).get("gradient_checkpointing") else []
     with with_attribute(layers, WITH_CACHE, True), with_attribute(told, "gradient_checkpointing", False):
         yield
+
+
+@contextmanager
+def _compiled_layers_given_their_keys(parts: DecoderParts) -> Iterator[None]:
+    """Give what is compiled by itself the keys of its layer alone: one graph then serves all layers."""
+    with contextlib.ExitStack() as stack:
+        for number, way in parts.layers.items():
+            for module in way:
+                name = "forward" if hasattr(module, "_orig_mod") else "_compiled_call_impl"
+                if (compiled := vars(module).get(name)) is not None:
+                    stack.enter_context(with_attribute([module], name, partial(_run_layer, compiled, number)))
+                    break
+        yield
+
+
+def _run_layer(compiled: Callable[..., Any], number: int, *args: Any, **kwargs: Any) -> Any:
+    def of_layer(value: Any) -> Any:
+        return value.of_layer(number) if isinstance(value, StageKeys) else value
+
+    return compiled(*map(of_layer, args), **{name: of_layer(value) for name, value in kwargs.items()})
 
 
 def _noise_as_of(seq_len: int, decoder: Any, stage: Stage) -> contextlib.AbstractContextManager[None]:
