@@ -9,6 +9,7 @@ import torch.distributed as dist
 from models import tiny_causal_lm
 
 from dropbp_kernels.coreset import CoresetSelector
+from dropbp_kernels.coreset.ranks import Ranks
 
 RUNS = {"exact": {}, "spsa": {"features": "spsa", "directions": 3}, "random": {"method": "random"}}
 
@@ -40,5 +41,7 @@ if __name__ == "__main__":
             subset, _ = selector.subset(share, sources[mine])
             steps.append({"selected": selected, "weights": weights, **subset})
         results[name], results[name + " state"] = steps, selector.state_dict()
+    pictures = batch["input_ids"][mine, :width, None].expand(-1, -1, 3)
+    results["pictures"] = Ranks().gather_columns(pictures, 0)
     torch.save(results, Path(sys.argv[1], f"rank{os.environ['RANK']}.pt"))
     dist.destroy_process_group()

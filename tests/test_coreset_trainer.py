@@ -107,6 +107,8 @@ def test_two_ranks_choose_what_one_would_of_all_candidates(tmp_path):
         pass
     results = ranks.results_in(tmp_path)
     batch, sources = ranks_batch()
+    for result in results:
+        assert torch.equal(result["pictures"], batch["input_ids"][..., None].expand(-1, -1, 3))
     for name, options in RUNS.items():
         selector = CoresetSelector(tiny_causal_lm(), num_coordinates=None, weights="cluster", **options)
         for step in range(3):
