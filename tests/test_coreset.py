@@ -73,6 +73,16 @@ def test_exact_features_are_the_gradient_of_each_example(kind):
     torch.testing.assert_close(grads, torch.stack(expected).flatten(1), rtol=1e-4, atol=1e-6)
 
 
+def test_a_projection_without_the_active_adapter_is_taken_whole():
+    peft = pytest.importorskip("peft")
+    model = with_lora(tiny_causal_lm())
+    model.add_adapter("other", peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    v_proj = model.base_model.model.model.layers[2].self_attn.v_proj
+    assert find_projection(model).linear is v_proj.lora_B["default"]
+    model.set_adapter("other")
+    assert find_projection(model).linear is v_proj
+
+
 def test_a_batch_may_hold_options_of_the_forward():
     selector, batch = CoresetSelector(tiny_causal_lm()), ragged_batch(6)
     torch.testing.assert_close(selector.score({**batch, "use_cache": True}), selector.score(batch))
