@@ -66,6 +66,19 @@ def test_selection_by_gradient():
         select_columns(model, lambda: None, "other")
 
 
+def test_a_single_column_changes_something_once_it_is_chosen():
+    model, batch = tiny_causal_lm().eval(), tiny_batch()
+    expected = model(**batch).logits
+    config = PacaConfig(**ALL | {"r": 1}, selection="gradient")
+    model = peft.get_peft_model(model, config).eval()
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, expected)
+        layer = model.base_model.model.model.layers[0].mlp.down_proj
+        layer.choose("default", torch.tensor([0]))
+        layer.paca_columns["default"].fill_(1.0)
+        assert not torch.equal(model(**batch).logits, expected)
+
+
 def test_unchosen_columns_can_be_saved_and_loaded(tmp_path):
     model = peft.get_peft_model(tiny_causal_lm(), PacaConfig(**ALL, selection="gradient"))
     model.save_pretrained(tmp_path)
