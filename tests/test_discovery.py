@@ -124,6 +124,15 @@ def test_the_proof_sees_a_branch_that_leaks(monkeypatch):
     assert type(model.blocks[0].attn) is nn.Linear
 
 
+def test_the_proof_sees_a_stream_that_carries_no_gradient():
+    class Cut(PreNorm):
+        def forward(self, x):
+            return 0.0 * x + self.attn(self.norm1(x))
+
+    with pytest.raises(NotFound, match="branches found in Cut fail the proof"):
+        apply_dropbp(Model(Cut), 0.5, inputs=inputs())
+
+
 def test_a_model_without_a_list_of_blocks():
     with pytest.raises(NotFound, match="no list of blocks"):
         apply_dropbp(PreNorm(), 0.5, inputs={"x": torch.ones(1, 2, 8)})
