@@ -96,9 +96,14 @@ def test_an_mlp_of_ones_own(calls):
         def forward(self, x):
             return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
+    class Rounded(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).bfloat16()
+
     x = torch.randn(3, 8)
-    for act_fn in (nn.SiLU(), nn.functional.silu):  # what is no module may be anything
-        mlp = Mine(act_fn)
+    mixed = Mine(nn.SiLU())
+    mixed.gate_proj = Rounded(8, 16)  # `glu` takes tensors of one dtype
+    for mlp in (Mine(nn.SiLU()), Mine(nn.functional.silu), mixed):  # what is no module may be anything
         with torch.no_grad():
             expected = mlp(x)
             fused_mlp.install(mlp, True)
