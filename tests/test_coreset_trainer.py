@@ -3,7 +3,7 @@
 import pytest
 import ranks
 import torch
-from coreset_ranks import RUNS, ranks_batch
+from coreset_ranks import RUNS, ranks_batch, selector_of
 from models import tiny_causal_lm, with_lora
 
 pytest.importorskip("accelerate")
@@ -12,7 +12,7 @@ from trainer_runs import arguments
 from transformers import Trainer
 
 from dropbp_kernels import DropBPCallback
-from dropbp_kernels.coreset import CoresetSelector, apply_coreset
+from dropbp_kernels.coreset import apply_coreset
 from dropbp_kernels.coreset.budgets import source_id
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -108,9 +108,13 @@ def test_two_ranks_choose_what_one_would_of_all_candidates(tmp_path):
     results = ranks.results_in(tmp_path)
     batch, sources = ranks_batch()
     for result in results:
-        assert torch.equal(result["pictures"], batch["input_ids"][..., None].expand(-1, -1, 3))
+        others = result["others"]
+        assert len(others["labels"]) == 4  # of 12, 0.3 are kept
+        assert torch.equal(others["pictures"], others["input_ids"][..., None].expand(-1, -1, 3))
+        assert others["scale"] == 2.0
+        assert result["refused"] == "batch: expected as many examples on every rank, got [12, 11]"
     for name, options in RUNS.items():
-        selector = CoresetSelector(tiny_causal_lm(), num_coordinates=None, weights="cluster", **options)
+        selector = selector_of(options)
         for step in range(3):
             selected, weights = selector.select(batch, sources)
             ours = [result[name][step] for result in results]
@@ -122,6 +126,6 @@ def test_two_ranks_choose_what_one_would_of_all_candidates(tmp_path):
                 places = torch.searchsorted(selected, one["selected"])
                 torch.testing.assert_close(one["weights"], weights[places])
         moments = [result[name + " state"]["moments"]["first"] for result in results]
-        if name != "random":
+        if "method" not in options:
             assert torch.equal(*moments)
             torch.testing.assert_close(moments[0], selector.moments.first)
