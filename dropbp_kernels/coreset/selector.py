@@ -161,11 +161,10 @@ class CoresetSelector:
         rows_of: dict[Hashable, list[int]] = {}
         for row, name in enumerate(candidates):
             rows_of.setdefault(name, []).append(row)
-        rows_of = {name: rows_of[name] for name in budgets}
         picks = {row: 1.0 for name, rows in rows_of.items() if budgets[name] == len(rows) for row in rows}
         large = {name: rows for name, rows in rows_of.items() if budgets[name] < len(rows)}
         if self.method == "random":
-            picks = dict.fromkeys(self._draw(range(len(candidates)), total, "random"), len(candidates) / total)
+            picks = dict.fromkeys(self._draw(range(len(candidates)), total, "random"), 1.0)
         elif self.method == "stratified":
             for name, rows in large.items():
                 drawn = self._draw(rows, budgets[name], f"stratified:{source_id(name)}")
@@ -266,7 +265,7 @@ class CoresetSelector:
         features = grads if self.moments is None else self._normalised(grads)
         for name, members in large.items():
             places = [place_of[row] for row in members if row in place_of]
-            picks, counts = self.pick(features[places], budgets[name], ranks)
+            picks, counts = self.pick(features[places], budgets[name])
             chosen.update((members[pick], float(count)) for pick, count in zip(picks, counts, strict=True))
         if self.moments is not None:
             total = ranks.sum(grads.sum(0))
@@ -279,9 +278,9 @@ class CoresetSelector:
         self.moments.to(grads.device)
         return self.moments.normalise(grads)
 
-    def pick(self, features: Tensor, num_picks: int, ranks: Ranks | None = None) -> tuple[list[int], list[int]]:
+    def pick(self, features: Tensor, num_picks: int) -> tuple[list[int], list[int]]:
         """Which of the examples with these features (n, P) stand best for all of them, and for how many each does."""
-        ranks = ranks or Ranks(self.group)
+        ranks = Ranks(self.group)
         total = ranks.sum(features.sum(0))  # the mean times a number that moves no coordinate
         coordinates = largest_coordinates(total, self.num_coordinates)
         rows = torch.cat(ranks.gather(features[:, coordinates].contiguous()))
