@@ -16,6 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from dropbp_kernels import apply_dropbp
 from dropbp_kernels.coreset import CoresetSelector
 from dropbp_kernels.coreset.budgets import plan_budgets
+from dropbp_kernels.coreset.moments import AdamMoments
 from dropbp_kernels.coreset.projection import find_projection
 from dropbp_kernels.measure import saved_bytes
 
@@ -293,6 +294,20 @@ def test_picks_are_those_of_the_method_written_down_plainly():
         assert weights.tolist() == [1.0] * 8
 
 
+def test_normalised_features_are_the_next_updates_of_adam():
+    weight = nn.Parameter(torch.zeros(5))
+    optimizer, moments = torch.optim.Adam([weight], lr=1.0), AdamMoments((0.9, 0.999))
+    for _ in range(3):
+        weight.grad, before = torch.randn(5), weight.detach().clone()
+        update = moments.normalise(torch.stack([torch.randn(5), weight.grad]))[1]
+        optimizer.step()
+        torch.testing.assert_close(update, before - weight)
+        moments.update(weight.grad)
+    for num_coordinates in (4, 6):
+        with pytest.raises(ValueError, match=f"expected the 5 weights that the moments are of, got {num_coordinates}"):
+            moments.check(num_coordinates)
+
+
 def test_examples_of_small_sources_are_not_scored():
     model, batch = tiny_causal_lm(), ragged_batch()
     seen = []
@@ -332,6 +347,21 @@ def test_controls_keep_the_same_number_and_draw_anew_in_each_step():
         assert torch.equal(again.select(batch, SOURCES)[0], draws[0][0])
 
 
+def test_sources_of_one_size_are_drawn_from_apart():
+    selector = CoresetSelector(nn.Linear(2, 2), method="stratified")
+    draws = [selector.select(ragged_batch(), [0] * 8 + [1] * 8)[0] for _ in range(4)]
+    assert any((draw[4:] - draw[:4] != 8).any() for draw in draws)
+
+
+def test_the_model_is_found_inside_its_wrappers():
+    model = tiny_causal_lm()
+    wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapped)  # the class's own wants a group of processes
+    wrapped.module = model
+    for each in (model, wrapped, torch.compile(model), torch.compile(wrapped)):
+        assert CoresetSelector(each).model is model
+
+
 def test_subset_takes_rows_of_everything_that_has_them():
     batch = {**ragged_batch(4), "names": list("abcd"), "scale": torch.tensor(2.0), "mode": "x"}
     subset, _ = CoresetSelector(nn.Linear(2, 2), method="random").subset(batch)
@@ -366,6 +396,15 @@ def test_a_resumed_selector_goes_on_exactly(features, tmp_path):
         CoresetSelector(model, seed=3, betas=None).load_state_dict(whole.state_dict())
     with pytest.raises(ValueError, match="state: expected what state_dict of version 1 returned, got None"):
         CoresetSelector(model).load_state_dict({})
+    with pytest.raises(ValueError, match="returned, got list"):
+        CoresetSelector(model).load_state_dict([])
+    plain = CoresetSelector(model, betas=None)
+    with pytest.raises(ValueError, match="betas: expected None, with which the state was saved, got given"):
+        CoresetSelector(model).load_state_dict(plain.state_dict())
+    elsewhere = CoresetSelector(model, seed=3, projection="o_proj")
+    elsewhere.load_state_dict(whole.state_dict())
+    with pytest.raises(ValueError, match="projection: expected the 512 weights that the moments are of, got 1024"):
+        elsewhere.select(batch, SOURCES)
 
 
 # ---- what is refused
@@ -381,6 +420,13 @@ def test_bad_arguments():
     model = tiny_causal_lm()
     with pytest.raises(TypeError, match=r"keep: expected a number with 0 < keep <= 1, got '0\.5'"):
         CoresetSelector(model, "0.5")
+    with pytest.raises(TypeError, match="keep: expected a number with 0 < keep <= 1, got True"):
+        CoresetSelector(model, True)
+    for epsilon in (0.0, float("inf")):
+        with pytest.raises(ValueError, match=f"epsilon: expected a positive number, got {epsilon}"):
+            CoresetSelector(model, epsilon=epsilon)
+    with pytest.raises(ValueError, match=r"betas: expected two numbers with 0 <= beta < 1, got \(0\.9, 1\.0\)"):
+        CoresetSelector(model, betas=(0.9, 1.0))
     with pytest.raises(ValueError, match="features: expected one of exact, spsa, got 'x'"):
         CoresetSelector(model, features="x")
     with pytest.raises(ValueError, match="directions: expected at least 1, got 0"):
@@ -415,5 +461,11 @@ def test_bad_batches():
         ValueError, match="loss: expected finite losses, but 16 of 16 are not, the first of them nan for example 0"
     ):
         CoresetSelector(broken).select(batch)
+    tokens = batch["input_ids"].clamp(max=62)
+    tokens[5, 0] = 63
+    one_broken = copy.deepcopy(model)
+    one_broken.model.embed_tokens.weight.data[63] = float("nan")
+    with pytest.raises(ValueError, match="but 1 of 2 are not, the first of them nan for example 5 of the batch"):
+        CoresetSelector(one_broken).score({**batch, "input_ids": tokens}, [4, 5])
     assert selector.step == 0
     assert all(module.training for module in broken.modules())
