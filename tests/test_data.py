@@ -7,13 +7,22 @@ import torch
 
 from dropbp_kernels.cli import corpus
 from dropbp_kernels.cli.builtin import ByteTokenizer
-from dropbp_kernels.cli.data import IGNORED, Data, Row, encode, load_data
+from dropbp_kernels.cli.data import IGNORED, Data, Row, _num_shared, encode, load_data
 from dropbp_kernels.cli.documents import Document, check_data_path
 from dropbp_kernels.cli.errors import UserError
 
 TOKENIZER = ByteTokenizer()
 END = TOKENIZER.eos_token_id
 BEGIN = TOKENIZER.bos_token_id
+
+
+class Plain(ByteTokenizer):
+    """Without a first token of its own, and without one at the end."""
+
+    bos_token_id = eos_token_id = None
+
+    def encode(self, text, add_special_tokens=True):
+        return list(text.encode())
 
 
 class ChatTokenizer(ByteTokenizer):
@@ -69,6 +78,29 @@ def test_long_pair_keeps_the_begin_token_the_end_of_the_prompt_and_half_a_row_of
     assert row.ids[0] == BEGIN
     assert TOKENIZER.decode(row.ids.tolist()) == "xxxend:" + "y" * 8
     assert labelled(row) == "y" * 8
+
+
+def test_a_pair_of_one_token_too_many_loses_one():
+    (row,) = rows_of("pair", ("abcdef", "vwxyz"), seq_len=12)  # 13 with the first token and the end
+    assert TOKENIZER.decode(row.ids.tolist()) == "bcdefvwxyz"
+    assert row.ids.tolist()[::11] == [BEGIN, END]
+    (row,) = rows_of("pair", ("abcdef", "vwxyz"), seq_len=10, tokenizer=Plain())
+    assert TOKENIZER.decode(row.ids.tolist()) == "bcdefvwxyz"
+
+
+def test_a_first_token_alone_is_nothing_to_train_on():
+    assert rows_of("pair", ("", "a"), tokenizer=Plain()) == []
+    assert len(rows_of("pair", ("", "ab"), tokenizer=Plain())) == 1
+
+
+def test_a_token_that_would_reach_over_the_border_is_not_made():
+    class Merging(Plain):
+        def encode(self, text, add_special_tokens=True):
+            return list(text.replace("bc", "*").encode())
+
+    (row,) = rows_of("pair", ("ab", "cd"), tokenizer=Merging())
+    assert row.ids.tolist() == [97, 98, 99, 100]
+    assert labelled(row) == "cd"
 
 
 def test_long_completion_may_use_what_a_short_prompt_leaves():
@@ -139,11 +171,29 @@ def test_turn_whose_start_cannot_be_told_has_no_loss():
     assert rows_of("chat", CHAT, 200, ChatTokenizer(marks_question=True)) == []
 
 
-def test_chat_template_errors_name_the_line():
+def test_turns_behind_the_last_of_the_assistant_stay_without_a_loss():
+    (row,) = rows_of("chat", CHAT[:3], 200, ChatTokenizer())
+    assert TOKENIZER.decode(row.ids.tolist()) == ChatTokenizer().apply_chat_template(CHAT[:3], tokenize=False)
+    assert labelled(row) == "(thought)two|"
+
+
+@pytest.mark.parametrize(("first", "second", "shared"), [("abc", "abd", 2), ("ab", "abc", 2), ("abc", "ab", 2)])
+def test_shared_starts(first, second, shared):
+    assert _num_shared(first, second) == shared
+
+
+def test_chat_template_errors_name_the_line(monkeypatch):
     with pytest.raises(UserError, match=r"here: the chat template refuses .* unknown role nobody"):
         rows_of("chat", [{"role": "nobody", "content": ""}, CHAT[1]], 200, ChatTokenizer())
+
+    def refuse(self, *args, **kwargs):
+        raise pytest.importorskip("jinja2").TemplateError("turns must alternate")
+
     with pytest.raises(UserError, match="here: messages need a tokenizer with a chat template"):
         rows_of("chat", CHAT)
+    monkeypatch.setattr(ChatTokenizer, "apply_chat_template", refuse)
+    with pytest.raises(UserError, match=r"here: the chat template refuses .* turns must alternate"):
+        rows_of("chat", CHAT, 200, ChatTokenizer())
 
 
 def numbered(num, seed=0):
@@ -156,6 +206,27 @@ def test_split_is_fixed_and_without_overlap():
     assert validation == [0, 20, 40, 60, 80]
     assert sorted([int(row.ids[0]) for row in data.train] + validation) == list(range(100))
     assert [len(numbered(n).validation) for n in (2, 19, 20_000)] == [1, 1, 64]
+
+
+def test_validation_rows_come_shortest_first_and_count_for_ids_and_the_fingerprint():
+    def of(last_id=9, last_label=2):
+        rows = [Row(torch.full((n,), 1), torch.full((n,), 2)) for n in [5] + [1] * 39]
+        rows[20] = Row(torch.tensor([1, 1, last_id]), torch.tensor([2, 2, last_label]))
+        return Data(rows, 0, 0, "")
+
+    data = of()
+    assert [len(row.ids) for row in data.validation] == [3, 5]
+    assert data.max_id() == 9
+    assert data.fingerprint() == of().fingerprint()
+    assert len({each.fingerprint() for each in (data, of(last_id=8), of(last_label=3))}) == 3
+
+
+def test_summary_counts_the_tokens_whose_logits_enter_the_loss():
+    texts = [Row(torch.arange(6), torch.arange(6)) for _ in range(3)]
+    pair = Row(torch.arange(4), torch.tensor([IGNORED, IGNORED, 2, 3]))
+    facts = Data([*texts, pair], 0, 0, "").summary()
+    assert (facts["train_rows"], facts["validation_rows"]) == (3, 1)
+    assert (facts["train_tokens"], facts["train_tokens_with_loss"]) == (16, 5 + 5 + 2)
 
 
 def stream(data, batch_size, num):
@@ -187,6 +258,7 @@ def test_jsonl_of_all_forms_and_a_folder(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "b.txt").write_text("y" * 64)
     (tmp_path / "c.md").write_text("not read")
+    (tmp_path / "d.txt").mkdir()
     notes = []
     data = load_data(str(tmp_path), TOKENIZER, 16, 0, notes.append)
     text = "".join(TOKENIZER.decode(row.ids.tolist()) for row in (*data.validation, *data.train))
@@ -220,6 +292,12 @@ def test_bad_line_is_named(tmp_path, line, message):
         load_data(path, TOKENIZER, 16, 0)
 
 
+def test_a_path_from_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("x" * 40)
+    assert len(load_data("~/a.txt", TOKENIZER, 16, 0).train) == 1
+
+
 def test_bad_files(tmp_path):
     with pytest.raises(UserError, match="no such file or folder"):
         check_data_path(str(tmp_path / "none.txt"))
@@ -233,6 +311,11 @@ def test_bad_files(tmp_path):
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(UserError, match="the file is empty"):
         load_data(str(tmp_path / "empty.txt"), TOKENIZER, 16, 0)
+    (tmp_path / "none").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "none" / name).write_text("")
+    with pytest.raises(UserError, match="none: expected text, found none"):
+        load_data(str(tmp_path / "none"), TOKENIZER, 16, 0)
     (tmp_path / "latin.txt").write_bytes("Gr\xfc\xdfe".encode("latin-1"))
     with pytest.raises(UserError, match="expected UTF-8 text, byte 2 is not"):
         load_data(str(tmp_path / "latin.txt"), TOKENIZER, 16, 0)
@@ -261,16 +344,34 @@ def test_files_as_editors_leave_them(tmp_path):
 
 def test_examples_without_a_prompt_are_not_said_to_be_left_out(tmp_path):
     """A tokenizer without a first token of its own: then the first token of a row has a label."""
-
-    class Plain(ByteTokenizer):
-        def encode(self, text, add_special_tokens=True):
-            return list(text.encode())
-
-    tokenizer = Plain()
     path = write_lines(tmp_path / "a.jsonl", *[{"prompt": "", "completion": word} for word in ("one", "two", "three")])
     notes = []
-    data = load_data(path, tokenizer, 16, 0, notes.append)
+    data = load_data(path, Plain(), 16, 0, notes.append)
     assert (len(data.train) + len(data.validation), notes) == (3, [])
+
+
+def test_examples_without_a_token_to_train_on_are_counted(tmp_path):
+    entries = [{"text": "x" * 48}, {"messages": CHAT[:2]}, {"messages": [{**CHAT[0], "content": "long" * 8}, CHAT[1]]}]
+    notes = []
+    path = write_lines(tmp_path / "a.jsonl", *entries)
+    load_data(path, ChatTokenizer(), 24, 0, notes.append)
+    assert notes == [f"{path}: 1 of 2 examples left out, without a token to train on"]
+    notes.clear()
+    path = write_lines(tmp_path / "b.jsonl", *entries[1:])
+    with pytest.raises(UserError, match="expected at least two examples"):
+        load_data(path, ChatTokenizer(), 24, 0, notes.append)
+    assert not notes  # the error says as much
+
+
+def test_rows_are_filled_up_with_the_token_for_it_else_with_the_end(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", *[{"prompt": "a", "completion": "b"}] * 2)
+
+    def filled_with(pad, end):
+        tokenizer = Plain()
+        tokenizer.pad_token_id, tokenizer.eos_token_id = pad, end
+        return load_data(path, tokenizer, 16, 0).pad_id
+
+    assert [filled_with(*ids) for ids in ((0, 5), (7, 5), (None, 5), (None, None))] == [0, 7, 5, 0]
 
 
 def test_halves_of_the_library_share_no_module():

@@ -92,7 +92,7 @@ class Data:
 
     def summary(self) -> dict[str, Any]:
         num_tokens = sum(len(row.ids) for row in self.train)
-        num_targets = sum(int((row.labels != IGNORED).sum()) for row in self.train)
+        num_targets = sum(int((row.labels[1:] != IGNORED).sum()) for row in self.train)  # the first is not predicted
         return {
             "name": self.name,
             "train_rows": len(self.train),
