@@ -1,6 +1,7 @@
 """Rows, labels, splits and batches of the command line's data, with every error it can meet."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from dropbp_kernels.cli import corpus
 from dropbp_kernels.cli.builtin import ByteTokenizer
 from dropbp_kernels.cli.data import IGNORED, Data, Row, _num_shared, encode, load_data
-from dropbp_kernels.cli.documents import Document, check_data_path
+from dropbp_kernels.cli.documents import Document, check_data_path, read_documents
 from dropbp_kernels.cli.errors import UserError
 
 TOKENIZER = ByteTokenizer()
@@ -280,6 +281,7 @@ def test_jsonl_of_all_forms_and_a_folder(tmp_path):
         ("[1]", "line 2: expected an object"),
         ("{", "line 2: not JSON: Expecting property name enclosed in double quotes at character 2"),
         ('{"text": ' + 5000 * "1" + "}", "line 2: not JSON that Python reads"),
+        (200_000 * "[", "line 2: not JSON that Python reads"),
         (r'{"text": "half of \ud83d"}', "line 2: expected text, got half of a character"),
         ({"messages": []}, "line 2: expected messages to be a list"),
         ({"messages": [{"role": "user"}]}, "line 2: expected messages to be a list"),
@@ -290,6 +292,24 @@ def test_bad_line_is_named(tmp_path, line, message):
     path = write_lines(tmp_path / "a.jsonl", {"text": "fine"}, line)
     with pytest.raises(UserError, match=message):
         load_data(path, TOKENIZER, 16, 0)
+
+
+def test_a_folder_is_read_in_the_order_of_names_whatever_the_system_says(tmp_path, monkeypatch):
+    paths = [tmp_path / f"{name}.txt" for name in "cab"]
+    for path in paths:
+        path.write_text(path.stem)
+    monkeypatch.setattr(Path, "rglob", lambda self, pattern: iter(paths))
+    assert [document.content for document in read_documents(str(tmp_path), 16)] == ["a", "b", "c"]
+
+
+def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path, monkeypatch):
+    def fail(self):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "a.txt").write_text("x")
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(UserError, match=r"a\.txt: Permission denied"):
+        load_data(str(tmp_path / "a.txt"), TOKENIZER, 16, 0)
 
 
 def test_a_path_from_the_home_folder(tmp_path, monkeypatch):
@@ -319,9 +339,10 @@ def test_bad_files(tmp_path):
     (tmp_path / "latin.txt").write_bytes("Gr\xfc\xdfe".encode("latin-1"))
     with pytest.raises(UserError, match="expected UTF-8 text, byte 2 is not"):
         load_data(str(tmp_path / "latin.txt"), TOKENIZER, 16, 0)
-    (tmp_path / "wide.txt").write_text("Windows calls this Unicode", encoding="utf-16")
-    with pytest.raises(UserError, match="expected UTF-8 text, got UTF-16"):
-        load_data(str(tmp_path / "wide.txt"), TOKENIZER, 16, 0)
+    for order in ("utf-16-le", "utf-16-be"):
+        (tmp_path / "wide.txt").write_text("\ufeffWindows calls this Unicode", encoding=order)
+        with pytest.raises(UserError, match="expected UTF-8 text, got UTF-16"):
+            load_data(str(tmp_path / "wide.txt"), TOKENIZER, 16, 0)
     (tmp_path / "short.txt").write_text("only a few words")
     with pytest.raises(UserError, match=r"at least two rows \(sequences of 16 tokens\).* got 1 \(16 tokens\)"):
         load_data(str(tmp_path / "short.txt"), TOKENIZER, 16, 0)
@@ -333,12 +354,13 @@ def test_bad_files(tmp_path):
 def test_files_as_editors_leave_them(tmp_path):
     """A mark of UTF-8 at the start, line ends of Windows, empty lines, characters by escapes; an empty file too."""
     lines = [json.dumps({"prompt": "a \U0001f600", "completion": letter}) for letter in "bcd"]
-    (tmp_path / "a.jsonl").write_bytes(("\r\n".join(["", *lines, "", ""])).encode("utf-8-sig"))
+    (tmp_path / "a.jsonl").write_bytes(("\r\n".join(["", *lines, " ", ""])).encode("utf-8-sig"))
+    (tmp_path / "c.jsonl").write_text("\r".join(lines), newline="")  # as Macintosh had them
     (tmp_path / "b.txt").write_text("")
     notes = []
     data = load_data(str(tmp_path), TOKENIZER, 32, 0, notes.append)
     texts = sorted(TOKENIZER.decode(row.ids.tolist()) for row in (*data.train, *data.validation))
-    assert texts == [f"a \U0001f600{letter}" for letter in "bcd"]
+    assert texts == [f"a \U0001f600{letter}" for letter in "bbccdd"]
     assert notes == [f"{tmp_path / 'b.txt'}: left out, since it is empty"]
 
 
