@@ -227,6 +227,33 @@ def left_of_dropbp(model):
     return [name for module in model.modules() for name in (*vars(module), *vars(type(module))) if "dropbp" in name]
 
 
+def test_a_registration_may_be_replaced(mine):
+    again = register_family("mine", "MyBlock", {"attention?": ("attn",)}, per_token=["attention"])
+    assert FAMILIES["mine"] is again
+    assert (again.branches, again.per_token) == ({"attention?": ("attn",)}, ("attention",))
+
+
+def test_names_that_not_every_block_has():
+    branches = {"attention": ("first|norm", "attn", "post_norm?"), "cross?": ("norm", "cross.dense"), "mlp": ("up",)}
+    family, block = Family(("MyBlock",), branches), MyBlock()
+    assert family.paths(block) == {"attention": ("norm", "attn"), "mlp": ("up",)}
+    block.first, block.post_norm = nn.LayerNorm(8), nn.LayerNorm(8)
+    block.cross = nn.ModuleDict({"dense": nn.Linear(8, 8)})
+    paths = {"attention": ("first", "attn", "post_norm"), "cross": ("norm", "cross.dense"), "mlp": ("up",)}
+    assert family.paths(block) == paths
+    block.up = None
+    with pytest.raises(ValueError, match="expected branch 'mlp' of MyBlock to have up, but there is no up"):
+        family.paths(block)
+
+
+def test_an_attention_costs_more_than_its_linears(mine):
+    block = encoder_decoder("whisper")[0].model.decoder.layers[0]
+    gates = FAMILIES["whisper"].gates(block)
+    assert gates["cross_attention"].flops(2, 5) == gates["attention"].flops(2, 5) > 4 * 2 * 10 * 32 * 32
+    with pytest.raises(TypeError, match="no head count found in the attention of MyBlock"):
+        mine.gates(MyBlock())["attention"].flops(2, 5)
+
+
 def test_bad_registrations(mine):
     with pytest.raises(TypeError, match="got the string 'attn'"):
         register_family("other", "OtherBlock", {"attention": "attn"})
@@ -236,6 +263,8 @@ def test_bad_registrations(mine):
         register_family("other", "MyBlock", {"attention": ("attn",)})
     with pytest.raises(ValueError, match="an identifier"):
         register_family("other", "OtherBlock", {"the mlp": ("attn",)})
+    with pytest.raises(ValueError, match="an identifier and its module names, got 'mlp'"):
+        register_family("other", "OtherBlock", {"mlp": ()})
     assert "other" not in families.FAMILIES
 
 
