@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from models import gradients, tiny_causal_lm, toy_model
+from torch import nn
 
 pytest.importorskip("accelerate")
 
@@ -16,6 +17,7 @@ from dropbp_kernels import DropBPCallback, DropBPHandler, apply_dropbp
 from dropbp_kernels.integrations import meters
 from dropbp_kernels.integrations.families import FAMILIES
 from dropbp_kernels.integrations.meters import PlanMeter, saved_bytes_by_branch
+from dropbp_kernels.layer import DropBP
 from dropbp_kernels.measure import saved_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -101,6 +103,20 @@ def test_saved_bytes_by_branch_are_what_dropping_it_takes_off(by_modules):
     assert sizes[0] == taken_off[0] + 2 * 12 * 8 * 4  # cosines and sines, which all attentions save
     model.gradient_checkpointing_enable({"use_reentrant": False})
     assert saved_bytes_by_branch(handler, lambda: model(**batch)) == [0] * NUM_BRANCHES
+
+
+def test_what_a_branch_within_a_branch_saves_is_the_inner_ones():
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.outer, self.inner = DropBP(flops=lambda *shape: 1.0), DropBP(flops=lambda *shape: 1.0)
+
+        def forward(self, x):
+            return self.outer.residual_add(x, lambda x: self.inner.residual_add(x, torch.sin).sigmoid())
+
+    handler = DropBPHandler(model := Nested(), 0.5)
+    x = torch.randn(1, 3, 8, requires_grad=True)
+    assert saved_bytes_by_branch(handler, lambda: model(x)) == [x.nbytes, x.nbytes]
 
 
 def test_probes_are_not_timed(tmp_path, monkeypatch):
