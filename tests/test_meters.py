@@ -16,7 +16,7 @@ from trainer_runs import NUM_BRANCHES, Watcher, train, two_rows
 from dropbp_kernels import DropBPCallback, DropBPHandler, apply_dropbp
 from dropbp_kernels.integrations import meters
 from dropbp_kernels.integrations.families import FAMILIES
-from dropbp_kernels.integrations.meters import PlanMeter, saved_bytes_by_branch
+from dropbp_kernels.integrations.meters import PlanMeter, TimeMeter, saved_bytes_by_branch
 from dropbp_kernels.layer import DropBP
 from dropbp_kernels.measure import saved_bytes
 
@@ -76,6 +76,8 @@ def test_tokens_a_second_are_those_of_all_processes_while_steps_ran(monkeypatch)
         meter.end_step()
     assert meter.read(num_processes=3)["tokens_per_second"] == pytest.approx(3 * 24 / 5)
     assert meter.read() == {}
+    meter.count_forward()  # of a step that has not ended yet
+    assert "tokens_per_second" not in meter.read()
 
 
 @pytest.mark.parametrize("by_modules", [False, True])
@@ -85,7 +87,8 @@ def test_saved_bytes_by_branch_are_what_dropping_it_takes_off(by_modules):
     handler = apply_dropbp(model, 0.5, families=[family], fused=False)  # a fused norm saves in no branch
     handler.set_plan([True, False, True, True, False, True])
     grads, plan = gradients(model), handler.plan
-    sizes = saved_bytes_by_branch(handler, lambda: model(**batch))
+    with torch.no_grad():
+        sizes = saved_bytes_by_branch(handler, lambda: model(**batch))
     assert handler.plan is plan
     assert [gate.kept for gate in handler.gates.values()] == list(plan.kept)
     assert not any("run" in vars(gate) for gate in handler.gates.values())
@@ -129,6 +132,40 @@ def test_probes_are_not_timed(tmp_path, monkeypatch):
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     for name in ("dropbp_forward_ms", "dropbp_backward_ms"):
         assert [entry[name] for entry in logged] == [2000.0] * 6
+
+
+def test_times_by_hand(monkeypatch):
+    """By a clock that ticks when it is read. Forwards without a gradient take no time, nor does what is paused."""
+    ticks = itertools.count()
+    monkeypatch.setattr(meters, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    model = nn.Linear(2, 2)
+    meter = TimeMeter(model)
+    assert (meter.read(), meter.summary()) == ({}, "no step was timed")
+    x = torch.ones(1, 2)
+    meter.end("backward")  # never began
+    for _ in range(2):
+        meter.begin("step")
+        for _ in range(2):
+            model(x)  # backward begins at its end
+            with torch.no_grad():
+                model(x)
+            with meter.paused():
+                model(x)
+                meter.end("backward")
+            meter.end("backward")
+            meter.end("backward")
+        meter.end("step")
+    # Reads of the clock: 2 for a forward, 1 where the backward begins, 4 in the pause, 1 at the end.
+    totals = {"forward": 4.0, "backward": 4 * 5.0, "step": 2 * 17.0}
+    assert meter.totals == totals
+    values = meter.read()
+    assert values.pop("peak_memory_mib") > 50  # of this process: torch alone takes more
+    assert values == {f"{part}_ms": 1e3 * seconds / 2 for part, seconds in totals.items()}
+    assert meter.read() == {}
+    assert meter.summary().startswith("forward 2000.0 ms, backward 10000.0 ms, step 17000.0 ms, peak memory ")
+    meter.close()
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
 
 
 def test_measure_prints_times_and_memory(tmp_path, capsys):
