@@ -1,0 +1,81 @@
+"""The steps of the command line's runs by themselves: what is random, what is trained on, validation by hand."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from dropbp_kernels.cli.data import IGNORED, Data, Row
+from dropbp_kernels.cli.settings import Settings
+from dropbp_kernels.cli.training import Run
+from dropbp_kernels.coreset import CoresetSelector
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Noisy(nn.Module):
+    """Its loss is the mean of its labels by a weight of 1, and of what dropout leaves of it."""
+
+    def __init__(self, rate=0.5):
+        super().__init__()
+        self.weight, self.dropout = nn.Parameter(torch.ones(64)), nn.Dropout(rate)
+        self.calls = []
+
+    def forward(self, input_ids, labels):
+        self.calls.append((self.training, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        targets = labels[:, 1:][labels[:, 1:] != IGNORED]
+        return SimpleNamespace(loss=targets.float().mean() * self.dropout(self.weight).mean())
+
+
+def rows(*labels):
+    return [Row(torch.tensor(row), torch.tensor(row)) for row in labels]
+
+
+def run_of(model, data, coreset=None, **settings):
+    defaults = {"device": "cpu", "dtype": "float32", "learning_rate": 0.0, "batch_size": 2, "steps": 4}
+    return Run("ours", model, None, 2, Data(data, 0, 0, ""), Settings(**{**defaults, **settings}), coreset)
+
+
+def test_noise_is_a_function_of_seed_and_step_alone():
+    def losses(seed, num_draws_before):
+        run = run_of(Noisy(), rows(*[[1, 2, 3]] * 8), seed=seed)
+        for step in range(3):
+            torch.rand(num_draws_before)
+            run.step(step)
+        return run.history.train_loss
+
+    assert losses(0, 0) == losses(0, 5) != losses(1, 0)
+    assert len(set(losses(0, 0))) == 3
+
+
+def test_autocast_where_the_dtype_asks_for_it():
+    for dtype, is_cast in (("float32", False), ("bfloat16", True)):
+        run = run_of(model := Noisy(), rows([1, 2]) * 4, dtype=dtype)
+        run.loss(*run.data.batch(0, 2))
+        assert model.calls == [(True, True, is_cast)]
+
+
+def test_validation_by_hand():
+    """Batches of two rows, shortest first; the mean is over labels, whose first of a row has no loss."""
+    data = rows(*[[9, 9]] * 60)
+    data[0], data[20], data[40] = rows([7, 2], [7, 4, 4], [7, IGNORED, 1, 1])
+    run = run_of(model := Noisy(), data)
+    assert [len(row.ids) for row in run.data.validation] == [2, 3, 4]
+    run.history.validation.append((0, 5.0))
+    assert run.validate(3) == pytest.approx((2 + 4 + 4 + 1 + 1) / 5)
+    assert run.history.validation == [(0, 5.0), (3, pytest.approx(12 / 5))]
+    assert model.calls == [(False, False, False)] * 2
+    assert model.training
+
+
+def test_a_trial_of_a_coreset_leaves_no_trace():
+    selector = CoresetSelector(model := Noisy(), method="random")
+    run = run_of(model, rows(*[[n, n] for n in range(24)]), selector)
+    batch = run.data.batch(0, 12)
+    tried, again, chosen, later = (run.chosen(batch, is_trial=is_trial)[0] for is_trial in (True, True, False, False))
+    assert tried.shape == (6, 16)
+    assert torch.equal(tried, again)
+    assert torch.equal(tried, chosen)
+    assert not torch.equal(chosen, later)
+    assert selector.step == 2
