@@ -20,7 +20,7 @@ class Noisy(nn.Module):
     def __init__(self, rate=0.5):
         super().__init__()
         self.weight, self.dropout = nn.Parameter(torch.ones(64)), nn.Dropout(rate)
-        self.calls = []
+        self.unused, self.calls = nn.Parameter(torch.ones(2)), []
 
     def forward(self, input_ids, labels):
         self.calls.append((self.training, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
@@ -67,6 +67,27 @@ def test_validation_by_hand():
     assert run.history.validation == [(0, 5.0), (3, pytest.approx(12 / 5))]
     assert model.calls == [(False, False, False)] * 2
     assert model.training
+
+
+@pytest.mark.parametrize("missing_grad", ["skip", "zero"])
+def test_a_step_by_hand(monkeypatch, missing_grad):
+    """A gradient of norm 100, clipped to 1; a parameter that gets none; a clock that is read four times."""
+    run = run_of(model := Noisy(0.0), rows([800, 800]) * 4, missing_grad=missing_grad)
+    clock = iter([0.0, 1.0, 3.0, 6.0])
+    monkeypatch.setattr(run, "now", lambda: next(clock))
+    seen = []
+
+    def note(optimizer, args, kwargs):
+        seen.append((float(model.weight.grad.norm()), model.unused.grad is None))
+
+    run.optimizer.register_step_pre_hook(note)
+    run.step(0)
+    assert seen == [(pytest.approx(1.0), missing_grad == "skip")]
+    assert all(parameter.grad is None for parameter in model.parameters())
+    history = run.history
+    assert (history.forward_s, history.backward_s, history.step_s) == ([1.0], [2.0], [6.0])
+    assert history.train_loss == [800.0]
+    assert run.num_tokens == 2 * 16
 
 
 def test_a_trial_of_a_coreset_leaves_no_trace():
