@@ -12,6 +12,7 @@ from torch import nn
 pytest.importorskip("accelerate")
 
 from trainer_runs import NUM_BRANCHES, Watcher, train, two_rows
+from transformers import TrainerCallback
 
 from dropbp_kernels import DropBPCallback, DropBPHandler, apply_dropbp
 from dropbp_kernels.integrations import meters
@@ -177,3 +178,12 @@ def test_measure_prints_times_and_memory(tmp_path, capsys):
     assert 0 < entry["dropbp_forward_ms"] + entry["dropbp_backward_ms"] < entry["dropbp_step_ms"]
     assert not trainer.model._forward_hooks
     assert not trainer.model._forward_pre_hooks
+
+
+def test_one_process_of_several_prints_times(tmp_path, capsys):
+    class Second(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            state.is_world_process_zero = False
+
+    train(tmp_path, DropBPCallback(0.5, measure=True), callbacks=[Second()], max_steps=1)
+    assert "DropBP: " not in capsys.readouterr().out

@@ -108,6 +108,14 @@ def test_a_schedule_spans_the_training(tmp_path):
     kept = [sum(plan) for plan in watcher.plans]
     assert max(kept[:6]) < NUM_BRANCHES
     assert kept[6:] == [NUM_BRANCHES] * 6
+    assert callback.handler.total_steps == 12
+
+
+def test_a_schedule_that_ends_before_the_training(tmp_path):
+    callback = DropBPCallback(0.5, schedule="recovery:0.5", total_steps=4)
+    watcher = Watcher(callback)
+    train(tmp_path, callback, callbacks=[watcher])
+    assert [sum(plan) == NUM_BRANCHES for plan in watcher.plans] == [False] * 2 + [True] * 4
 
 
 def test_missing_gradients_as_zeros(tmp_path):
@@ -154,13 +162,17 @@ def test_evaluation_in_the_middle_disturbs_nothing(tmp_path):
     assert not any("dropbp_drop_rate" in entry for entry in trainer.state.log_history if "eval_loss" in entry)
 
 
-def test_a_second_training_starts_anew(tmp_path):
-    callback = DropBPCallback(0.5)
+@pytest.mark.parametrize("rates", ["uniform", "sensitivity"])
+def test_a_second_training_starts_anew(tmp_path, rates):
+    callback = DropBPCallback(0.5, rates=rates)
     trainer = train(tmp_path, callback)
-    first = callback.handler.state_dict()
+    first = callback.handler
     trainer.train()
+    assert callback.handler is not first
     assert callback.handler.num_steps == 6
-    assert callback.handler.state_dict() == first
+    assert (callback.handler.calibration is None) == (rates == "uniform")
+    if rates == "uniform":
+        assert callback.handler.state_dict() == first.state_dict()
 
 
 def test_a_loop_after_the_training_has_every_gradient(tmp_path):
@@ -407,6 +419,7 @@ def test_a_function_cannot_be_restored_by_the_trainer(tmp_path):
     def sampler(rates, flops, seed, step):
         return (True,) * len(rates)
 
-    with pytest.raises(ValueError, match="restore_callback_states_from_checkpoint: expected False, since sampler"):
-        train(tmp_path, DropBPCallback(0.5, sampler=sampler), restore_callback_states_from_checkpoint=True)
+    for name in ("sampler", "loss"):
+        with pytest.raises(ValueError, match=f"restore_callback_states_from_checkpoint: expected False, since {name}"):
+            train(tmp_path, DropBPCallback(0.5, **{name: sampler}), restore_callback_states_from_checkpoint=True)
     train(tmp_path, DropBPCallback(0.5, sampler=sampler), save_strategy="steps", save_steps=3)

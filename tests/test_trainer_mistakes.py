@@ -70,3 +70,17 @@ def test_a_run_that_was_interrupted_leaves_no_gradient_of_zero(tmp_path):
         callback.handler.step()  # a loop of one's own goes on
     with pytest.warns(UserWarning, match="no target in a batch; its loss has no gradient"):
         assert not model(input_ids=tokens, labels=torch.full_like(tokens, IGNORED)).loss.requires_grad
+
+
+def test_a_run_that_was_interrupted_leaves_nothing_once_the_next_one_has_ended(tmp_path):
+    class Interrupt(TrainerCallback):
+        def on_pre_optimizer_step(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    model, callback = tiny_causal_lm(), DropBPCallback(0.5, measure=True)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, callback, model, callbacks=[Interrupt()])
+    assert model._forward_hooks
+    train(tmp_path, callback, model)
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
