@@ -1,5 +1,6 @@
 """The steps of the command line's runs by themselves: what is random, what is trained on, validation by hand."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -34,7 +35,8 @@ def rows(*labels):
 
 def run_of(model, data, coreset=None, **settings):
     defaults = {"device": "cpu", "dtype": "float32", "learning_rate": 0.0, "batch_size": 2, "steps": 4}
-    return Run("ours", model, None, 2, Data(data, 0, 0, ""), Settings(**{**defaults, **settings}), coreset)
+    settings = Settings(**{**defaults, **settings})
+    return Run("ours", model, None, settings.batch_size, Data(data, 0, 0, ""), settings, coreset)
 
 
 def test_noise_is_a_function_of_seed_and_step_alone():
@@ -90,6 +92,30 @@ def test_a_step_by_hand(monkeypatch, missing_grad):
     assert run.num_tokens == 2 * 16
 
 
+def test_it_calibrates_once_after_a_tenth_of_the_steps(monkeypatch):
+    class Handler:
+        calibration = None
+
+        def __init__(self):
+            self.seen = []
+
+        def step(self):
+            self.seen.append("step")
+
+        def calibrate(self, loss, *, allocation):
+            self.calibration = loss().item()
+            self.seen.append(allocation)
+
+    run = run_of(Noisy(0.0), rows([5, 5]) * 4, rates="sensitivity", allocation="optimal", steps=20)
+    run.handler = Handler()
+    ticks = itertools.count()
+    monkeypatch.setattr(run, "now", lambda: float(next(ticks)))
+    for step in range(4):
+        run.step(step)
+    assert run.handler.seen == ["step", "step", "optimal", "step", "step"]
+    assert (run.handler.calibration, run.history.calibration_s) == (5.0, 1.0)
+
+
 def test_a_trial_of_a_coreset_leaves_no_trace():
     selector = CoresetSelector(model := Noisy(), method="random")
     run = run_of(model, rows(*[[n, n] for n in range(24)]), selector)
@@ -100,3 +126,20 @@ def test_a_trial_of_a_coreset_leaves_no_trace():
     assert torch.equal(tried, chosen)
     assert not torch.equal(chosen, later)
     assert selector.step == 2
+
+
+def test_a_state_holds_all_that_the_next_step_depends_on(tmp_path):
+    def made():
+        selector = CoresetSelector(model := Noisy(), method="random", seed=3)
+        return run_of(model, rows(*[[n, n] for n in range(24)]), selector, learning_rate=0.1, batch_size=8)
+
+    whole, first, second = made(), made(), made()
+    whole.step(0), first.step(0)
+    whole.validate(1), first.validate(1)
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    whole.step(1), second.step(1)
+    assert second.history.train_loss == whole.history.train_loss
+    assert second.history.validation == whole.history.validation
+    assert torch.equal(second.model.weight, whole.model.weight)
+    assert second.coreset.state_dict() == whole.coreset.state_dict()

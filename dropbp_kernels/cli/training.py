@@ -43,10 +43,6 @@ class History:
     validation: list[tuple[int, float]] = field(default_factory=list)
     calibration_s: float = 0.0
 
-    @classmethod
-    def from_dict(cls, state: dict[str, Any]) -> "History":
-        return cls(**{**state, "validation": [(step, loss) for step, loss in state["validation"]]})
-
 
 class Run:
     """One model on its way: model, handler (None: nothing is dropped), optimizer and history."""
@@ -187,7 +183,7 @@ class Run:
             self.handler.load_state_dict(state["handler"])
         if self.coreset is not None:
             self.coreset.load_state_dict(state["coreset"])
-        self.history = History.from_dict(state["history"])
+        self.history = History(**state["history"])
 
 
 def train(
