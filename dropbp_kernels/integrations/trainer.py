@@ -278,7 +278,7 @@ class DropBPCallback(TrainerCallback, ExportableState):
         """Whether it is calibrated once so many optimizer steps are done."""
         if self.rates != "sensitivity" or self._is_calibrated:
             return False
-        return num_steps >= max(1, round(self.calibrate_at * max_steps))
+        return num_steps >= round(self.calibrate_at * max_steps)
 
     def _probe(self, model: nn.Module, inputs: dict[str, Any], state: Any) -> None:
         handler = self._handler()
