@@ -231,6 +231,16 @@ def test_sensitivities_are_those_of_the_last_micro_batch(tmp_path):
     assert handler.calibration.sensitivities == callback.handler.calibration.sensitivities
 
 
+def test_a_model_that_is_called_by_position(tmp_path):
+    class ByPosition(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return model(inputs["input_ids"], labels=inputs["labels"]).loss
+
+    callback = DropBPCallback(0.5, rates="sensitivity", calibrate_at=0.0)
+    ByPosition(tiny_causal_lm(), arguments(tmp_path, max_steps=1), train_dataset=data(), callbacks=[callback]).train()
+    assert callback.handler.calibration is not None
+
+
 def test_a_model_without_loss_needs_a_loss_function(tmp_path):
     def loss_of(output, labels, num_items_in_batch=None):
         return torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), labels.flatten())
@@ -242,6 +252,7 @@ def test_a_model_without_loss_needs_a_loss_function(tmp_path):
         )
         trainer.train()
 
+    run(DropBPCallback(0.5))  # which calibrates nothing
     callback = DropBPCallback(0.5, rates="sensitivity", calibrate_at=0.75)
     with pytest.raises(ValueError, match=r"loss: expected a function .* none in the model's CausalLMOutputWithPast"):
         run(callback)

@@ -55,6 +55,10 @@ def test_rows_of_a_model_that_was_patched_for_branches(tmp_path):
     mask[0, 6:] = 0
     model(input_ids=tokens, attention_mask=mask, labels=tokens.masked_fill(mask == 0, IGNORED)).loss.backward()
     assert callback.handler.gates["model.layers.0.gate_mlp"].is_real.sum() == mask.sum()
+    trainer(tmp_path, model, DropBPCallback(0.5, granularity="token"))
+    assert len(model._forward_pre_hooks) == 1
+    remove_dropbp(model)
+    assert not model._forward_pre_hooks
 
 
 def test_a_run_that_was_interrupted_leaves_no_gradient_of_zero(tmp_path):
