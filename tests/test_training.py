@@ -9,7 +9,7 @@ from torch import nn
 
 from dropbp_kernels.cli.data import IGNORED, Data, Row
 from dropbp_kernels.cli.settings import Settings
-from dropbp_kernels.cli.training import Run
+from dropbp_kernels.cli.training import History, Run, train
 from dropbp_kernels.coreset import CoresetSelector
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -143,3 +143,36 @@ def test_a_state_holds_all_that_the_next_step_depends_on(tmp_path):
     assert second.history.validation == whole.history.validation
     assert torch.equal(second.model.weight, whole.model.weight)
     assert second.coreset.state_dict() == whole.coreset.state_dict()
+
+
+class Counted:
+    """A run that notes its steps and validations in a list that several share."""
+
+    def __init__(self, name, events):
+        self.name, self.events, self.history, self.num_tokens = name, events, History(), 1
+
+    def step(self, step):
+        self.events.append((self.name, step))
+        self.history.train_loss.append(1.0)
+
+    def validate(self, step):
+        self.events.append((self.name, f"after {step}"))
+        self.history.validation.append((step, 2.0))
+
+
+def test_runs_take_turns_and_are_validated_four_times_after_the_first():
+    events, notes, saved = [], [], []
+    runs = [Counted(name, events) for name in "ab"]
+    settings = Settings(steps=6, save_every=3)
+    assert train(runs, settings, 0, saved.append, notes.append) == 6
+    steps = [(name, step) for step in range(6) for name in ("ab" if step % 2 == 0 else "ba")]
+    assert [event for event in events if event in steps] == steps
+    assert runs[0].history.validation == runs[1].history.validation == [(step, 2.0) for step in (0, 2, 4, 6)]
+    assert events[0] == ("a", "after 0")
+    assert ("b", "after 0") not in events  # where they are all the same model
+    assert saved == [3]
+    assert notes[0] == "validation loss after 0 steps: a 2.0000, b 2.0000"
+    events.clear()
+    assert train(runs, Settings(steps=7, save_every=0), 6, saved.append, notes.append) == 7
+    assert events == [("a", 6), ("b", 6), ("a", "after 7"), ("b", "after 7")]
+    assert saved == [3]
