@@ -13,7 +13,8 @@ pytest.importorskip("accelerate")
 from trainer_runs import NUM_BRANCHES, Watcher, arguments, assert_same, data, train, two_rows, weights
 from transformers import Trainer, TrainerCallback
 
-from dropbp_kernels import DropBPCallback, apply_dropbp, remove_dropbp
+from dropbp_kernels import DropBPCallback, DropBPHandler, apply_dropbp, remove_dropbp
+from dropbp_kernels.integrations import checkpointing
 from dropbp_kernels.integrations import trainer as trainer_module
 from dropbp_kernels.layer import DropBP
 
@@ -229,6 +230,21 @@ def test_sensitivities_are_those_of_the_last_micro_batch(tmp_path):
     handler = apply_dropbp(twin, 0.5)
     handler.calibrate(lambda: twin(**batches[1]).loss)
     assert handler.calibration.sensitivities == callback.handler.calibration.sensitivities
+
+
+@pytest.mark.parametrize(("reentrant", "method"), [(False, "exact"), (True, "published")])
+def test_what_calibration_is_asked_for(tmp_path, monkeypatch, reentrant, method):
+    seen = []
+    monkeypatch.setattr(checkpointing, "_warn_of_reentrant", lambda: None)
+    monkeypatch.setattr(DropBPHandler, "calibrate", lambda handler, loss, **options: seen.append(options))
+    monkeypatch.setattr(DropBPHandler, "use_calibration", lambda handler, path, **options: seen.append(options))
+    model = tiny_causal_lm()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    wanted = {"definition": "element", "allocation": "variance"}
+    train(tmp_path, DropBPCallback(0.5, rates="sensitivity", calibrate_at=0.0, **wanted), model, max_steps=1)
+    assert seen == [{**wanted, "method": method}]
+    train(tmp_path, DropBPCallback(0.5, rates="x.json", **wanted), tiny_causal_lm(), max_steps=1)
+    assert seen[1] == {"allocation": "variance"}
 
 
 def test_a_model_that_is_called_by_position(tmp_path):
