@@ -81,6 +81,16 @@ def test_tokens_a_second_are_those_of_all_processes_while_steps_ran(monkeypatch)
     assert "tokens_per_second" not in meter.read()
 
 
+def test_logs_are_of_all_processes_and_of_training_alone():
+    callback = DropBPCallback(0.5)
+    callback._plans = SimpleNamespace(read=lambda num_processes: {"processes": num_processes})
+    for name, added in (("loss", {"dropbp_processes": 3}), ("eval_loss", {})):
+        logs, state = {name: 1.0}, SimpleNamespace(log_history=[{}])
+        callback.on_log(SimpleNamespace(world_size=3), state, None, logs=logs)
+        assert logs == {name: 1.0, **added}
+        assert state.log_history == [added]
+
+
 @pytest.mark.parametrize("by_modules", [False, True])
 def test_saved_bytes_by_branch_are_what_dropping_it_takes_off(by_modules):
     model, batch = tiny_causal_lm(), two_rows()

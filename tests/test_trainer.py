@@ -92,6 +92,9 @@ def test_resuming_with_other_settings_or_without_a_state(tmp_path):
         train(tmp_path, DropBPCallback(0.25), resume=str(tmp_path / "checkpoint-3"), **options)
     with pytest.raises(ValueError, match="seed: expected None, with which"):
         train(tmp_path, DropBPCallback(0.5, seed=1), resume=str(tmp_path / "checkpoint-3"), **options)
+    other = DropBPCallback(0.5, measure=True, remove_at_end=True)  # which change no step
+    train(tmp_path, other, resume=str(tmp_path / "checkpoint-3"), **options)
+    assert other.handler.num_steps == 6
     state_file = tmp_path / "checkpoint-3" / "trainer_state.json"
     state = json.loads(state_file.read_text())
     del state["stateful_callbacks"]["DropBPCallback"]
@@ -435,6 +438,8 @@ def test_a_model_that_cannot_be_patched(tmp_path):
         ({"drop_rate": 0.5, "rates": "best"}, "rates: expected one of uniform, depth_linear, sensitivity, got 'best'"),
         ({"drop_rate": 0.5, "plan": "epoch"}, "plan: expected one of optimizer_step, micro_batch, got 'epoch'"),
         ({"drop_rate": 0.5, "definition": "max"}, "definition: expected one of norm, element, got 'max'"),
+        ({"drop_rate": 0.5, "allocation": "even"}, "allocation: expected one of published, .*, got 'even'"),
+        ({"drop_rate": 0.5, "missing_grad": "none"}, "missing_grad: expected one of skip, zero, got 'none'"),
     ],
 )
 def test_arguments_out_of_range(options, message):

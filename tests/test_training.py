@@ -1,6 +1,9 @@
 """The steps of the command line's runs by themselves: what is random, what is trained on, validation by hand."""
 
+import contextlib
 import itertools
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +12,7 @@ from torch import nn
 
 from dropbp_kernels.cli.data import IGNORED, Data, Row
 from dropbp_kernels.cli.settings import Settings
-from dropbp_kernels.cli.training import History, Run, train
+from dropbp_kernels.cli.training import History, Run, _postfix, _until_interrupted, train
 from dropbp_kernels.coreset import CoresetSelector
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -171,8 +174,35 @@ def test_runs_take_turns_and_are_validated_four_times_after_the_first():
     assert events[0] == ("a", "after 0")
     assert ("b", "after 0") not in events  # where they are all the same model
     assert saved == [3]
+    assert _postfix(runs, 2.0) == "loss 1.000, 1 tokens/s"  # of both
     assert notes[0] == "validation loss after 0 steps: a 2.0000, b 2.0000"
     events.clear()
     assert train(runs, Settings(steps=7, save_every=0), 6, saved.append, notes.append) == 7
     assert events == [("a", 6), ("b", 6), ("a", "after 7"), ("b", "after 7")]
     assert saved == [3]
+
+
+def test_the_second_interrupt_is_an_interrupt(capfd):
+    before = signal.getsignal(signal.SIGINT)
+    for number in (1, 2):
+        with contextlib.suppress(KeyboardInterrupt), _until_interrupted() as interrupted:
+            assert not interrupted.is_set()
+            signal.raise_signal(signal.SIGINT)
+            assert interrupted.is_set()
+            assert "Ctrl-C again to stop at once" in capfd.readouterr().err
+            if number == 2:
+                signal.raise_signal(signal.SIGINT)
+                raise AssertionError("expected KeyboardInterrupt")
+        assert signal.getsignal(signal.SIGINT) is before
+    with _until_interrupted():
+        pass
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_signals_are_left_alone_in_a_thread():
+    def enter():
+        with _until_interrupted() as interrupted:
+            return interrupted.is_set()
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(enter).result() is False
