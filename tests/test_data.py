@@ -428,11 +428,13 @@ def h():
 
 
 def test_docstring_pairs_fit():
-    pairs = corpus.docstring_pairs(127)
+    pairs = corpus.docstring_pairs(126)
     assert len(pairs) > 1000
-    assert max(len((prompt + completion).encode()) for prompt, completion in pairs) <= 127
+    assert max(len((prompt + completion).encode()) for prompt, completion in pairs) <= 126
     data = load_data("builtin:docstrings", TOKENIZER, 128, 0)
     assert max(len(row.ids) for row in data.train) <= 128
+    texts = {TOKENIZER.decode(row.ids.tolist()) for row in (*data.train, *data.validation)}
+    assert texts == {prompt + completion for prompt, completion in pairs}  # whole, with a token before and one behind
 
 
 def test_docs_are_english_text():

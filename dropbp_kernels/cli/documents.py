@@ -58,7 +58,7 @@ def read_documents(name: str, seq_len: int, note: Callable[[str], None] = print)
         yield Document("text", corpus.documentation(), name)
         return
     if name == "builtin:docstrings":
-        for prompt, completion in corpus.docstring_pairs(seq_len - 1):  # one token for the end of the row
+        for prompt, completion in corpus.docstring_pairs(seq_len - 2):  # a token begins the row, one ends it
             yield Document("pair", (prompt, completion), name)
         return
     paths = _files(name)
