@@ -1,6 +1,8 @@
 """CoresetSelector: features against autograd, picks against a plain greedy, and what scoring leaves as it was."""
 
 import copy
+import functools
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -18,6 +20,7 @@ from dropbp_kernels.coreset import CoresetSelector
 from dropbp_kernels.coreset.budgets import plan_budgets
 from dropbp_kernels.coreset.moments import AdamMoments
 from dropbp_kernels.coreset.projection import find_projection
+from dropbp_kernels.coreset.scoring import Scorer, causal_lm_losses
 from dropbp_kernels.measure import saved_bytes
 
 SOURCES = [0] * 3 + [1] * 6 + [2] * 7
@@ -76,12 +79,78 @@ def test_exact_features_are_the_gradient_of_each_example(kind):
 
 def test_a_projection_without_the_active_adapter_is_taken_whole():
     peft = pytest.importorskip("peft")
+    merged = with_lora(tiny_causal_lm())
+    merged.merge_adapter()
+    assert find_projection(merged).linear is merged.base_model.model.model.layers[2].self_attn.v_proj
     model = with_lora(tiny_causal_lm())
+    with model.disable_adapter():
+        assert find_projection(model).linear is model.base_model.model.model.layers[2].self_attn.v_proj
     model.add_adapter("other", peft.LoraConfig(r=4, target_modules=["q_proj"]))
     v_proj = model.base_model.model.model.layers[2].self_attn.v_proj
     assert find_projection(model).linear is v_proj.lora_B["default"]
     model.set_adapter("other")
     assert find_projection(model).linear is v_proj
+
+
+def test_an_example_without_labels_has_no_loss():
+    losses = causal_lm_losses(torch.zeros(2, 3, 8), torch.tensor([[-100] * 3, [-100, 1, 2]]))
+    torch.testing.assert_close(losses, torch.tensor([0.0, math.log(8)]))
+
+
+def test_values_alone_come_before_fused_projections_and_names_are_whole():
+    model = nn.ModuleDict({"v_proj": nn.Linear(2, 2), "c_attn": nn.Linear(2, 6)})
+    assert find_projection(model).name == "v_proj"
+    with pytest.raises(ValueError, match="expected the name of a linear, got 'attn'"):
+        find_projection(model, "attn")
+
+
+@pytest.mark.parametrize("max_tokens", [None, 30, 1])
+def test_micro_batches_hold_what_they_may_and_no_column_too_many(max_tokens):
+    model, batch = tiny_causal_lm(), {**ragged_batch(), "picture": torch.zeros(16, 40)}
+    batch["labels"][3] = -100
+    places = (batch["labels"] != -100) * torch.arange(1, 13)
+    lengths = [max(1, place) for place in places.amax(1).tolist()]
+    pieces = list(Scorer(model, find_projection(model)).micro_batches(batch, range(16), max_tokens))
+    assert sorted(row for rows, _ in pieces for row in rows) == list(range(16))
+    bound = sum(lengths) // 8 if max_tokens is None else max_tokens
+    assert bound != 1 or len(pieces) == 16
+    for rows, inputs in pieces:
+        longest = max(lengths[row] for row in rows)
+        assert inputs["labels"].shape == inputs["input_ids"].shape == (len(rows), longest)
+        assert inputs["picture"].shape == (len(rows), 40)
+        assert len(rows) * longest <= bound or len(rows) == 1
+
+
+def test_rows_of_a_loss_of_ones_own_end_with_their_mask_where_it_is_one():
+    model = tiny_causal_lm()
+    scorer = Scorer(model, find_projection(model), lambda output, inputs: output)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    for given, lengths in ((mask, [2, 1]), (mask[:, None, None], [3, 3])):
+        assert scorer._lengths({"input_ids": torch.ones(2, 3), "attention_mask": given}) == lengths
+    assert scorer._lengths({"features": torch.ones(2, 3)}) == [1, 1]
+
+
+def test_projections_that_are_written_to_are_not_run_or_see_no_examples():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(64, 8), nn.Linear(8, 64)
+            self.v, self.flat, self.unused = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, input_ids, attention_mask):
+            x = self.v(self.embed(input_ids))
+            x += 1.0
+            return self.head(x + self.flat(x.flatten(0, 1)).view_as(x))
+
+    model, batch = Own(), ragged_batch(6)
+    logits = model(batch["input_ids"], batch["attention_mask"])
+    causal_lm_losses(logits[:, :-1], batch["labels"][:, 1:]).sum().backward()
+    grads = CoresetSelector(model, projection="v").score(batch)[1]
+    torch.testing.assert_close(grads.sum(0), model.v.weight.grad.flatten(), rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="expected a linear that the loss depends on, unused is none"):
+        CoresetSelector(model, projection="unused").score(batch)
+    with pytest.raises(ValueError, match=r"input is \(batch, \.\.\., width\), but flat got \(\d+, 8\) for 1 examples"):
+        CoresetSelector(model, projection="flat").score(batch, [0])
 
 
 def test_a_batch_may_hold_options_of_the_forward():
@@ -147,6 +216,28 @@ def test_spsa_passes_over_blocks_that_are_called_by_name_and_return_more():
     directions = torch.stack([d.flatten() for d in selector._draw_directions((8, 8), exact.device)])
     expected = (exact @ directions.T) @ directions / 2
     torch.testing.assert_close(selector.score(batch)[1], expected, rtol=1e-2, atol=2e-2 * float(expected.abs().max()))
+
+
+def test_spsa_leaves_a_block_its_own_forward_and_refuses_one_that_runs_twice():
+    model, batch = tiny_causal_lm(), ragged_batch(4)
+    layer = model.model.layers[0]
+    layer.forward = own = functools.partial(type(layer).forward, layer)  # as accelerate's offloading has it
+    spsa = {"features": "spsa", "directions": 1}
+    scores = CoresetSelector(model, **spsa).score(batch)
+    assert layer.forward is own
+    assert all(map(torch.equal, scores, CoresetSelector(tiny_causal_lm(), **spsa).score(batch)))
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(64, 8), nn.Linear(8, 64)
+            self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(8, 8))])
+
+        def forward(self, input_ids, attention_mask):
+            return self.head(self.blocks[0](self.blocks[0](self.embed(input_ids))))
+
+    with pytest.raises(ValueError, match="projection: expected its Sequential to run once, ran 2 times"):
+        CoresetSelector(Twice(), projection="blocks.0.0", **spsa).score(batch)
 
 
 def test_one_fixed_direction_is_one_number_times_one_vector():
@@ -363,10 +454,17 @@ def test_the_model_is_found_inside_its_wrappers():
 
 
 def test_subset_takes_rows_of_everything_that_has_them():
-    batch = {**ragged_batch(4), "names": list("abcd"), "scale": torch.tensor(2.0), "mode": "x"}
+    batch = {
+        **ragged_batch(4),
+        "names": list("abcd"),
+        "letters": ("a", "b", "c", "d"),
+        "scale": torch.tensor(2.0),
+        "mode": "x",
+    }
     subset, _ = CoresetSelector(nn.Linear(2, 2), method="random").subset(batch)
     rows = ["abcd".index(name) for name in subset["names"]]
     assert len(rows) == 2
+    assert subset["letters"] == tuple(subset["names"])
     assert torch.equal(subset["input_ids"], batch["input_ids"][rows])
     assert subset["scale"] == 2
     assert subset["mode"] == "x"

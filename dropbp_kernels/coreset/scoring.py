@@ -82,7 +82,7 @@ class Scorer:
 
     def _width(self, batch: Mapping[str, Any]) -> int:
         names = ("labels", "attention_mask", "input_ids")
-        return next((batch[name].shape[1] for name in names if name in batch and batch[name].dim() > 1), -1)
+        return next((batch[name].shape[1] for name in names if name in batch and batch[name].dim() == 2), -1)
 
     def _lengths(self, batch: Mapping[str, Any]) -> list[int]:
         """How many columns of each row its loss depends on.
