@@ -14,6 +14,7 @@ from transformers import Trainer
 from dropbp_kernels import DropBPCallback
 from dropbp_kernels.coreset import apply_coreset
 from dropbp_kernels.coreset.budgets import source_id
+from dropbp_kernels.coreset.trainer import _SourceCollator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -97,6 +98,27 @@ def test_what_is_refused(tmp_path):
         apply_coreset(trainer)
     with pytest.raises(ValueError, match="weights: expected 'uniform'"):
         trainer_of(tmp_path, options={"weights": "cluster"})
+
+
+def test_sources_are_numbers_or_names_and_belong_to_all_examples_or_to_none():
+    def collator(examples):
+        return {"x": torch.stack([example["x"] for example in examples])}
+
+    collate, x = _SourceCollator(collator, "source"), torch.ones(2)
+    batch = collate([{"x": x, "source": torch.tensor(7)}, {"x": x, "source": "code"}])
+    assert batch["source"].tolist() == [7, source_id("code")]
+    assert set(collate([{"x": x, "source": 7}, {"x": x}])) == {"x"}
+
+
+def test_state_is_written_by_one_process_and_read_from_a_checkpoint_alone(tmp_path, monkeypatch):
+    trainer = trainer_of(tmp_path)
+    trainer._load_optimizer_and_scheduler(None)
+    assert trainer.coreset_selector.step == 0
+    trainer.create_optimizer_and_scheduler(4)
+    for should_save in (False, True):
+        monkeypatch.setattr(type(trainer.args), "should_save", should_save)
+        trainer._save_optimizer_and_scheduler(str(tmp_path))
+        assert (tmp_path / "coreset.pt").is_file() == should_save
 
 
 # ---- ranks
