@@ -47,6 +47,7 @@ def test_a_resumed_run_repeats_the_losses(tmp_path, monkeypatch):
 
     monkeypatch.setattr(training.Run, "step", interrupted)
     assert finetune(tmp_path / "parts", *options) == 130
+    assert not (tmp_path / "parts" / "adapter").exists()
     monkeypatch.setattr(training.Run, "step", step)
     assert main(["finetune", "--resume", str(tmp_path / "parts")]) == 0
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")

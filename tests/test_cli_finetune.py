@@ -11,16 +11,23 @@ pytest.importorskip("peft")
 
 from finetune_runs import finetune, losses, pairs, place, report  # noqa: F401
 
-from dropbp_kernels.cli import builtin, compare, models, training
+from dropbp_kernels.cli import builtin, compare, finetuning, models, training
 from dropbp_kernels.cli.data import load_data
 from dropbp_kernels.cli.settings import Settings, resolve
 
 pytestmark = pytest.mark.usefixtures("one_thread", "place")
 
 
-def test_comparison_writes_everything_with_sane_content(tmp_path, capsys):
-    output = tmp_path / "out"
+def test_comparison_writes_everything_with_sane_content(tmp_path, capsys, monkeypatch):
+    output, saved, save_model = tmp_path / "out", [], finetuning._save_model
+
+    def noted(run, *rest):
+        saved.append(run.name)
+        save_model(run, *rest)
+
+    monkeypatch.setattr(finetuning, "_save_model", noted)
     assert finetune(output, "--drop-rate", "0.75") == 0
+    assert saved == [compare.OURS]
     assert {path.name for path in output.iterdir()} == {"adapter", "comparison.png", "losses.csv", "report.json"}
 
     facts = report(output)
@@ -207,6 +214,7 @@ def test_bfloat16_runs_under_autocast(tmp_path):
         assert finetune(adapter, "--no-compare", "--dtype", "bfloat16", "--adapter", adapter, "--steps", "4") == 0
         ours = report(tmp_path / adapter)["results"][compare.OURS]
         assert ours["validation_loss_after"] < ours["validation_loss_before"]
+    assert (tmp_path / "full" / "model" / "config.json").is_file()
     config = json.loads((tmp_path / "paca" / "adapter" / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["alpha"]) == ("DROPBP_PACA", 8, 32)
 
