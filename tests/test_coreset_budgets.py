@@ -71,6 +71,7 @@ def test_what_is_refused():
         plan_budgets(["a", "b"], 1, {"a": 1, "b": 2, "c": 3})
     with pytest.raises(ValueError, match="but all 3 examples are from small ones: 1, 2"):
         plan_budgets([1, 2, 1], 2, {1: 1, 2: 2, 3: 30})
+    assert plan_budgets([1, 2, 1], 3, {1: 3, 2: 3, 3: 30}) == {1: 2, 2: 1}  # which keeps all
 
 
 def test_source_ids_are_the_same_in_every_process():
