@@ -182,6 +182,15 @@ def test_runs_take_turns_and_are_validated_four_times_after_the_first():
     assert saved == [3]
 
 
+@pytest.fixture
+def interruptible():
+    """Python's own handler of Ctrl-C, which a process that a shell put into the background begins without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_the_second_interrupt_is_an_interrupt(capfd):
     before = signal.getsignal(signal.SIGINT)
     for number in (1, 2):
