@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .calibration import Calibration, check_branches
@@ -158,7 +159,7 @@ class DropBPHandler:
 
     # ---- plans
 
-    def step(self, labels: Tensor | None = None) -> DropPlan:
+    def step(self, labels: Tensor | None = None, *, without_gradient: Tensor | None = None) -> DropPlan:
         """Draw the plan of the next step and set it; call once per optimizer step, before the forward.
 
         If blocks are wrapped in a `torch.utils.checkpoint` of your own, call it after the backward of the step before:
@@ -168,6 +169,9 @@ class DropBPHandler:
         labels: for a model patched with context="inference" that is called without labels, because the caller computes
             the loss: int64 (batch, seq_len), not shifted, -100 where there is no loss. They hold until the next step;
             with several micro-batches per optimizer step call `step` before each.
+        without_gradient: for such a model, bool (batch,): samples whose values the loss takes without a gradient, such
+            as completions with an advantage of zero. They run apart, without autograd. It holds as labels do, and has
+            no effect where a call has images, or FSDP or ZeRO-3 gather weights.
         Errors: RuntimeError in strict mode when a gate was not called with gradients enabled since the last `step`;
             ValueError for labels where no context is to be told from targets; RuntimeError for a plan that drops
             under DeepSpeed's ZeRO-3 (see `gates.check_engine`). The plan stays then.
@@ -176,6 +180,8 @@ class DropBPHandler:
             raise ValueError('labels: expected None, since the model was not patched with context="inference"')
         if labels is not None and not isinstance(labels, Tensor):
             raise TypeError(f"labels: expected an int64 tensor, got {type(labels).__name__}")
+        if without_gradient is not None:
+            self._check_without_gradient(without_gradient)
         if self._awaits_call:
             self._check_last_step()
         plan = self.draw(self.num_steps)
@@ -186,8 +192,19 @@ class DropBPHandler:
         self._look_out_for_steps()
         self.num_steps += 1
         self._awaits_call = True
-        self._tell_targets(labels)
+        self._tell_targets(labels, without_gradient)
         return self.plan
+
+    def _check_without_gradient(self, is_without: Any) -> None:
+        if self.targets is None:
+            raise ValueError(
+                'without_gradient: expected None, since the model was not patched with context="inference"'
+            )
+        if not (isinstance(is_without, Tensor) and is_without.dtype == torch.bool and is_without.dim() == 1):
+            found = (
+                f"{is_without.dtype} {tuple(is_without.shape)}" if isinstance(is_without, Tensor) else repr(is_without)
+            )
+            raise TypeError(f"without_gradient: expected a tensor of bools, one for each sample, got {found}")
 
     def _look_out_for_steps(self) -> None:
         """Have a loop warned of that forgets `step`, where plans differ from step to step (`gates.UnsteppedCalls`).
@@ -202,8 +219,9 @@ class DropBPHandler:
         if draws and self.num_steps == 0:
             look_out_for_steps(self.model, self.gates)
 
-    def _tell_targets(self, labels: Tensor | None = None) -> None:
+    def _tell_targets(self, labels: Tensor | None = None, without_gradient: Tensor | None = None) -> None:
         if self.targets is not None:
+            self.targets.without_gradient = without_gradient
             self.targets.seed, self.targets.step, self.targets.labels = self.seed, self.num_steps - 1, labels
             self.targets.num_target, self.targets.was_dense, self.targets.num_tokens = None, False, 0
             self.targets.zero_gradient = False

@@ -45,6 +45,9 @@ class TargetRule:
     labels: of the batches until the next step, where the model is called without any.
     num_target: targets of the last batch since the step; None: no batch yet. was_dense: whether it had nothing to save.
         num_tokens: all its tokens, padding included.
+    without_gradient: which samples of the batch of now have a loss without a gradient, bool (B,), as the training loop
+        knows; None: it knows of none.
+    is_inference: whether such samples run now: by a plan, though without autograd.
     zero_gradient: whether until the next step the loss of a batch without a target has a graph all the same, for a
         training loop that runs its backward come what may.
     """
@@ -60,6 +63,8 @@ class TargetRule:
     num_target: int | None = None
     was_dense: bool = False
     num_tokens: int = 0
+    without_gradient: Tensor | None = None
+    is_inference: bool = False
     zero_gradient: bool = False
     has_warned: bool = False
     has_warned_of_labels: bool = False

@@ -154,6 +154,35 @@ def targets(rank: int, granularity: str):
     return train_targets(DistributedDataParallel(model), handler, chats(rank))
 
 
+# Of the samples of each rank, step by step.
+ADVANTAGES = torch.tensor([[[0.0, 2.0], [1.0, 0.0]], [[-1.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]])
+
+
+def train_policy(model, handler, ranks: list[int]) -> dict[str, torch.Tensor]:
+    """SGD on log-probabilities times advantages; samples whose advantage is zero have no gradient."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step, advantages in enumerate(ADVANTAGES):
+        tokens = torch.randint(64, (2, 2, 12), generator=torch.Generator().manual_seed(step))
+        for rank in ranks:
+            labels = tokens[rank].masked_fill(torch.arange(12) < 7, -100)
+            handler.step(labels=labels, without_gradient=advantages[rank] == 0.0)
+            logps = model(input_ids=tokens[rank]).logits.log_softmax(-1)[:, 6:-1].gather(2, tokens[rank][:, 7:, None])
+            (-(logps[..., 0].sum(1) * advantages[rank]).sum() / len(ranks)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return _whole(model.module if isinstance(model, DistributedDataParallel) else model)
+
+
+def policies(rank: int) -> dict[str, dict[str, torch.Tensor]]:
+    """DDP and FSDP2, under which no sample runs apart."""
+    weights = {}
+    for name, engine in (("ddp", DistributedDataParallel), ("fsdp2", _fsdp2)):
+        model = tiny_causal_lm(num_hidden_layers=2)
+        handler = apply_dropbp(model, 0.0, context="inference")
+        weights[name] = train_policy(engine(model), handler, [rank])
+    return weights
+
+
 def sharded_targets(rank: int) -> tuple[dict[str, torch.Tensor], str]:
     """FSDP2 where ranks have other numbers of turns, and what is said where one of them has no target."""
     model = tiny_causal_lm(num_hidden_layers=2)
@@ -268,5 +297,6 @@ if __name__ == "__main__":
     if "targets" in only or not only:
         results |= {f"targets {granularity}": targets(rank, granularity) for granularity in ("branch", "sample")}
         results["sharded targets"] = sharded_targets(rank)
+        results["policies"] = policies(rank)
     torch.save(results, Path(sys.argv[1], f"rank{rank}.pt"))
     dist.destroy_process_group()

@@ -61,6 +61,10 @@ def given_to_step():
     return {**names, "handler": apply_dropbp(names["model"], 0.0, context="inference")}
 
 
+def policy_step():
+    return {**given_to_step(), "advantages": torch.tensor([0.0, 1.0])}
+
+
 def with_sources():
     names = loop()
     return {**names, "model": with_lora(names["model"]), "loader": [(names["batch"], ["a", "b", "a", "a"])]}
@@ -152,7 +156,7 @@ RUNS = {
     "paca.md": (adapter,),
     "plans.md": (patched,),
     "row_plans.md": (plan_of_rows,),
-    "target_plans.md": (plan_of_rows, plan_of_rows, given_to_step, preferences, own_model, data_set),
+    "target_plans.md": (plan_of_rows, plan_of_rows, given_to_step, preferences, policy_step, own_model, data_set),
 }
 CASES = [(name, number) for name, setups in RUNS.items() for number in range(len(setups))]
 

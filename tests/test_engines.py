@@ -6,7 +6,17 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from engine_ranks import LLAMA_OPTIONS, WHOLE_BATCH_OPTIONS, batches, chats, llama, train, train_targets, with_paca
+from engine_ranks import (
+    LLAMA_OPTIONS,
+    WHOLE_BATCH_OPTIONS,
+    batches,
+    chats,
+    llama,
+    train,
+    train_policy,
+    train_targets,
+    with_paca,
+)
 from models import tiny_causal_lm, toy_model
 
 from dropbp_kernels import DropBPHandler, apply_dropbp
@@ -104,6 +114,16 @@ def test_two_ranks_train_targets_like_one(results):
     first, second = (result["targets sample"] for result in results)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(not torch.equal(first[name], expected[name]) for name in first)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_ranks_with_other_samples_without_gradient_train_like_one(results, engine):
+    """In the second step one rank has none with a gradient, in the third no rank has."""
+    model = tiny_causal_lm(num_hidden_layers=2)
+    expected = train_policy(model, apply_dropbp(model, 0.0, context="inference"), [0, 1])
+    for result in results:
+        for name, value in expected.items():
+            torch.testing.assert_close(result["policies"][engine][name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_turns_that_differ_between_ranks_run_together_under_fsdp(results):

@@ -9,9 +9,21 @@ import trl
 from models import tiny_causal_lm
 from packaging.version import Version
 from trainer_runs import QUIET, arguments, assert_same, data, tokenizer, weights
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 from dropbp_kernels import DropBPCallback
+from dropbp_kernels.integrations import target_plans
+from dropbp_kernels.integrations.trainer_batches import without_gradient_of
+from dropbp_kernels.integrations.without_gradient import run_apart
 from dropbp_kernels.targets import TargetPlan
 
 pytestmark = QUIET
@@ -76,6 +88,17 @@ def groups(folder, model, callback):
     return GRPOTrainer(model, length, args=config, **with_data(rows, callback))
 
 
+def groups_half_of_which_agree(trainer_class, config_class, folder, callback):
+    """Completions of every other prompt have the same reward."""
+
+    def place(prompts, **kwargs):
+        return [float(number) if int(prompt[1]) % 2 else 1.0 for number, prompt in enumerate(prompts)]
+
+    rows = [{"prompt": f"w{n} w5 w6" + " w7" * (n % 3)} for n in range(3, 10)]
+    config = arguments(folder, config_class, num_generations=2, max_completion_length=6, beta=0.0, **SHORT)
+    return trainer_class(tiny_causal_lm(), place, args=config, **with_data(rows, callback))
+
+
 def with_data(rows, callback):
     from datasets import Dataset
     from peft import LoraConfig
@@ -119,6 +142,45 @@ def test_a_shared_context_is_exact_in_their_losses(make, tmp_path, monkeypatch):
     assert len(num_context) >= 2
     if make is not supervised:
         assert all(2 * shared == unshared for unshared, shared in num_context)
+
+
+@pytest.mark.parametrize(("trainer", "config"), [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)])
+def test_completions_with_an_advantage_of_zero_run_as_inference(trainer, config, tmp_path, monkeypatch):
+    apart = []
+    monkeypatch.setattr(target_plans, "run_apart", lambda *args: (apart.append(len(args[-1])), run_apart(*args))[1])
+    logs = []
+    for options in ({}, {"context": "inference", "context_gradient": "full", "shared_context": True}):
+        run = groups_half_of_which_agree(trainer, config, str(tmp_path), DropBPCallback(0.0, **options))
+        run.train()
+        logs.append([entry for entry in run.state.log_history if "loss" in entry])
+        assert "compute_loss" not in vars(run)
+    for dense, ours in zip(*logs, strict=True):
+        names = [name for name in dense if "time" not in name and not name.startswith("dropbp")]
+        assert [ours[name] for name in names] == pytest.approx([dense[name] for name in names], rel=1e-3, abs=1e-5)
+    num_zero = [round(4 * entry["frac_reward_zero_std"]) for entry in logs[0]]
+    assert apart == [min(count, 3) for count in num_zero if count]
+    assert 2 in apart
+
+
+class OwnLoss(GRPOTrainer):
+    def _compute_loss(self, model, inputs):
+        return super()._compute_loss(model, inputs) + 1.0
+
+
+@pytest.mark.parametrize("cls", [GRPOTrainer, RLOOTrainer, OwnLoss])
+@pytest.mark.parametrize("term", [None, "beta", "_entropy_bonus_enabled", "aux_loss_enabled"])
+def test_where_an_advantage_of_zero_is_no_gradient(cls, term):
+    trainer = object.__new__(cls)
+    vars(trainer).update({"beta": 0.0, "_entropy_bonus_enabled": False, "aux_loss_enabled": False})
+    if term is not None:
+        vars(trainer)[term] = 0.1
+    of_tokens = torch.tensor([[0.0, 0.0], [0.0, 1e-6], [-1.0, 0.0]])
+    if term is None and cls is not OwnLoss:
+        assert without_gradient_of(trainer, {"advantages": of_tokens.sum(1)}).tolist() == [True, False, False]
+        assert without_gradient_of(trainer, {"advantages": of_tokens}).tolist() == [True, False, False]
+    else:
+        assert without_gradient_of(trainer, {"advantages": of_tokens}) is None
+    assert without_gradient_of(trainer, {}) is None
 
 
 @pytest.mark.skipif(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..handler import DropBPHandler
 from ..sensitivity import left_as_found
+from ..targets import TargetRule
 from .gating import ModuleGate
 
 
@@ -153,14 +154,20 @@ class TimeMeter:
         self._window = dict(self.totals)
         self._window_steps = 0
         self._marks: dict[str, float] = {}
+        self._targets = TargetRule.of(model)
         self._hooks = [
-            model.register_forward_pre_hook(lambda *_: self.begin("forward") if torch.is_grad_enabled() else None),
-            model.register_forward_hook(lambda *_: self._forward_ended() if torch.is_grad_enabled() else None),
+            model.register_forward_pre_hook(lambda *_: self._forward_begins()),
+            model.register_forward_hook(lambda *_: self._forward_ended()),
         ]
+
+    def _forward_begins(self) -> None:
+        if torch.is_grad_enabled() or (self._targets is not None and self._targets.is_inference):
+            self.begin("forward")
 
     def _forward_ended(self) -> None:
         self.end("forward")
-        self.begin("backward")
+        if torch.is_grad_enabled():
+            self.begin("backward")
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -53,7 +53,7 @@ def run_in_stages(decoder: Any, run: Callable[..., Any], inputs: dict[str, Any],
             rows = {name: stage.running(stage.gather(inputs[name])) for name in BY_ROW if inputs.get(name) is not None}
             mask = masks.add(stage, parameter.dtype)
             is_last = stage is plan.stages[-1]
-            is_hop = rule.context_gradient == "one_hop" and not stage.is_target
+            is_hop = rule.context_gradient == "one_hop" and not (stage.is_target or rule.is_inference)
             keys = keys.of_next(stage, is_last=is_last, ends_at=None if stage.is_target else ends_at, is_hop=is_hop)
             context = contextlib.nullcontext() if stage.is_target else _context(parts, rule, parameter.device.type)
             whole = _last_layer_whole(parts) if is_last else contextlib.nullcontext()
@@ -105,7 +105,7 @@ def rows_at_once(parts: DecoderParts, num_target_rows: int) -> int:
 @contextmanager
 def _context(parts: DecoderParts, rule: TargetRule, device_type: str) -> Iterator[None]:
     """How a context stage runs. The one place that decides it: a lower precision than the targets' belongs here."""
-    if rule.context_gradient == "full":
+    if rule.context_gradient == "full" or rule.is_inference:
         yield
         return
     with contextlib.ExitStack() as stack:

@@ -32,8 +32,10 @@ from torch import Tensor, nn
 
 from ..targets import IGNORED, TargetPlan, TargetRule, plan_targets
 from .decoder_parts import PARTS, parts_of
+from .model_outputs import tensors_in, with_tensors
 from .swapping import is_swapped, subclass, swap, swap_back
 from .target_checks import ATTENTION, TAKES_MASKS, check_ranks, find_decoder, has_ranks, without_peft
+from .without_gradient import run_apart, samples_apart
 from .without_target import run_without_target
 
 _PLAN = "_dropbp_target_plan"
@@ -86,16 +88,19 @@ def _call_with_labels(self: Any, run: Callable[..., Any], *args: Any, **kwargs: 
     labels = kwargs.get("labels")
     is_given = labels is None  # to the handler, by a caller who takes the loss
     labels = rule.labels if is_given else labels
-    if labels is None or not (self.training and torch.is_grad_enabled()) or _PLAN in vars(decoder):
+    if labels is None or not _runs_by_plan(self, rule) or _PLAN in vars(decoder):
         return run(*args, **kwargs)
     if kwargs.get("shift_labels") is not None:
         raise ValueError("shift_labels: expected None with context, which shifts labels by itself, got a tensor")
+    inputs = _named(self, args, kwargs)
+    if samples := _samples_apart(decoder, rule, labels, inputs):
+        return run_apart(functools.partial(_call_with_labels, self, run), rule, labels, inputs, samples)
     # A hook sees the head's labels; who calls the model again with what a hook saw means the same batch.
     plan: TargetPlan | None = getattr(labels, _PLAN, None)
     if plan is None:
         if rule.trains_on_part_by is not None:
             kwargs = _with_items_of_part(kwargs, rule, is_given)
-        plan = _plan_of(decoder, rule, labels, _named(self, args, kwargs))
+        plan = _plan_of(decoder, rule, labels, inputs)
     if plan.num_target == 0:
         return run_without_target(self, rule, run, args, kwargs)
     if plan.is_dense:
@@ -120,6 +125,10 @@ def _call_with_labels(self: Any, run: Callable[..., Any], *args: Any, **kwargs: 
     return _replace(output, num_rows + 1, logits_at_places)
 
 
+def _runs_by_plan(module: nn.Module, rule: TargetRule) -> bool:
+    return module.training and (torch.is_grad_enabled() or rule.is_inference)
+
+
 def _call_decoder(self: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     from .staged_decoder import run_in_stages
 
@@ -131,8 +140,10 @@ def _call_decoder(self: Any, run: Callable[..., Any], *args: Any, **kwargs: Any)
         output.last_hidden_state = nn.functional.pad(output.last_hidden_state, (0, 0, 0, 1))
         return output
     rule = TargetRule.on(self)  # called by itself, by a caller who takes the loss of the hidden states
-    if rule.labels is None or not (self.training and torch.is_grad_enabled()):
+    if rule.labels is None or not _runs_by_plan(self, rule):
         return run(*args, **kwargs)
+    if samples := _samples_apart(self, rule, rule.labels, inputs):
+        return run_apart(functools.partial(_call_decoder, self, run), rule, rule.labels, inputs, samples)
     plan = _plan_of(self, rule, rule.labels, inputs)
     if plan.num_target == 0:
         return run_without_target(self, rule, run, args, kwargs)
@@ -141,6 +152,11 @@ def _call_decoder(self: Any, run: Callable[..., Any], *args: Any, **kwargs: Any)
     output = run_in_stages(self, run, inputs, plan)
     output.last_hidden_state = plan.to_places(output.last_hidden_state, plan.documents.shape[1])
     return output
+
+
+def _samples_apart(decoder: Any, rule: TargetRule, labels: Tensor, inputs: dict[str, Any]) -> list[int]:
+    # Ranks that gather weights together have to call the decoder equally often.
+    return [] if has_ranks() and parts_of(decoder).gathers_weights else samples_apart(rule, labels, inputs)
 
 
 def _with_items_of_part(kwargs: dict[str, Any], rule: TargetRule, is_given: bool) -> dict[str, Any]:
@@ -256,16 +272,8 @@ def _head_labels(plan: TargetPlan) -> Tensor:
 
 def _replace(output: Any, num_rows: int, function: Callable[[Tensor], Tensor]) -> Any:
     """The output of a model with function(tensor) in place of each tensor (batch, num_rows, ...)."""
-    new = {
-        name: function(value)
-        for name, value in (enumerate(output) if type(output) is tuple else output.items())
-        if isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == num_rows
-    }
-    if type(output) is tuple:
-        return tuple(new.get(place, value) for place, value in enumerate(output))
-    for name, value in new.items():
-        output[name] = value
-    return output
+    tensors = tensors_in(output).items()
+    return with_tensors(output, {name: function(value) for name, value in tensors if value.shape[1:2] == (num_rows,)})
 
 
 def _last(logits_to_keep: Any) -> Any:

@@ -29,7 +29,7 @@ from .checkpointing import is_reentrant
 from .meters import PlanMeter, TimeMeter, saved_bytes_by_branch
 from .row_batches import stop_telling, tell_gates_of_batches
 from .swapping import is_sharded
-from .trainer_labels import stop_telling_labels, tell_labels
+from .trainer_batches import stop_telling_of_batches, tell_of_batches
 from .transformers import apply_dropbp, check_options, patched_with, remove_dropbp
 
 try:
@@ -149,7 +149,7 @@ class DropBPCallback(TrainerCallback, ExportableState):
         self._plans = PlanMeter(self._handler())
         self._times = TimeMeter(model) if self.measure else None
         if (targets := self._handler().targets) is not None and (trainer := _calling_trainer()) is not None:
-            tell_labels(trainer, targets)
+            tell_of_batches(trainer, targets)
             self._told_by = trainer
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -210,7 +210,7 @@ class DropBPCallback(TrainerCallback, ExportableState):
             self._times.close()
         self._times = None
         if self._told_by is not None:
-            stop_telling_labels(self._told_by)
+            stop_telling_of_batches(self._told_by)
         self._told_by = None
 
     # ---- plans

@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments
 
 from dropbp_kernels import DropBPCallback
-from dropbp_kernels.integrations.trainer_labels import labels_of
+from dropbp_kernels.integrations.trainer_batches import labels_of
 from dropbp_kernels.targets import IGNORED
 
 TOKENS = torch.randint(3, 96, (4, 16), generator=torch.Generator().manual_seed(1))

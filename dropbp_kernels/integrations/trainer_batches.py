@@ -1,0 +1,62 @@
+"""What a target plan is told of a batch where a TRL trainer makes the loss of it.
+
+- Labels, which releases of TRL before 1.15 do not give to the model of `DPOTrainer`, `GRPOTrainer`, `RLOOTrainer` and
+  `KTOTrainer`: every such batch has a `completion_mask`.
+- Which samples have a loss without a gradient: completions of `GRPOTrainer` and `RLOOTrainer` whose advantage is zero.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..targets import IGNORED, TargetRule
+
+# Where the losses are defined whose only terms without an advantage are those of `_TERMS`.
+_LOSSES = ("trl.trainer.grpo_trainer", "trl.trainer.rloo_trainer")
+_TERMS = ("beta", "_entropy_bonus_enabled", "aux_loss_enabled")
+
+
+def tell_of_batches(trainer: Any, rule: TargetRule) -> None:
+    """Let `rule` know of each batch before `trainer` makes its loss: labels, as if they were given to `step`."""
+    original = trainer.compute_loss
+
+    def compute_loss(model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        rule.labels = labels_of(inputs)
+        rule.without_gradient = without_gradient_of(trainer, inputs)
+        try:
+            return original(model, inputs, *args, **kwargs)
+        finally:
+            rule.without_gradient = None
+
+    trainer.compute_loss = compute_loss
+
+
+def stop_telling_of_batches(trainer: Any) -> None:
+    """Undo `tell_of_batches`."""
+    del trainer.compute_loss
+
+
+def labels_of(inputs: dict[str, Any]) -> Tensor | None:
+    """Labels (batch, seq_len), not shifted, of a batch with a completion_mask; None of any other.
+
+    The mask is that of whole sequences, `input_ids`, or of completions alone, `completion_ids` behind `prompt_ids`.
+    """
+    mask = inputs.get("completion_mask")
+    if mask is None or "labels" in inputs:
+        return None
+    if "completion_ids" not in inputs:
+        return inputs["input_ids"].masked_fill(mask == 0, IGNORED)
+    completions = inputs["completion_ids"].masked_fill(mask == 0, IGNORED)
+    return torch.cat([torch.full_like(inputs["prompt_ids"], IGNORED), completions], dim=1)
+
+
+def without_gradient_of(trainer: Any, inputs: dict[str, Any]) -> Tensor | None:
+    """Which samples have an advantage of exactly zero, bool (batch,); None where the loss may have other terms."""
+    advantages = inputs.get("advantages")
+    if advantages is None or any(getattr(trainer, name, 0) for name in _TERMS):
+        return None
+    if any(getattr(type(trainer), name).__module__ not in _LOSSES for name in ("compute_loss", "_compute_loss")):
+        return None
+    is_zero: Tensor = advantages.reshape(len(advantages), -1).eq(0).all(1)
+    return is_zero
