@@ -84,7 +84,10 @@ OP_SUITES = tuple(
 TRITON_SUITES = ("gated_residual_rms_norm", "gated_residual_layer_norm", "glu", "rope")
 TRITON_SIZES = ("--sizes", "16384x4096", "8192x8192", "--dtypes", "bfloat16")
 # Whole steps beside the one that has targets; first what says most.
-STEP_SUITES = ("patched_step", "target_step", "turn_step", "row_step", "checkpointed_step", "loss_step", "paca_step")
+STEP_SUITES = (
+    *("patched_step", "target_step", "turn_step", "row_step", "checkpointed_step", "loss_step", "paca_step"),
+    "group_step",
+)
 FINETUNE = "finetune"  # the folder of a fine-tuning by the command line
 MACHINE_CODE = """
 import json, platform, sys, torch, dropbp_kernels

@@ -2,7 +2,8 @@
 
 Each prompt runs once, without autograd, and its keys and values serve its whole group of completions:
 `context="inference", shared_context=True`. Completions whose advantage is zero run without autograd too. With
-`--context-gradient full` the gradient is exact. Runs in seconds on a CPU. The model is a tiny random Llama with a tokenizer of characters, so that nothing is downloaded; put in your own.
+`--context-gradient full` the gradient is exact. Runs in seconds on a CPU. The model is a tiny random Llama with a
+tokenizer of characters, so that nothing is downloaded; put in your own.
 
 python examples/trl_grpo.py --context-gradient none
 """

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import (
     bench_checkpointed_step,
+    bench_group_step,
     bench_loss_step,
     bench_patched_step,
     bench_row_step,
@@ -19,6 +20,8 @@ from benchmarks import (
 )
 from benchmarks.rows import append_rows
 from benchmarks.settings import Settings
+from dropbp_kernels import apply_dropbp
+from dropbp_kernels.cli.models import twin
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -92,6 +95,30 @@ def test_patched_step_rows():
     assert [row.method for row in rows] == ["unpatched", "patched", "fused"]
     assert rows[0].step_over_unpatched == 1.0
     assert len(bench_patched_step.verdicts(rows)) == 2
+
+
+def test_group_step_rows():
+    half, _ = bench_group_step.run(Settings(CPU, "tiny"))
+    by_method = {row.method: row for row in half}
+    assert list(by_method) == list(bench_group_step.METHODS)
+    assert by_method["undropped"].step_over_undropped == 1.0
+    for way in ("none", "shared"):
+        assert by_method[f"{way} apart"].saved_bytes < 0.6 * by_method[way].saved_bytes
+
+
+def test_methods_of_a_group_step_have_the_same_loss():
+    model, batch = steps.build(bench_group_step.as_groups(steps.SIZES["tiny"]), CPU)
+    groups = bench_group_step.with_groups(batch, 0.5)
+    assert groups["advantages"].tolist() == [0.0] * 4 + [-1.0, 1.0, -1.0, 1.0]
+    losses = [bench_group_step.GroupStepper(model, groups, CPU, None, False).forward()]
+    for shared in (False, True):
+        patched = twin(model)
+        handler = apply_dropbp(patched, 0.0, strict=False, context="inference", shared_context=shared)
+        losses += [
+            bench_group_step.GroupStepper(patched, groups, CPU, handler, apart).forward() for apart in (False, True)
+        ]
+    assert losses[0].item() != 0.0
+    torch.testing.assert_close(torch.stack(losses), losses[0].expand(5), rtol=1e-5, atol=1e-6)
 
 
 def test_turn_step_rows():
