@@ -48,19 +48,49 @@ def test_labels_of(batch_of):
     assert labels_of({"input_ids": TOKENS}) is None
 
 
-@pytest.mark.parametrize("batch_of", [whole, parts])
-def test_the_loss_is_that_of_dense_training(batch_of, tmp_path):
+def with_labels():
+    return {"input_ids": TOKENS, "labels": TOKENS.masked_fill(~IS_COMPLETION, IGNORED)}
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "batch_of", "smoothing"),
+    [(OwnLoss, whole, 0.0), (OwnLoss, parts, 0.0), (Trainer, with_labels, 0.1)],
+)
+def test_the_loss_is_that_of_dense_training(trainer_class, batch_of, smoothing, tmp_path):
     batch, losses = batch_of(), []
     data = [{name: values[row] for name, values in batch.items()} for row in range(4)]
     for options in ({}, {"context": "inference", "context_gradient": "full"}):
         arguments = TrainingArguments(
             str(tmp_path), max_steps=4, per_device_train_batch_size=1, gradient_accumulation_steps=2, logging_steps=1,
             report_to="none", use_cpu=True, remove_unused_columns=False, dataloader_pin_memory=False,
+            label_smoothing_factor=smoothing,
         )  # fmt: skip
         callback = DropBPCallback(0.0, **options)
-        trainer = OwnLoss(tiny(dtype=torch.float32), arguments, train_dataset=data, callbacks=[callback])
+        trainer = trainer_class(tiny(dtype=torch.float32), arguments, train_dataset=data, callbacks=[callback])
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert callback.handler.targets.num_target < 8  # of the 16 tokens of the last micro-batch
     assert "compute_loss" not in vars(trainer)
+
+
+def test_a_loss_function_of_the_users_may_read_the_logits_of_context(tmp_path):
+    """So its labels are not told; a warning says that nothing is left out."""
+    data = [{name: values[row] for name, values in with_labels().items()} for row in range(4)]
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=2,
+        label_smoothing_factor=0.1,
+        report_to="none",
+        use_cpu=True,
+        dataloader_pin_memory=False,
+    )
+    callback = DropBPCallback(0.0, context="inference")
+    model = tiny(dtype=torch.float32)
+
+    def sum_of_all(outputs, labels, num_items_in_batch=None):
+        return outputs.logits.square().mean()
+
+    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[callback], compute_loss_func=sum_of_all)
+    with pytest.warns(UserWarning, match="no labels were seen in a training step"):
+        trainer.train()

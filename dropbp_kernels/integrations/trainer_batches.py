@@ -1,7 +1,7 @@
-"""What a target plan is told of a batch where a TRL trainer makes the loss of it.
+"""What a target plan is told of a batch where a Trainer makes the loss of it, and not the model.
 
-- Labels, which releases of TRL before 1.15 do not give to the model of `DPOTrainer`, `GRPOTrainer`, `RLOOTrainer` and
-  `KTOTrainer`: every such batch has a `completion_mask`.
+- Labels, where the Trainer smooths them, and those that releases of TRL before 1.15 do not give to the model of
+  `DPOTrainer`, `GRPOTrainer`, `RLOOTrainer` and `KTOTrainer`: every such batch has a `completion_mask`.
 - Which samples have a loss without a gradient: completions of `GRPOTrainer` and `RLOOTrainer` whose advantage is zero.
 """
 
@@ -22,7 +22,7 @@ def tell_of_batches(trainer: Any, rule: TargetRule) -> None:
     original = trainer.compute_loss
 
     def compute_loss(model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        rule.labels = labels_of(inputs)
+        rule.labels = inputs.get("labels") if _smooths_labels(trainer) else labels_of(inputs)
         rule.without_gradient = without_gradient_of(trainer, inputs)
         try:
             return original(model, inputs, *args, **kwargs)
@@ -35,6 +35,11 @@ def tell_of_batches(trainer: Any, rule: TargetRule) -> None:
 def stop_telling_of_batches(trainer: Any) -> None:
     """Undo `tell_of_batches`."""
     del trainer.compute_loss
+
+
+def _smooths_labels(trainer: Any) -> bool:
+    """Whether transformers' own loss is taken of labels that the model is not given; others may read any logits."""
+    return trainer.label_smoother is not None and trainer.compute_loss_func is None
 
 
 def labels_of(inputs: dict[str, Any]) -> Tensor | None:
