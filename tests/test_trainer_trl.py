@@ -204,3 +204,30 @@ def test_packed_samples_are_documents_of_a_target_plan(tmp_path, monkeypatch):
     trainer.train()
     assert plans
     assert all(plan.is_packed and plan.num_context > 0 for plan in plans)
+
+
+def distilled(folder, callback):
+    rows = [{"prompt": f"w{n} w5 w6" + " w7" * (n % 3)} for n in range(3, 11)]
+    config = arguments(folder, trl.DistillationConfig, max_completion_length=4, **SHORT)
+    teacher = tiny_causal_lm()
+    with torch.no_grad():
+        teacher.lm_head.weight.add_(0.1 * torch.randn_like(teacher.lm_head.weight))
+    callbacks = [] if callback is None else [callback]
+    trainer = trl.DistillationTrainer(
+        tiny_causal_lm(), teacher, args=config, **{**with_data(rows, None), "callbacks": callbacks}
+    )
+    torch.manual_seed(0)
+    trainer.train()
+    return [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.skipif(not hasattr(trl, "DistillationTrainer"), reason="no DistillationTrainer in this TRL")
+def test_a_loss_that_is_called_in_place_of_the_models_forward(tmp_path):
+    dense = distilled(tmp_path, None)
+    assert all(norm > 0.0 for _, norm in dense)
+    for options in ({}, {"granularity": "token"}, {"context": "inference", "context_gradient": "full"}):
+        callback = DropBPCallback(0.0, **options)
+        assert distilled(tmp_path, callback) == [pytest.approx(entry, rel=1e-3, abs=1e-5) for entry in dense]
+    assert 0 < callback.handler.targets.num_target < callback.handler.targets.num_tokens
+    with pytest.raises(ValueError, match="nothing called the model's own forward in this step"):
+        distilled(tmp_path, DropBPCallback(0.5, rates="sensitivity"))

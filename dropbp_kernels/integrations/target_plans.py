@@ -90,6 +90,8 @@ def _call_with_labels(self: Any, run: Callable[..., Any], *args: Any, **kwargs: 
     labels = rule.labels if is_given else labels
     if labels is None or not _runs_by_plan(self, rule) or _PLAN in vars(decoder):
         return run(*args, **kwargs)
+    if is_given and not {"input_ids", "inputs_embeds"} & _named(self, args, kwargs).keys():
+        return run(*args, **kwargs)  # a trainer's loss in place of forward, which calls the decoder by itself
     if kwargs.get("shift_labels") is not None:
         raise ValueError("shift_labels: expected None with context, which shifts labels by itself, got a tensor")
     inputs = _named(self, args, kwargs)

@@ -258,6 +258,12 @@ class DropBPCallback(TrainerCallback, ExportableState):
         if inputs is not None:
             with nullcontext() if self._times is None else self._times.paused():
                 self._probe(model, inputs, state)
+        elif self._calibrates_after(state.global_step, state.max_steps):
+            raise ValueError(
+                'rates: expected "uniform", "depth_linear" or the file of a calibration, because nothing called the '
+                "model's own forward in this step, so calibration has no inputs for it (TRL's DistillationTrainer "
+                "calls the decoder by itself), got 'sensitivity'"
+            )
         if (targets := self._handler().targets) is not None:
             targets.zero_gradient = False
 
@@ -265,8 +271,10 @@ class DropBPCallback(TrainerCallback, ExportableState):
 
     def _keep_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled():
-            names = list(inspect.signature(module.forward).parameters)
-            self._inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+            named = inspect.signature(module.forward).bind_partial(*args).arguments
+            if any(type(value) is tuple for value in named.values()):  # of a loss that TRL calls in place of forward
+                return
+            self._inputs = {**named, **kwargs}
 
     def _stop_capture(self) -> None:
         self._inputs = None
