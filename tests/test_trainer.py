@@ -260,6 +260,23 @@ def test_a_model_that_is_called_by_position(tmp_path):
     assert callback.handler.calibration is not None
 
 
+def test_a_loss_that_puts_a_forward_of_its_own_in_place_for_a_while(tmp_path):
+    """As losses of sentence-transformers do, whose forward names its inputs otherwise than the model."""
+
+    class Decorated(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            original = model.forward
+            model.forward = lambda features, labels=None: original(features, labels=labels)
+            try:
+                return model(inputs["input_ids"], labels=inputs["labels"]).loss
+            finally:
+                del model.forward
+
+    callback = DropBPCallback(0.5, rates="sensitivity", calibrate_at=0.0)
+    Decorated(tiny_causal_lm(), arguments(tmp_path, max_steps=1), train_dataset=data(), callbacks=[callback]).train()
+    assert callback.handler.calibration is not None
+
+
 def test_a_model_without_loss_needs_a_loss_function(tmp_path):
     def loss_of(output, labels, num_items_in_batch=None):
         return torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), labels.flatten())

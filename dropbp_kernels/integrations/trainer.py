@@ -270,11 +270,11 @@ class DropBPCallback(TrainerCallback, ExportableState):
     # ---- probes: between two optimizer steps, on the last micro-batch, with everything left as found
 
     def _keep_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.is_grad_enabled():
-            named = inspect.signature(module.forward).bind_partial(*args).arguments
-            if any(type(value) is tuple for value in named.values()):  # of a loss that TRL calls in place of forward
-                return
-            self._inputs = {**named, **kwargs}
+        if not torch.is_grad_enabled() or any(isinstance(value, nn.Module) for value in args):
+            return  # given a module: a loss of TRL's that is called in place of forward
+        # Names of the class, since a forward that somebody put in its place for a while may have others.
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        self._inputs = {**dict(zip(names, args, strict=False)), **kwargs}
 
     def _stop_capture(self) -> None:
         self._inputs = None
