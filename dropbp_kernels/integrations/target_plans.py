@@ -90,11 +90,11 @@ def _call_with_labels(self: Any, run: Callable[..., Any], *args: Any, **kwargs: 
     labels = rule.labels if is_given else labels
     if labels is None or not _runs_by_plan(self, rule) or _PLAN in vars(decoder):
         return run(*args, **kwargs)
-    if is_given and not {"input_ids", "inputs_embeds"} & _named(self, args, kwargs).keys():
+    inputs = _named(self, args, kwargs)
+    if is_given and not {"input_ids", "inputs_embeds"} & inputs.keys():
         return run(*args, **kwargs)  # a trainer's loss in place of forward, which calls the decoder by itself
     if kwargs.get("shift_labels") is not None:
         raise ValueError("shift_labels: expected None with context, which shifts labels by itself, got a tensor")
-    inputs = _named(self, args, kwargs)
     if samples := _samples_apart(decoder, rule, labels, inputs):
         return run_apart(functools.partial(_call_with_labels, self, run), rule, labels, inputs, samples)
     # A hook sees the head's labels; who calls the model again with what a hook saw means the same batch.
