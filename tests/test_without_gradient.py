@@ -110,7 +110,7 @@ def test_of_all_the_one_with_the_fewest_targets_stays():
     rows = spy_on_rows(model)
     _, gradients = step(model, handler, batch, torch.zeros(4))
     assert all(gradient.count_nonzero() == 0 for gradient in gradients.values())
-    assert [samples for samples, _, is_recorded in rows if is_recorded] == [1]
+    assert [of_call[:2] for of_call in rows if of_call[2]] == [(1, 3)]
     assert torch.equal(handler.targets.without_gradient, torch.ones(4, dtype=torch.bool))
 
 
@@ -121,6 +121,16 @@ def test_one_without_a_target_stays_where_it_is():
     whole, rows = step(model, handler, batch, is_told=False), spy_on_rows(model)
     torch.testing.assert_close(step(model, handler, batch), whole, **CLOSE)
     assert {samples for samples, _, is_recorded in rows if is_recorded} == {3}
+
+
+@pytest.mark.filterwarnings("ignore:labels. no target in a batch")
+def test_a_batch_without_a_target_is_run_as_before():
+    model, batch = tiny(), batch_of_four()
+    handler = apply_dropbp(model, 0.0, context="inference")
+    handler.step(labels=torch.full_like(batch.pop("labels"), IGNORED), without_gradient=WEIGHTS == 0.0)
+    rows = spy_on_rows(model)
+    assert not model(**batch).logits.requires_grad
+    assert rows == [(4, 16, False)]
 
 
 def test_a_decoder_that_is_called_by_itself():
