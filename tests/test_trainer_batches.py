@@ -7,6 +7,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments
 
 from dropbp_kernels import DropBPCallback
+from dropbp_kernels.integrations import trainer_batches
 from dropbp_kernels.integrations.trainer_batches import labels_of
 from dropbp_kernels.targets import IGNORED
 
@@ -26,6 +27,20 @@ class OwnLoss(Trainer):
             tokens = inputs["input_ids"]
         logits = model(input_ids=tokens).logits
         return cross_entropy(logits[:, :-1][is_completion[:, 1:]], tokens[:, 1:][is_completion[:, 1:]])
+
+
+class Policy(OwnLoss):
+    """The same for each sample, times its advantage."""
+
+    beta = 0.0
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return self._compute_loss(model, inputs)
+
+    def _compute_loss(self, model, inputs):
+        logits, tokens = model(input_ids=inputs["input_ids"]).logits, inputs["input_ids"]
+        losses = cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
+        return ((losses * inputs["completion_mask"][:, 1:]).sum(1) * inputs["advantages"]).mean()
 
 
 def whole():
@@ -72,6 +87,28 @@ def test_the_loss_is_that_of_dense_training(trainer_class, batch_of, smoothing, 
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert callback.handler.targets.num_target < 8  # of the 16 tokens of the last micro-batch
     assert "compute_loss" not in vars(trainer)
+
+
+@pytest.mark.parametrize("context_gradient", ["full", "none"])
+def test_samples_without_an_advantage_run_apart_also_in_the_probe(context_gradient, tmp_path, monkeypatch):
+    """Which sees what the model was called with last, a part of the batch."""
+    monkeypatch.setattr(trainer_batches, "_LOSSES", (__name__,))
+    batch = {**whole(), "advantages": torch.tensor([0.0, 1.0, 0.0, -1.0])}
+    data = [{name: values[row] for name, values in batch.items()} for row in range(4)]
+    logs, options = [], {"context": "inference", "context_gradient": context_gradient}
+    for beta in (1.0, 0.0):  # with another term in the loss none runs apart
+        monkeypatch.setattr(Policy, "beta", beta)
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=2, per_device_train_batch_size=4, logging_steps=1, report_to="none", use_cpu=True,
+            remove_unused_columns=False, dataloader_pin_memory=False, lr_scheduler_type="constant",
+        )  # fmt: skip
+        callback = DropBPCallback(0.5, **options)
+        trainer = Policy(tiny(dtype=torch.float32), arguments, train_dataset=data, callbacks=[callback])
+        trainer.train()
+        logs.append([(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry])
+        entry = trainer.state.log_history[0]
+        assert entry["dropbp_bytes_not_saved"] > 0.0
+    assert logs[1] == [pytest.approx(entry, rel=1e-4, abs=1e-6) for entry in logs[0]]
 
 
 def test_a_loss_function_of_the_users_may_read_the_logits_of_context(tmp_path):

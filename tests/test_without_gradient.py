@@ -9,8 +9,9 @@ from target_cases import CLOSE, chat, tiny
 from dropbp_kernels import apply_dropbp
 from dropbp_kernels.integrations import target_plans
 from dropbp_kernels.integrations.meters import TimeMeter
+from dropbp_kernels.integrations.without_gradient import run_apart
 from dropbp_kernels.measure import saved_bytes
-from dropbp_kernels.targets import IGNORED
+from dropbp_kernels.targets import IGNORED, TargetRule
 
 WEIGHTS = torch.tensor([0.0, 1.5, 0.0, -1.0])
 
@@ -146,6 +147,32 @@ def test_a_decoder_that_is_called_by_itself():
     torch.testing.assert_close(*results, **CLOSE)
 
 
+def test_what_step_was_told_holds_for_every_call_until_the_next():
+    model, batch = tiny(), batch_of_four()
+    handler = apply_dropbp(model, 0.0, context="inference")
+    handler.step(labels=batch.pop("labels"), without_gradient=WEIGHTS == 0.0)
+    rows = spy_on_rows(model)
+    torch.testing.assert_close(model(**batch).logits, model(**batch).logits)
+    half = len(rows) // 2
+    assert rows[:half] == rows[half:]
+
+
+def test_outputs_are_joined_by_samples():
+    """Whole numbers too; what has no samples is that of the others."""
+    labels = batch_of_four()["labels"]
+    rule = TargetRule(labels=labels, without_gradient=WEIGHTS == 0.0)
+
+    def call(number):
+        return torch.tensor(float(len(number))), number * 1.0, number, number.new_ones(3), "text"
+
+    inputs = {"number": torch.arange(4)}
+    loss, floats, integers, other, text = run_apart(call, rule, labels, inputs, [0, 2])
+    assert (loss.item(), text, len(other)) == (2.0, "text", 3)
+    assert floats.tolist() == integers.tolist() == [0, 1, 2, 3]
+    assert integers.dtype == torch.int64
+    assert floats.requires_grad
+
+
 def test_a_loss_that_has_a_gradient_there_is_an_error():
     model, batch = tiny(), batch_of_four()
     handler = apply_dropbp(model, 0.0, context="inference")
@@ -182,6 +209,10 @@ def test_what_cannot_be_taken_apart_is_not(monkeypatch):
     assert samples_that_run() == {2}
     assert samples_that_run(attention_mask=torch.ones_like(labels)) == {2}
     assert samples_that_run(position_ids=torch.arange(16).unsqueeze(0)) == {2}
+    embeddings = model.get_input_embeddings()(batch["input_ids"])
+    tokens = batch.pop("input_ids")
+    assert samples_that_run(inputs_embeds=embeddings) == {2}
+    batch["input_ids"] = tokens
     assert samples_that_run(mm_token_type_ids=torch.zeros(2, 16)) == {4}
     monkeypatch.setattr(target_plans, "has_ranks", lambda: True)
     assert samples_that_run() == {2}  # DDP sees one forward

@@ -118,6 +118,7 @@ class DropBPCallback(TrainerCallback, ExportableState):
         self._told_by: Trainer | None = None  # of labels, while it trains by target plans
         self._is_calibrated = False
         self._inputs: dict[str, Any] | None = None  # of the last forward, while a probe waits for them
+        self._labels: Tensor | None = None  # that a target plan was told of these
         self._capture: Any = None
         self._plans: PlanMeter | None = None
         self._times: TimeMeter | None = None
@@ -253,9 +254,12 @@ class DropBPCallback(TrainerCallback, ExportableState):
             self._times.end("step")
         if self._plans is not None:
             self._plans.end_step()
-        inputs = self._inputs
+        inputs, labels = self._inputs, self._labels
         self._stop_capture()
+        targets = self._handler().targets
         if inputs is not None:
+            if targets is not None:
+                targets.labels = labels  # of that call, which has a part of the batch where samples ran apart
             with nullcontext() if self._times is None else self._times.paused():
                 self._probe(model, inputs, state)
         elif self._calibrates_after(state.global_step, state.max_steps):
@@ -264,7 +268,7 @@ class DropBPCallback(TrainerCallback, ExportableState):
                 "model's own forward in this step, so calibration has no inputs for it (TRL's DistillationTrainer "
                 "calls the decoder by itself), got 'sensitivity'"
             )
-        if (targets := self._handler().targets) is not None:
+        if targets is not None:
             targets.zero_gradient = False
 
     # ---- probes: between two optimizer steps, on the last micro-batch, with everything left as found
@@ -275,9 +279,10 @@ class DropBPCallback(TrainerCallback, ExportableState):
         # Names of the class, since a forward that somebody put in its place for a while may have others.
         names = list(inspect.signature(type(module).forward).parameters)[1:]
         self._inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+        self._labels = None if (targets := self._handler().targets) is None else targets.labels
 
     def _stop_capture(self) -> None:
-        self._inputs = None
+        self._inputs = self._labels = None
         if self._capture is not None:
             self._capture.remove()
         self._capture = None
