@@ -80,8 +80,7 @@ def run_apart(
 def _call_on(
     samples: list[int], call: Callable[..., Any], rule: TargetRule, labels: Tensor, inputs: dict[str, Any]
 ) -> Any:
-    if rule.labels is not None:
-        rule.labels = labels[samples]
+    rule.labels = labels[samples]
     return call(
         **{
             name: value[samples] if isinstance(value, Tensor) and len(value) == len(labels) else value
