@@ -73,12 +73,37 @@ def test_tokens_a_second_are_those_of_all_processes_while_steps_ran(monkeypatch)
         meter.start_step()
         for _ in range(2):
             model(torch.ones(2, 3, 8))
-            meter.count_forward()
+            meter.count_micro_batch()
         meter.end_step()
     assert meter.read(num_processes=3)["tokens_per_second"] == pytest.approx(3 * 24 / 5)
     assert meter.read() == {}
-    meter.count_forward()  # of a step that has not ended yet
+    meter.count_micro_batch()  # of a step that has not ended yet
     assert "tokens_per_second" not in meter.read()
+
+
+def test_a_loss_may_call_the_model_several_times(monkeypatch):
+    """Of 2 x 3 and 2 x 5 tokens, with what is called without gradients and between the steps left out."""
+    clock = iter([0.0, 1.0, 2.0, 3.0])
+    monkeypatch.setattr(meters, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    model = toy_model()
+    handler = DropBPHandler(model, 0.5)
+    meter = PlanMeter(handler)
+    meter.bytes_per_token = [10.0] * len(handler.gates)
+    handler.set_plan([False] + [True] * (len(handler.gates) - 1))
+    for _ in range(2):
+        model(torch.ones(2, 7, 8))
+        meter.start_step()
+        model(torch.ones(2, 3, 8))
+        model(torch.ones(2, 5, 8))
+        with torch.no_grad():
+            model(torch.ones(2, 4, 8))
+        meter.count_micro_batch()
+        meter.end_step()
+    values = meter.read()
+    assert values["tokens_per_second"] == 16.0
+    assert values["bytes_not_saved"] == 160.0
+    meter.close()
+    assert not model._forward_hooks
 
 
 def test_logs_are_of_all_processes_and_of_training_alone():

@@ -77,9 +77,10 @@ def test_they_run_first_and_autograd_sees_the_others_alone():
     assert rows == [(2, 7, False), (2, 8, False), (2, 7, False), (2, 8, True)]
 
 
-def test_they_save_nothing():
+@pytest.mark.parametrize("context_gradient", ["none", "one_hop", "full"])
+def test_they_save_nothing(context_gradient):
     model, batch = tiny(), batch_of_four()
-    handler = apply_dropbp(model, 0.0, context="inference")
+    handler = apply_dropbp(model, 0.0, context="inference", context_gradient=context_gradient)
     labels = batch.pop("labels")
     num_bytes = []
     for samples, is_without in ((slice(None), WEIGHTS == 0.0), ([1, 3], None)):

@@ -77,6 +77,8 @@ class PlanMeter:
     def __init__(self, handler: DropBPHandler):
         self.handler = handler
         self.bytes_per_token: list[float] | None = None
+        self._num_rows = 0  # of the calls since the last micro-batch: a loss may call the model once for each column
+        self._hook = handler.model.register_forward_hook(lambda *_: self._called())
         self._clear()
 
     def _clear(self) -> None:
@@ -85,15 +87,24 @@ class PlanMeter:
         self._rows_dropped = [0.0] * len(self.handler.gates)
         self._started: float | None = None
 
+    def _called(self) -> None:
+        if torch.is_grad_enabled():
+            self._num_rows += self._rows_of_last_call()
+
+    def _rows_of_last_call(self) -> int:
+        gate = next(iter(self.handler.gates.values()))
+        return gate.batch_size * gate.seq_len
+
     def start_step(self) -> None:
         """The optimizer step begins: time runs."""
         self._started = time.perf_counter()
+        self._num_rows = 0
 
-    def count_forward(self) -> None:
-        """One forward and backward ran under the plan of now; the gates know at which shape."""
+    def count_micro_batch(self) -> None:
+        """Forward and backward ran under the plan of now; the gates know at which shape."""
         kept, flops = self.handler.plan.kept_shares, self.handler.flops()
-        gate = next(iter(self.handler.gates.values()))
-        num_rows = gate.batch_size * gate.seq_len
+        # Who calls the decoder by itself passes by the model's hooks.
+        num_rows, self._num_rows = self._num_rows or self._rows_of_last_call(), 0
         targets = self.handler.targets  # under whose plan a gate sees only some of the batch with gradients
         self._num_plans += 1
         self._num_tokens += num_rows if targets is None else targets.num_tokens or num_rows
@@ -126,6 +137,10 @@ class PlanMeter:
             values["tokens_per_second"] = num_processes * self._num_tokens / self._seconds
         self._clear()
         return values
+
+    def close(self) -> None:
+        """Take the hook off the model."""
+        self._hook.remove()
 
 
 def peak_memory_bytes() -> int:

@@ -207,6 +207,8 @@ class DropBPCallback(TrainerCallback, ExportableState):
 
     def _stop(self) -> None:
         self._stop_capture()
+        if self._plans is not None:
+            self._plans.close()  # it still has means to be read
         if self._times is not None:
             self._times.close()
         self._times = None
@@ -247,7 +249,7 @@ class DropBPCallback(TrainerCallback, ExportableState):
         if self._times is not None:
             self._times.end("backward")
         if self._plans is not None:
-            self._plans.count_forward()
+            self._plans.count_micro_batch()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self._times is not None:
