@@ -158,7 +158,7 @@ def _call_decoder(self: Any, run: Callable[..., Any], *args: Any, **kwargs: Any)
 
 def _samples_apart(decoder: Any, rule: TargetRule, labels: Tensor, inputs: dict[str, Any]) -> list[int]:
     # Ranks that gather weights together have to call the decoder equally often.
-    return [] if has_ranks() and parts_of(decoder).gathers_weights else samples_apart(rule, labels, inputs)
+    return [] if parts_of(decoder).gathers_weights else samples_apart(rule, labels, inputs)
 
 
 def _with_items_of_part(kwargs: dict[str, Any], rule: TargetRule, is_given: bool) -> dict[str, Any]:
