@@ -48,6 +48,7 @@ class TargetRule:
     without_gradient: which samples of the batch of now have a loss without a gradient, bool (B,), as the training loop
         knows; None: it knows of none.
     is_inference: whether such samples run now: by a plan, though without autograd.
+    is_anchor: whether one token runs now, for gradients of zero and no output.
     zero_gradient: whether until the next step the loss of a batch without a target has a graph all the same, for a
         training loop that runs its backward come what may.
     """
@@ -65,6 +66,7 @@ class TargetRule:
     num_tokens: int = 0
     without_gradient: Tensor | None = None
     is_inference: bool = False
+    is_anchor: bool = False
     zero_gradient: bool = False
     has_warned: bool = False
     has_warned_of_labels: bool = False

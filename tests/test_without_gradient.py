@@ -118,14 +118,22 @@ def test_compiled_blocks_know_which_context_has_a_gradient():
     torch.testing.assert_close(step(model, handler, batch), whole, **CLOSE)
 
 
-def test_of_all_the_one_with_the_fewest_targets_stays():
+@pytest.mark.parametrize("lacks_target", [False, True])
+def test_where_all_run_apart_one_token_has_a_gradient_of_zero(lacks_target):
     model, batch = tiny(), batch_of_four()
     handler = apply_dropbp(model, 0.0, context="inference")
-    rows = spy_on_rows(model)
-    _, gradients = step(model, handler, batch, torch.zeros(4))
-    assert all(gradient.count_nonzero() == 0 for gradient in gradients.values())
-    assert [of_call[:2] for of_call in rows if of_call[2]] == [(1, 3)]
+    if lacks_target:
+        batch["labels"][1] = IGNORED
+    whole, rows = step(model, handler, batch, torch.zeros(4), is_told=False), spy_on_rows(model)
+    apart = step(model, handler, batch, torch.zeros(4))
+    torch.testing.assert_close(apart, whole, **CLOSE)
+    assert all(gradient.count_nonzero() == 0 for gradient in apart[1].values())
+    assert [of_call[:2] for of_call in rows if of_call[2]] == [(1, 1)]
     assert torch.equal(handler.targets.without_gradient, torch.ones(4, dtype=torch.bool))
+    handler.step(labels=batch.pop("labels"), without_gradient=torch.ones(4, dtype=torch.bool))
+    loss = model(**batch).logits.square().sum()
+    with pytest.raises(RuntimeError, match="without_gradient: expected samples whose loss has no gradient"):
+        loss.backward()
 
 
 def test_one_without_a_target_stays_where_it_is():
@@ -175,11 +183,11 @@ def test_outputs_are_joined_by_samples():
     labels = batch_of_four()["labels"]
     rule = TargetRule(labels=labels, without_gradient=WEIGHTS == 0.0)
 
-    def call(number):
+    def call(module, run, number):
         return torch.tensor(float(len(number))), number * 1.0, number, number.new_ones(3), "text"
 
     inputs = {"number": torch.arange(4)}
-    loss, floats, integers, other, text = run_apart(call, rule, labels, inputs, [0, 2])
+    loss, floats, integers, other, text = run_apart(call, None, None, rule, labels, inputs, [0, 2])
     assert (loss.item(), text, len(other)) == (2.0, "text", 3)
     assert floats.tolist() == integers.tolist() == [0, 1, 2, 3]
     assert integers.dtype == torch.int64

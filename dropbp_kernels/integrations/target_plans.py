@@ -96,7 +96,7 @@ def _call_with_labels(self: Any, run: Callable[..., Any], *args: Any, **kwargs: 
     if kwargs.get("shift_labels") is not None:
         raise ValueError("shift_labels: expected None with context, which shifts labels by itself, got a tensor")
     if samples := _samples_apart(decoder, rule, labels, inputs):
-        return run_apart(functools.partial(_call_with_labels, self, run), rule, labels, inputs, samples)
+        return run_apart(_call_with_labels, self, run, rule, labels, inputs, samples)
     # A hook sees the head's labels; who calls the model again with what a hook saw means the same batch.
     plan: TargetPlan | None = getattr(labels, _PLAN, None)
     if plan is None:
@@ -145,7 +145,7 @@ def _call_decoder(self: Any, run: Callable[..., Any], *args: Any, **kwargs: Any)
     if rule.labels is None or not _runs_by_plan(self, rule):
         return run(*args, **kwargs)
     if samples := _samples_apart(self, rule, rule.labels, inputs):
-        return run_apart(functools.partial(_call_decoder, self, run), rule, rule.labels, inputs, samples)
+        return run_apart(_call_decoder, self, run, rule, rule.labels, inputs, samples)
     plan = _plan_of(self, rule, rule.labels, inputs)
     if plan.num_target == 0:
         return run_without_target(self, rule, run, args, kwargs)

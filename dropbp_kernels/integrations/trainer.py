@@ -264,24 +264,29 @@ class DropBPCallback(TrainerCallback, ExportableState):
                 targets.labels = labels  # of that call, which has a part of the batch where samples ran apart
             with nullcontext() if self._times is None else self._times.paused():
                 self._probe(model, inputs, state)
-        elif self._calibrates_after(state.global_step, state.max_steps):
-            raise ValueError(
-                'rates: expected "uniform", "depth_linear" or the file of a calibration, because nothing called the '
-                "model's own forward in this step, so calibration has no inputs for it (TRL's DistillationTrainer "
-                "calls the decoder by itself), got 'sensitivity'"
-            )
         if targets is not None:
             targets.zero_gradient = False
 
     # ---- probes: between two optimizer steps, on the last micro-batch, with everything left as found
 
     def _keep_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.is_grad_enabled() or any(isinstance(value, nn.Module) for value in args):
-            return  # given a module: a loss of TRL's that is called in place of forward
+        targets = self._handler().targets
+        if targets is not None and targets.is_anchor:
+            return
+        if not (torch.is_grad_enabled() or (targets is not None and targets.is_inference)):
+            return
+        if any(isinstance(value, nn.Module) for value in args):  # a loss of TRL's that is called in place of forward
+            if self.rates == "sensitivity" and not self._is_calibrated:
+                raise ValueError(
+                    'rates: expected "uniform", "depth_linear" or the file of a calibration, because the trainer does '
+                    "not call the model's own forward, so calibration has no inputs for it (TRL's DistillationTrainer "
+                    "calls the decoder by itself), got 'sensitivity'"
+                )
+            return
         # Names of the class, since a forward that somebody put in its place for a while may have others.
         names = list(inspect.signature(type(module).forward).parameters)[1:]
         self._inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-        self._labels = None if (targets := self._handler().targets) is None else targets.labels
+        self._labels = None if targets is None else targets.labels
 
     def _stop_capture(self) -> None:
         self._inputs = self._labels = None

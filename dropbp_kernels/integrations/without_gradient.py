@@ -9,15 +9,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..layer import as_inference
 from ..targets import IGNORED, TargetRule
 from .model_outputs import tensors_in, with_tensors
+from .without_target import one_token, with_zero_gradient
 
 
 def samples_apart(rule: TargetRule, labels: Tensor, inputs: dict[str, Any]) -> list[int]:
-    """Which samples of a call run apart: of all that have a target one is left, for the loss to have a backward.
+    """Which samples of a call run apart; all of them where no other has a target.
 
     Shapes: labels (batch, seq_len), not shifted. inputs: of the call; where they hold more than values of its tokens,
         none runs apart: an image may belong to another sample than its place says.
@@ -33,31 +34,45 @@ def samples_apart(rule: TargetRule, labels: Tensor, inputs: dict[str, Any]) -> l
     shapes = {tuple(value.shape[:2]) for value in inputs.values() if isinstance(value, Tensor)}
     if not shapes <= {tuple(labels.shape), (1, labels.shape[1])}:
         return []
-    num_targets = (labels[:, 1:] != IGNORED).sum(1).tolist()
-    is_without = rule.without_gradient.tolist()
-    # One without a target costs nothing where it is.
-    samples = [number for number, count in enumerate(num_targets) if count and is_without[number]]
-    if samples and len(samples) == sum(count > 0 for count in num_targets):
-        samples.remove(min(samples, key=num_targets.__getitem__))
+    has_target = (labels[:, 1:] != IGNORED).any(1)
+    is_apart = rule.without_gradient & has_target  # one without a target costs nothing where it is
+    if is_apart.any() and torch.equal(is_apart, has_target):
+        return list(range(len(labels)))
+    samples: list[int] = is_apart.nonzero().flatten().tolist()
     return samples
 
 
 def run_apart(
-    call: Callable[..., Any], rule: TargetRule, labels: Tensor, inputs: dict[str, Any], samples: list[int]
+    call: Callable[..., Any],
+    module: nn.Module,
+    run: Callable[..., Any],
+    rule: TargetRule,
+    labels: Tensor,
+    inputs: dict[str, Any],
+    samples: list[int],
 ) -> Any:
-    """call(**inputs), of `samples` without autograd, then of the others with it; the tensors are of the whole batch.
+    """call(module, run, **inputs), of `samples` without autograd, then of the others with it; the output is of all.
 
+    Without others one token runs with autograd, so that the loss has a backward, which gives zeros to all weights that
+    others would train.
     Errors: ValueError where the model makes a loss of its own, which is that of a part; RuntimeError in the backward,
         where a gradient reaches values of `samples` after all.
     """
     others = [number for number in range(len(labels)) if number not in samples]
     told = rule.labels, rule.without_gradient
+
+    def call_on(numbers: list[int]) -> Any:
+        rule.labels = labels[numbers]
+        return call(module, run, **{name: _of(numbers, value, len(labels)) for name, value in inputs.items()})
+
     try:
         rule.without_gradient, rule.is_inference = None, True
         with as_inference(labels.device.type):
-            apart = _call_on(samples, call, rule, labels, inputs)
+            output = apart = call_on(samples)
         rule.is_inference = False
-        output = _call_on(others, call, rule, labels, inputs)
+        if others:
+            output = call_on(others)
+            rule.num_tokens, rule.was_dense = labels.numel(), False
     finally:
         rule.is_inference = False
         rule.labels, rule.without_gradient = told
@@ -66,27 +81,22 @@ def run_apart(
             "without_gradient: expected labels given to step as well, or a model that returns log_probs, got a model "
             "that makes the loss itself, of all samples alike"
         )
-    rule.num_tokens, rule.was_dense = labels.numel(), False
+    values = {name: _without_gradient(value) for name, value in tensors_in(apart).items()}
+    if not others:
+        output = with_tensors(output, values)
+        anchor = one_token(module, rule, run)
+        return output if anchor is None else with_zero_gradient(output, anchor)
     place = torch.tensor([*samples, *others], device=labels.device).argsort()
-    values = tensors_in(apart)
     joined = {
-        name: torch.cat([_without_gradient(values[name]), value]).index_select(0, place)
+        name: torch.cat([values[name], value]).index_select(0, place)
         for name, value in tensors_in(output).items()
         if value.shape[0] == len(others)
     }
     return with_tensors(output, joined)
 
 
-def _call_on(
-    samples: list[int], call: Callable[..., Any], rule: TargetRule, labels: Tensor, inputs: dict[str, Any]
-) -> Any:
-    rule.labels = labels[samples]
-    return call(
-        **{
-            name: value[samples] if isinstance(value, Tensor) and len(value) == len(labels) else value
-            for name, value in inputs.items()
-        }
-    )
+def _of(samples: list[int], value: Any, num_samples: int) -> Any:
+    return value[samples] if isinstance(value, Tensor) and len(value) == num_samples else value
 
 
 def _without_gradient(values: Tensor) -> Tensor:

@@ -37,33 +37,34 @@ def run_without_target(
         output = run(*args, **kwargs)
     anchor = None
     if has_ranks():
-        anchor = _one_token(module, rule, run)
+        anchor = one_token(module, rule, run)
     elif rule.zero_gradient:
         # Of one and not of none, since a GradScaler stops at a step without any gradient; not of all, since an
         # optimizer would then move parameters of dropped branches.
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         anchor = min(trained, key=Tensor.numel, default=None)
-    if anchor is None:
-        return output
+    return output if anchor is None else with_zero_gradient(output, anchor)
+
+
+def with_zero_gradient(output: Any, anchor: Tensor) -> Any:
+    """The output, of which a loss may be taken and differentiated: what `anchor` depends on gets a gradient of zero."""
     return tree_map_only(Tensor, lambda x: _WithZeroGradient.apply(x, anchor) if x.is_floating_point() else x, output)
 
 
-def _one_token(module: nn.Module, rule: TargetRule, run: Callable[..., Any]) -> Tensor | None:
+def one_token(module: nn.Module, rule: TargetRule, run: Callable[..., Any]) -> Tensor | None:
     """A number that depends on every parameter that a batch with targets would train; None where there is none."""
     token = torch.zeros(1, 1, dtype=torch.long, device=next(module.parameters()).device)
     by_rows = [gate for gate in find_gates(module).values() if not isinstance(gate.kept, bool)]
-    labels, rule.labels = rule.labels, None
+    labels, rule.labels, rule.is_anchor = rule.labels, None, True
     try:
         with with_attribute(by_rows, "kept", True):  # whole, so that every branch with a kept row has a gradient
             output = run(input_ids=token, use_cache=False)
     finally:
-        rule.labels = labels
+        rule.labels, rule.is_anchor = labels, False
     return next((leaf.sum() for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad), None)
 
 
 class _WithZeroGradient(torch.autograd.Function):
-    """Values that a loss may be taken of and differentiated: what `anchor` depends on gets a gradient of zero."""
-
     @staticmethod
     def forward(ctx: Any, values: Tensor, anchor: Tensor) -> Tensor:
         ctx.save_for_backward(anchor)
@@ -71,6 +72,6 @@ class _WithZeroGradient(torch.autograd.Function):
 
     @staticmethod
     @first_derivative
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         (anchor,) = ctx.saved_tensors
-        return None, torch.zeros_like(anchor)
+        return grad, torch.zeros_like(anchor)
