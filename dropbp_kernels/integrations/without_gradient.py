@@ -35,7 +35,7 @@ def samples_apart(rule: TargetRule, labels: Tensor, inputs: dict[str, Any]) -> l
     if not shapes <= {tuple(labels.shape), (1, labels.shape[1])}:
         return []
     has_target = (labels[:, 1:] != IGNORED).any(1)
-    is_apart = rule.without_gradient & has_target  # one without a target costs nothing where it is
+    is_apart = rule.without_gradient.to(labels.device) & has_target  # one without a target costs nothing where it is
     if is_apart.any() and torch.equal(is_apart, has_target):
         return list(range(len(labels)))
     samples: list[int] = is_apart.nonzero().flatten().tolist()
