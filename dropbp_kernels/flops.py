@@ -26,8 +26,9 @@ def _matrices(module: Any, top_k: int = 0) -> Iterator[float]:
                         else:
                             yield from _matrices(part)
         return
-    if hasattr(module, "in_features") and hasattr(module, "out_features"):  # also quantised linears: not their weights
-        yield module.in_features * module.out_features
+    num_in, num_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if num_in is not None and num_out is not None:  # not the weights, for quantised linears; PEFT's norms have None
+        yield num_in * num_out
         return
     if type(module).__name__ == "Conv1D":  # transformers' linear with a transposed weight
         yield module.weight.numel()

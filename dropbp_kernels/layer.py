@@ -267,7 +267,7 @@ class DropBP(nn.Module):
             middle = {name: len(values) for name, values in records.items()}
             args, kwargs = split.arguments((args, kwargs), split.kept)
             kept = self.as_kept(branch)(*parts[0], *args, **kwargs)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
             # A compiled op (csrc/checks.h) and a CPU's allocator say so in a RuntimeError.
             lacks_memory = any(words in str(error) for words in ("out of memory", "can't allocate memory"))
             lacks_memory |= isinstance(error, torch.OutOfMemoryError)

@@ -188,6 +188,15 @@ def test_a_branch_that_closes_over_what_each_sample_needs_is_told_how_to_get_it(
     assert note.startswith("The gate ran its branch by rows: 2 dropped and 2 kept ones. What a branch needs of each ")
     assert torch.equal(gate.residual_add(x, lambda x, mask: x * mask, mask), 2 * x)
 
+    for error in (ValueError, TypeError, IndexError):  # as of a diffusion model's modulation of each sample
+
+        def fail(x, error=error):
+            raise error("not enough values to unpack")
+
+        with pytest.raises(error) as raised:
+            gate.residual_add(x, fail)
+        assert raised.value.__notes__ == [note]
+
     of_compiled_op = RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**48)

@@ -111,6 +111,17 @@ def test_adapters_whose_matrices_are_parameters():
     assert linear_flops(layer.mlp, 10) == base + 2.0 * 10 * 4 * (64 + 160)
 
 
+@pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
+def test_a_norm_that_an_adapter_wraps_counts_as_nothing():
+    """It has names for sizes, and no sizes."""
+    peft = pytest.importorskip("peft")
+    _, layer, _ = llama_layer()
+    config = peft.LNTuningConfig(target_modules=["input_layernorm"])
+    peft.inject_adapter_in_model(config, layer)
+    assert type(layer.input_layernorm).__name__ == "LNTuningLayer"
+    assert linear_flops(layer.input_layernorm, 10) == 0.0
+
+
 @pytest.mark.parametrize(
     ("attributes", "expected"),
     [
