@@ -286,8 +286,9 @@ class DropBPHandler:
             return
         if rule.num_target is None and any(gate.was_called for gate in self.gates.values()):
             found = (
-                "no labels were seen in a training step; call the model with labels, or give them to step(labels=...); "
-                "with an adapter that calls the model's forward (PEFT's AdaLora) patch after get_peft_model"
+                "no labels were seen in a training step; call the model with labels, or give them to step(labels=...) "
+                "or, as a function, to DropBPCallback(labels=...); with an adapter that calls the model's forward "
+                "(PEFT's AdaLora) patch after get_peft_model"
             )
         elif self.num_steps == 1 and rule.num_target and rule.was_dense and rule.context_gradient != "full":
             found = (

@@ -111,6 +111,41 @@ def test_samples_without_an_advantage_run_apart_also_in_the_probe(context_gradie
     assert logs[1] == [pytest.approx(entry, rel=1e-4, abs=1e-6) for entry in logs[0]]
 
 
+def test_labels_of_a_loss_function_are_those_that_the_user_names(tmp_path):
+    batch = {**with_labels(), "targets": with_labels()["labels"]}
+    del batch["labels"]
+    data = [{name: values[row] for name, values in batch.items()} for row in range(4)]
+
+    class Named(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            targets = inputs.pop("targets")
+            logits = model(**inputs).logits
+            return cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
+
+    losses = []
+    for options in (
+        {},
+        {"labels": lambda inputs: inputs["targets"], "context": "inference", "context_gradient": "full"},
+    ):
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=3, per_device_train_batch_size=2, logging_steps=1, report_to="none", use_cpu=True,
+            remove_unused_columns=False, dataloader_pin_memory=False,
+        )  # fmt: skip
+        callback = DropBPCallback(0.0, **options)
+        trainer = Named(tiny(dtype=torch.float32), arguments, train_dataset=data, callbacks=[callback])
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert 0 < callback.handler.targets.num_target < 32
+
+
+def test_a_function_that_finds_labels_is_checked():
+    with pytest.raises(TypeError, match="labels: expected a function of a batch's inputs, got str"):
+        DropBPCallback(0.0, context="inference", labels="targets")
+    with pytest.raises(ValueError, match='labels: expected None without context="inference"'):
+        DropBPCallback(0.5, labels=len)
+
+
 def test_a_loss_function_of_the_users_may_read_the_logits_of_context(tmp_path):
     """So its labels are not told; a warning says that nothing is left out."""
     data = [{name: values[row] for name, values in with_labels().items()} for row in range(4)]

@@ -61,6 +61,8 @@ class DropBPCallback(TrainerCallback, ExportableState):
             (PyTorch's way) or take it for "zero", so that weight decay, momentum and Adam's moments act.
         loss: (model, inputs) -> the loss that calibration differentiates. Needed where the model itself returns none,
             as with `compute_loss_func` or label smoothing, or not the one that is trained on, as under DPO and GRPO.
+        labels: inputs -> the labels of a batch, int64 (batch, seq_len), not shifted, for context="inference" where the
+            model is called without them, as with `compute_loss_func`. Logits of tokens without a label are then zero.
         measure: also log forward, backward and step time and the peak of memory, and print their means at the end.
         remove_at_end: take the patch off the model when training ends; left on, it drops no branch until the next one.
         options: those of `apply_dropbp`. A model that has gates already, its own or from `apply_dropbp`, keeps them;
@@ -89,6 +91,7 @@ class DropBPCallback(TrainerCallback, ExportableState):
         allocation: str = "published",
         missing_grad: str = "skip",
         loss: Callable[[nn.Module, dict[str, Any]], Tensor] | None = None,
+        labels: Callable[[dict[str, Any]], Tensor] | None = None,
         measure: bool = False,
         remove_at_end: bool = False,
         **options: Any,
@@ -102,6 +105,10 @@ class DropBPCallback(TrainerCallback, ExportableState):
         check_choice("definition", definition, DEFINITIONS)
         check_choice("allocation", allocation, ALLOCATIONS)
         check_choice("missing_grad", missing_grad, MISSING_GRAD)
+        if labels is not None and not callable(labels):
+            raise TypeError(f"labels: expected a function of a batch's inputs, got {type(labels).__name__}")
+        if labels is not None and options.get("context") != "inference":
+            raise ValueError(f'labels: expected None without context="inference", got {labels!r}')
         self.drop_rate = drop_rate
         self.rates = rates
         self.calibrate_at = calibrate_at
@@ -110,6 +117,7 @@ class DropBPCallback(TrainerCallback, ExportableState):
         self.allocation = allocation
         self.missing_grad = missing_grad
         self.loss = loss
+        self.labels = labels
         self.measure = measure
         self.remove_at_end = remove_at_end
         self.options = options
@@ -118,7 +126,7 @@ class DropBPCallback(TrainerCallback, ExportableState):
         self._told_by: Trainer | None = None  # of labels, while it trains by target plans
         self._is_calibrated = False
         self._inputs: dict[str, Any] | None = None  # of the last forward, while a probe waits for them
-        self._labels: Tensor | None = None  # that a target plan was told of these
+        self._labels_told: Tensor | None = None  # of these, to a target plan
         self._capture: Any = None
         self._plans: PlanMeter | None = None
         self._times: TimeMeter | None = None
@@ -126,7 +134,11 @@ class DropBPCallback(TrainerCallback, ExportableState):
     # ---- the model
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        functions = [name for name, value in [*self.options.items(), ("loss", self.loss)] if callable(value)]
+        functions = [
+            name
+            for name, value in [*self.options.items(), ("loss", self.loss), ("labels", self.labels)]
+            if callable(value)
+        ]
         if functions and args.restore_callback_states_from_checkpoint:
             raise ValueError(
                 f"restore_callback_states_from_checkpoint: expected False, since {functions[0]} is a function and the "
@@ -150,7 +162,7 @@ class DropBPCallback(TrainerCallback, ExportableState):
         self._plans = PlanMeter(self._handler())
         self._times = TimeMeter(model) if self.measure else None
         if (targets := self._handler().targets) is not None and (trainer := _calling_trainer()) is not None:
-            tell_of_batches(trainer, targets)
+            tell_of_batches(trainer, targets, self.labels)
             self._told_by = trainer
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -256,7 +268,7 @@ class DropBPCallback(TrainerCallback, ExportableState):
             self._times.end("step")
         if self._plans is not None:
             self._plans.end_step()
-        inputs, labels = self._inputs, self._labels
+        inputs, labels = self._inputs, self._labels_told
         self._stop_capture()
         targets = self._handler().targets
         if inputs is not None:
@@ -286,10 +298,10 @@ class DropBPCallback(TrainerCallback, ExportableState):
         # Names of the class, since a forward that somebody put in its place for a while may have others.
         names = list(inspect.signature(type(module).forward).parameters)[1:]
         self._inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-        self._labels = None if targets is None else targets.labels
+        self._labels_told = None if targets is None else targets.labels
 
     def _stop_capture(self) -> None:
-        self._inputs = self._labels = None
+        self._inputs = self._labels_told = None
         if self._capture is not None:
             self._capture.remove()
         self._capture = None

@@ -5,6 +5,7 @@
 - Which samples have a loss without a gradient: completions of `GRPOTrainer` and `RLOOTrainer` whose advantage is zero.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,12 +18,15 @@ _LOSSES = ("trl.trainer.grpo_trainer", "trl.trainer.rloo_trainer")
 _TERMS = ("beta", "_entropy_bonus_enabled", "aux_loss_enabled")
 
 
-def tell_of_batches(trainer: Any, rule: TargetRule) -> None:
+def tell_of_batches(
+    trainer: Any, rule: TargetRule, labels_by_user: Callable[[dict[str, Any]], Tensor] | None = None
+) -> None:
     """Let `rule` know of each batch before `trainer` makes its loss: labels, as if they were given to `step`."""
     original = trainer.compute_loss
+    find_labels = labels_by_user or (_given_labels if _smooths_labels(trainer) else labels_of)
 
     def compute_loss(model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        rule.labels = inputs.get("labels") if _smooths_labels(trainer) else labels_of(inputs)
+        rule.labels = find_labels(inputs)
         rule.without_gradient = without_gradient_of(trainer, inputs)
         try:
             return original(model, inputs, *args, **kwargs)
@@ -40,6 +44,10 @@ def stop_telling_of_batches(trainer: Any) -> None:
 def _smooths_labels(trainer: Any) -> bool:
     """Whether transformers' own loss is taken of labels that the model is not given; others may read any logits."""
     return trainer.label_smoother is not None and trainer.compute_loss_func is None
+
+
+def _given_labels(inputs: dict[str, Any]) -> Tensor | None:
+    return inputs.get("labels")
 
 
 def labels_of(inputs: dict[str, Any]) -> Tensor | None:
