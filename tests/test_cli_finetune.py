@@ -225,18 +225,22 @@ def test_batch_of_equal_time_lies_on_the_line_through_two_times(monkeypatch):
         handler = None
         settings = Settings()
 
-    full, ours = Fake(), Fake()
+    full, ours, numbers = Fake(), Fake(), []
     ours.handler = type("Handler", (), {"draw": lambda self, n: self, "set_plan": lambda self, p: None, "kept": ()})()
 
     def choose(ours_s, full_s=17.0, half_s=9.0):
         times = {(full, 16): full_s, (full, 8): half_s, (ours, 16): ours_s}
-        monkeypatch.setattr(compare, "_time_backprop", lambda run, size: times[run, size])
+        monkeypatch.setattr(
+            compare, "_time_backprop", lambda run, size, number: (numbers.append(number), times[run, size])[1]
+        )
         return compare.equal_time_batch(full, ours)
 
     assert [choose(t) for t in (17.0, 11.0, 10.6, 5.0, 0.5, 30.0)] == [16, 10, 10, 4, 1, 16]
     assert choose(11.0, half_s=18.0) == 16  # noise: the line falls
     assert choose(11.0, half_s=16.9) == 16  # ... or hardly rises: launches take the time, and not rows
     assert choose(11.0, half_s=15.0) == 1
+    turns = range(compare.WARM_UP_ROUNDS + compare.TIMED_ROUNDS)
+    assert numbers[: 3 * len(turns)] == [turn for turn in turns for _ in range(3)]  # each on rows of its own
     full.batch_size = 1
     assert compare.equal_time_batch(full, ours) == 1
 

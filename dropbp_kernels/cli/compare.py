@@ -163,8 +163,9 @@ def in_words(settings: Settings) -> str:
 def equal_time_batch(full: Run, ours: Run) -> int:
     """The batch size at which a step without dropping takes as long as a step of ours.
 
-    Times forward and backward of ours, of the full batch and of half of it, in turn; the time of other batch sizes is
-    taken to lie on the line through those two. The whole batch where smaller ones take as long, as on a GPU that waits
+    Times forward and backward of ours, of the full batch and of half of it, in turn, each time on other rows, since
+    batches differ in length and in targets; the time of other batch sizes is taken to lie on the line through those
+    two. The whole batch where smaller ones take as long, as on a GPU that waits
     for launches.
     """
     batch_size = full.batch_size
@@ -177,7 +178,7 @@ def equal_time_batch(full: Run, ours: Run) -> int:
         step = measured_step(ours.settings, turn, WARM_UP_ROUNDS + TIMED_ROUNDS)
         ours.handler.set_plan(ours.handler.draw(step).kept)
         for key, run, size in (("full", full, batch_size), ("half", full, half), ("ours", ours, batch_size)):
-            seconds = _time_backprop(run, size)
+            seconds = _time_backprop(run, size, turn)
             if turn >= WARM_UP_ROUNDS:
                 times[key].append(seconds)
     median = {key: statistics.median(values) for key, values in times.items()}
@@ -194,8 +195,8 @@ def measured_step(settings: Settings, number: int, total: int) -> int:
     return (2 * number + 1) * settings.steps // (2 * total)
 
 
-def _time_backprop(run: Run, batch_size: int) -> float:
-    batch = run.data.batch(0, batch_size)
+def _time_backprop(run: Run, batch_size: int, number: int) -> float:
+    batch = run.data.batch(number, batch_size)
     start = run.now()
     loss = run.loss(*run.chosen(batch, is_trial=True))
     if loss.requires_grad:
