@@ -70,6 +70,7 @@ class TargetRule:
     zero_gradient: bool = False
     has_warned: bool = False
     has_warned_of_labels: bool = False
+    has_warned_of_embeds: bool = False
 
     @property
     def trained_share(self) -> float:

@@ -1,5 +1,7 @@
 """What target plans refuse, and what they warn of."""
 
+import warnings
+
 import pytest
 import torch
 from target_cases import CLOSE, assert_same, backward, chat, tiny
@@ -238,17 +240,26 @@ def test_a_mask_that_looks_one_row_ahead_is_seen():
     assert all(map(target_checks._looks_ahead, (sees, added)))
 
 
-def test_prompts_of_other_images_are_not_shared():
+def llava():
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
     )
     config = LlavaConfig(vision_config=vision, text_config=tiny().config, image_token_index=2, vision_feature_layer=-1)
     torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(config).double().train()
+    return LlavaForConditionalGeneration(config).double().train()
+
+
+def chat_with_image():
     tokens = chat()["input_ids"]
     tokens[:, :4], tokens[:, 4:8] = 2, tokens[0, 4:8]  # an image and a question to it
     labels = tokens.masked_fill(torch.arange(16) < 8, -100)
-    batch = {"input_ids": tokens, "labels": labels, "use_cache": False}
+    pixels = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    return {"input_ids": tokens, "labels": labels, "use_cache": False, "pixel_values": pixels}
+
+
+def test_prompts_of_other_images_are_not_shared():
+    model, batch = llava(), chat_with_image()
+    del batch["pixel_values"]
     one = torch.randn(1, 3, 16, 16, dtype=torch.float64).expand(3, -1, -1, -1)
     dense = backward(model, {**batch, "pixel_values": one})
     options = {"context": "inference", "context_gradient": "full", "families": ["llama"]}
@@ -262,6 +273,33 @@ def test_prompts_of_other_images_are_not_shared():
         assert_same(backward(model, {**batch, "pixel_values": one}), dense, **CLOSE)
     with pytest.raises(ValueError, match=r"inputs_embeds: expected the same .* \(another image\?\)"):
         model(**batch, pixel_values=torch.cat([one[:2], -one[2:]]))
+
+
+@pytest.mark.parametrize(
+    ("trained", "options", "warns"),
+    [
+        ("model.multi_modal_projector", {}, True),
+        ("model.multi_modal_projector", {"context_gradient": "one_hop"}, True),
+        ("model.multi_modal_projector", {"context_gradient": "full"}, False),
+        ("model.multi_modal_projector", {"context_keep": 0.5}, False),
+        ("model.language_model", {}, False),
+    ],
+)
+def test_what_makes_the_embeddings_of_context_alone_is_told_that_it_learns_nothing(trained, options, warns):
+    model, batch = llava(), chat_with_image()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(trained))
+    model.enable_input_require_grads()  # as under checkpointing: a leaf that is no parameter
+    apply_dropbp(model, 0.0, context="inference", families=["llama"], **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        grads = [backward(model, batch)[1] for _ in range(2)][-1]
+    messages = [str(warning.message).split("; ")[0] for warning in caught]
+    assert messages == warns * [
+        "inputs_embeds: expected to depend on no trained parameter outside of LlamaModel (a vision tower, a projector, "
+        "learned prompts?), got 4, to which context gives no gradient"
+    ]
+    assert warns != any(grad.any() for name, grad in grads.items() if name.startswith(trained))
 
 
 def test_reentrant_checkpointing_serves_one_stage_of_targets_alone(request):

@@ -17,7 +17,7 @@ from ..targets import PASS_ROWS, Stage, TargetPlan, TargetRule
 from .decoder_parts import DecoderParts, parts_of
 from .stage_keys import LastKeysLeft, ModelMasks, StageKeys
 from .swapping import with_attribute
-from .target_checks import BY_ROW, DOCUMENTS, WITH_CACHE, check_checkpointing, check_inputs
+from .target_checks import BY_ROW, DOCUMENTS, WITH_CACHE, check_checkpointing, check_inputs, warn_of_embeds
 
 NEFTUNE_ALPHA = "neftune_noise_alpha"  # of an embedding, as the Trainer sets it
 COUNTS_TOKENS = ("opt",)  # whose positions leave padding on the left out; all others count places
@@ -40,6 +40,8 @@ def run_in_stages(decoder: Any, run: Callable[..., Any], inputs: dict[str, Any],
             f"done and so would lose the context's, got {rule.context_gradient!r}"
         )
     check_checkpointing(parts.switches, rule.context_gradient, plan)
+    if not parts.gathers_weights:  # whose parameters are others in a pass
+        warn_of_embeds(decoder, inputs.get("inputs_embeds"), rule)
     inputs["position_ids"] = _positions(decoder, inputs, plan).expand_as(plan.documents)
     parameter = next(p for p in decoder.parameters() if p.is_floating_point())
     plan = sliced(parts, rule, plan)

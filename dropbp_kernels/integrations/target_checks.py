@@ -1,6 +1,7 @@
 """Which models, options and inputs target plans take, and why not the others."""
 
 import inspect
+import warnings
 from dataclasses import fields
 from typing import Any
 
@@ -200,6 +201,34 @@ def check_inputs(decoder: Any, inputs: dict[str, Any], plan: TargetPlan) -> None
             )
         if name not in REPLACED and value.shape[:2] == shape:
             raise ValueError(f"{name}: expected no further input by token with context, got shape {tuple(value.shape)}")
+
+
+def warn_of_embeds(decoder: nn.Module, embeds: Tensor | None, rule: TargetRule) -> None:
+    """Warn, once, of parameters that `embeds` were made with outside of `decoder`: context gives them no gradient."""
+    if embeds is None or embeds.grad_fn is None or rule.has_warned_of_embeds:
+        return
+    if rule.context_gradient == "full" or rule.context_keep > 0.0:
+        return
+    own = set(decoder.parameters())  # of its embedding, which most of its callers use
+    waiting, seen = [embeds.grad_fn], {embeds.grad_fn}
+    outside: set[Tensor] = set()
+    while waiting:
+        node = waiting.pop()
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, nn.Parameter) and variable not in own:  # others are leaves that a hook made
+            outside.add(variable)
+        following = {next_node for next_node, _ in node.next_functions if next_node is not None} - seen
+        seen |= following
+        waiting += following
+    if outside:
+        rule.has_warned_of_embeds = True
+        warnings.warn(
+            f"inputs_embeds: expected to depend on no trained parameter outside of {type(decoder).__name__} (a vision "
+            f"tower, a projector, learned prompts?), got {len(outside)}, to which context gives no gradient; freeze "
+            'them, or pass context_gradient="full"',
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _looks_ahead(mask: Any) -> bool:
