@@ -100,7 +100,7 @@ def test_bad_options(options, message):
         ({"attention_mask": torch.ones(3, 1, 16, 16, dtype=torch.bool)}, "attention_mask: expected shape"),
         ({"past_key_values": DynamicCache()}, "past_key_values: expected None with labels and context, got a cache"),
         ({"past_key_values": StaticCache(tiny().config, 16)}, "past_key_values: expected None with labels and context"),
-        ({"position_ids": torch.arange(16).expand(4, 3, 16)}, r"position_ids: expected labels' shape \(3, 16\), got"),
+        ({"position_ids": torch.arange(15).expand(4, 3, 15)}, r"position_ids: expected labels' shape \(3, 16\), got"),
         ({"shift_labels": torch.ones(3, 16)}, "shift_labels: expected None with context"),
         ({"token_type_ids": torch.ones(3, 16)}, "token_type_ids: expected no further input by token"),
         ({"labels": torch.ones(3, 15, dtype=torch.long)}, r"labels: expected the shape of input_ids, \(3, 16\), got"),
@@ -194,14 +194,14 @@ def test_an_attention_that_was_set_later_is_refused():
         model(**chat())
 
 
-def test_positions_of_several_axes_are_refused():
-    """As decoders of models with images are given them."""
+def test_positions_of_several_axes_have_the_shape_of_the_batch():
     model, batch = tiny(), chat()
     handler = apply_dropbp(model, 0.0, context="inference")
     handler.step(labels=batch.pop("labels"))
     inputs = {"inputs_embeds": model.get_input_embeddings()(batch["input_ids"])}
-    with pytest.raises(ValueError, match="position_ids: expected"):
-        model.model(**inputs, position_ids=torch.arange(16).expand(3, 3, 16))
+    message = r"position_ids: expected the shape of labels, \(3, 16\), or \(axes, 3, 16\), got \(3, 2, 16\)"
+    with pytest.raises(ValueError, match=message):
+        model.model(**inputs, position_ids=torch.arange(16).expand(3, 2, 16))
 
 
 def test_images_that_attend_in_both_directions_are_refused():

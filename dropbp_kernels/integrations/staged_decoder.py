@@ -17,7 +17,16 @@ from ..targets import PASS_ROWS, Stage, TargetPlan, TargetRule
 from .decoder_parts import DecoderParts, parts_of
 from .stage_keys import LastKeysLeft, ModelMasks, StageKeys
 from .swapping import with_attribute
-from .target_checks import BY_ROW, DOCUMENTS, WITH_CACHE, check_checkpointing, check_inputs, warn_of_embeds
+from .target_checks import (
+    BY_ROW,
+    DOCUMENTS,
+    IMAGE_FEATURES,
+    IMAGE_TOKENS,
+    WITH_CACHE,
+    check_checkpointing,
+    check_inputs,
+    warn_of_embeds,
+)
 
 NEFTUNE_ALPHA = "neftune_noise_alpha"  # of an embedding, as the Trainer sets it
 COUNTS_TOKENS = ("opt",)  # whose positions leave padding on the left out; all others count places
@@ -42,7 +51,8 @@ def run_in_stages(decoder: Any, run: Callable[..., Any], inputs: dict[str, Any],
     check_checkpointing(parts.switches, rule.context_gradient, plan)
     if not parts.gathers_weights:  # whose parameters are others in a pass
         warn_of_embeds(decoder, inputs.get("inputs_embeds"), rule)
-    inputs["position_ids"] = _positions(decoder, inputs, plan).expand_as(plan.documents)
+    positions = _positions(decoder, inputs, plan)
+    inputs["position_ids"] = positions.expand(*positions.shape[:-2], *plan.documents.shape)
     parameter = next(p for p in decoder.parameters() if p.is_floating_point())
     plan = sliced(parts, rule, plan)
     masks = ModelMasks(decoder, plan.documents)
@@ -52,7 +62,7 @@ def run_in_stages(decoder: Any, run: Callable[..., Any], inputs: dict[str, Any],
     output: Any = None
     with _caches_under_checkpointing(decoder, parts), _compiled_layers_given_their_keys(parts):
         for stage in plan.stages:
-            rows = {name: stage.running(stage.gather(inputs[name])) for name in BY_ROW if inputs.get(name) is not None}
+            rows = _of_stage(inputs, stage)
             mask = masks.add(stage, parameter.dtype)
             is_last = stage is plan.stages[-1]
             is_hop = rule.context_gradient == "one_hop" and not (stage.is_target or rule.is_inference)
@@ -69,8 +79,27 @@ def run_in_stages(decoder: Any, run: Callable[..., Any], inputs: dict[str, Any],
     return output
 
 
+def _of_stage(inputs: dict[str, Any], stage: Stage) -> dict[str, Any]:
+    """Those of the inputs that have a value for each row of a batch, for the rows that run in `stage`."""
+
+    def gather(values: Tensor) -> Tensor:
+        return stage.running(stage.gather(values))
+
+    of_rows: dict[str, Any] = {name: gather(inputs[name]) for name in BY_ROW if inputs.get(name) is not None}
+    positions = inputs["position_ids"]
+    of_rows["position_ids"] = gather(positions) if positions.dim() == 2 else torch.stack([*map(gather, positions)])
+    if (is_image := inputs.get(IMAGE_TOKENS)) is not None:
+        numbers = (is_image.flatten().cumsum(0) - 1).view_as(is_image)  # of each among the image tokens of the batch
+        of_rows[IMAGE_TOKENS] = is_image = gather(is_image) & stage.running(stage.is_row)
+        numbers = gather(numbers)[is_image]
+        of_rows[IMAGE_FEATURES] = [features[numbers] for features in inputs[IMAGE_FEATURES]]
+    return of_rows
+
+
 def _positions(decoder: Any, inputs: dict[str, Any], plan: TargetPlan) -> Tensor:
-    """The positions of a batch's rows, (B, S) or (1, S): as given, or those that the decoder gives them by itself."""
+    """The positions of a batch's rows, (B, S) or (1, S), or of several axes, (A, B, S): as given, or those that the
+    decoder gives them by itself.
+    """
     given: Tensor | None = inputs.get("position_ids")
     if given is not None:
         return given

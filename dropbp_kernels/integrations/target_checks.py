@@ -18,8 +18,11 @@ from .swapping import is_sharded
 
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 TAKES_MASKS = ATTENTION[:2]  # of our own; what the others can do, stages of one document a sample need
-BY_ROW = ("input_ids", "inputs_embeds", "position_ids")
-REPLACED = {*BY_ROW, "attention_mask", "past_key_values", "use_cache"}  # by those of a stage
+BY_ROW = ("input_ids", "inputs_embeds")
+# What models whose first layers add features of an image (Qwen3-VL) are given of it: where its tokens stand, and these
+# tokens' features for each of these layers.
+IMAGE_TOKENS, IMAGE_FEATURES = "visual_pos_masks", "deepstack_visual_embeds"
+REPLACED = {*BY_ROW, "position_ids", IMAGE_TOKENS, "attention_mask", "past_key_values", "use_cache"}  # by a stage's
 # What collators without padding say of documents beside position_ids: for layers with a state, which are refused, and
 # for flash attention, which would take the lengths of a whole batch for those of a stage.
 DOCUMENTS = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -184,17 +187,17 @@ def check_inputs(decoder: Any, inputs: dict[str, Any], plan: TargetPlan) -> None
             "attention_mask: expected rows that attend to no later ones with context, got a mask of the model's by "
             "which some do (those of an image?)"
         )
-    _check_shared(inputs.get("inputs_embeds"), plan)
     position_ids = inputs.get("position_ids")
-    if position_ids is not None and tuple(position_ids.shape) not in (tuple(shape), (1, shape[1])):
+    if position_ids is not None and tuple(position_ids.shape[-2:]) not in (tuple(shape), (1, shape[1])):
         raise ValueError(
-            f"position_ids: expected the shape of labels, {tuple(shape)}, got {tuple(position_ids.shape)}; positions "
-            "of several axes cannot run in stages"
+            f"position_ids: expected the shape of labels, {tuple(shape)}, or (axes, {shape[0]}, {shape[1]}), got "
+            f"{tuple(position_ids.shape)}"
         )
+    _check_shared(inputs.get("inputs_embeds"), position_ids, plan)
     for name, value in inputs.items():
         if not isinstance(value, Tensor) or value.dim() < 2:
             continue
-        if name in ("input_ids", "inputs_embeds") and value.shape[:2] != shape:
+        if name in BY_ROW and value.shape[:2] != shape:
             raise ValueError(
                 f"{name}: expected the shape of labels, {tuple(shape)}, got {tuple(value.shape[:2])}; prompts that an "
                 "adapter learns cannot run in stages"
@@ -239,8 +242,8 @@ def _looks_ahead(mask: Any) -> bool:
     return bool(sees.triu(1).any())
 
 
-def _check_shared(embeds: Tensor | None, plan: TargetPlan) -> None:
-    """Raise ValueError where samples that share a context by their tokens have other `embeds` there."""
+def _check_shared(embeds: Tensor | None, position_ids: Tensor | None, plan: TargetPlan) -> None:
+    """Raise ValueError where samples that share a context by their tokens have other embeds or positions there."""
     first = plan.stages[0]
     if embeds is None or first.samples is None or first.sample_of is None or embeds.shape[:2] != plan.documents.shape:
         return
@@ -248,8 +251,13 @@ def _check_shared(embeds: Tensor | None, plan: TargetPlan) -> None:
     # To rounding: a vision tower computes one image a little otherwise at another place of its batch (seen on CPUs:
     # 5 eps of a row's largest value after 24 layers).
     distance = (rows - rows[first.samples][first.sample_of]).abs().amax(-1)
-    is_other = (distance > 16 * torch.finfo(rows.dtype).eps * rows.abs().amax(-1)) & first.is_row
-    if is_other.any():
+    is_other = distance > 16 * torch.finfo(rows.dtype).eps * rows.abs().amax(-1)
+    if position_ids is not None:  # those of images, which tell two empty ones of other shapes apart
+        shape = embeds.shape[:2]
+        for positions in position_ids.expand(*position_ids.shape[:-2], *shape).reshape(-1, *shape):
+            places = first.gather(positions)
+            is_other |= places != places[first.samples][first.sample_of]
+    if (is_other & first.is_row).any():
         raise ValueError(
             "inputs_embeds: expected the same where samples have the same prompt with shared_context, got others "
             "(another image?); patch without shared_context"

@@ -217,7 +217,7 @@ def _make_plan(decoder: Any, rule: TargetRule, labels: Tensor, inputs: dict[str,
         raise ValueError(
             f"model: expected attention in {ATTENTION} with context, got {attention!r}, set after apply_dropbp"
         )
-    position_ids = inputs.get("position_ids")
+    position_ids = _positions_of_text(inputs.get("position_ids"))
     plan = plan_targets(
         labels,
         _check_mask(inputs.get("attention_mask")),
@@ -242,6 +242,16 @@ def _make_plan(decoder: Any, rule: TargetRule, labels: Tensor, inputs: dict[str,
     if position_ids is None:
         position_ids = torch.arange(labels.shape[1], device=labels.device).unsqueeze(0)
     return plan.with_shared_context(tokens, position_ids)
+
+
+def _positions_of_text(position_ids: Tensor | None) -> Tensor | None:
+    """Positions that tell documents apart, (B, S) or (1, S).
+
+    Of several axes, (3 or 4, B, S), a first of four does so, as transformers has it; the others are those of images.
+    """
+    if position_ids is None or position_ids.dim() == 2:
+        return position_ids
+    return position_ids[0] if len(position_ids) == 4 else None
 
 
 def _turns(decoder: Any, rule: TargetRule) -> str:
