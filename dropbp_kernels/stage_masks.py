@@ -46,7 +46,30 @@ class StageMasks:
         mask &= documents[:, -num_rows:].unsqueeze(2) == documents.unsqueeze(1)
         if window is not None:
             mask &= distance < window
+        return self._with_padding(mask)
+
+    def of_model(self, sees: Tensor) -> Tensor:
+        """The same by a mask of the model's own, bool (B or 1, 1, S, S), by which rows may attend to later ones.
+
+        Errors: ValueError where a row attends to one that no stage so far has run.
+        """
+        last = self._stages[-1]
+        places, rows = last.running(torch.cat(self._places, dim=1)), last.running(last.rows)
+        of_rows = last.running(sees[:, 0].expand(len(self.documents), -1, -1))
+        of_rows = of_rows.gather(1, rows.unsqueeze(2).expand(-1, -1, of_rows.shape[2]))
+        mask = of_rows.gather(2, places.clamp(min=0).unsqueeze(1).expand(-1, rows.shape[1], -1))
+        mask &= (places >= 0).unsqueeze(1)
+        is_torn = (mask.sum(2) != of_rows.sum(2)) & last.running(last.is_row)
+        if is_torn.any():
+            raise ValueError(
+                "attention_mask: expected rows that attend to none of a later stage with context, got a mask of the "
+                "model's by which some do (an image with a label on one of its tokens, or on the one behind it?)"
+            )
+        return self._with_padding(mask)
+
+    def _with_padding(self, mask: Tensor) -> Tensor:
         # A padded row attends to itself, or softmax would divide by zero; nobody reads what it computes.
+        last, num_rows = self._stages[-1], mask.shape[1]
         itself = torch.eye(num_rows, dtype=torch.bool, device=mask.device)
         mask[:, :, -num_rows:] |= itself & ~last.running(last.is_row).unsqueeze(2)
         return mask.unsqueeze(1)

@@ -1,14 +1,21 @@
-"""Target plans of models with images: positions of several axes, and features of an image added in the first layers."""
+"""Target plans of models with images: positions of several axes, features of an image that are added in the first
+layers, and tokens of an image that see each other.
+"""
+
+import warnings
 
 import pytest
 import torch
-from target_cases import CLOSE, assert_same, backward, cut_attention, cut_inputs, forget_cut, is_target
+from target_cases import CLOSE, assert_same, backward, cut_attention, cut_inputs, forget_cut, is_target, tiny
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, Gemma3Config
 
 from dropbp_kernels import apply_dropbp
 from dropbp_kernels.integrations import staged_decoder
-from dropbp_kernels.targets import IGNORED
+from dropbp_kernels.integrations.same_code import calls
+from dropbp_kernels.integrations.stage_keys import looks_ahead
+from dropbp_kernels.stage_masks import StageMasks
+from dropbp_kernels.targets import IGNORED, plan_targets
 
 pytestmark = pytest.mark.filterwarnings("ignore:model. only part of its blocks:UserWarning")  # not the vision tower's
 
@@ -153,3 +160,113 @@ def test_a_batch_without_images(kind):
     dense = backward(model, batch)
     apply_dropbp(model, 0.0, context="inference", context_gradient="full")
     assert_same(backward(model, batch), dense, **CLOSE)
+
+
+def gemma(attention="sdpa") -> nn.Module:
+    """Gemma 3, which makes a mask by which the tokens of an image see each other."""
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "image_size": 16,
+        "patch_size": 4,
+    }
+    text = {**tiny("gemma3_text").config.to_dict(), "vocab_size": 120, "sliding_window": 6}
+    tokens = {"mm_tokens_per_image": 4, "image_token_index": IMAGE, "boi_token_index": START, "eoi_token_index": END}
+    torch.manual_seed(0)
+    config = Gemma3Config(text_config=text, vision_config=vision, **tokens)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float64, attn_implementation=attention).train()
+    if not calls(model, "loss_function"):
+        pytest.skip("Gemma 3 of this transformers (5.15) shifts labels in its forward, and is refused as a whole")
+    nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.1)
+    return model
+
+
+def batch_of_gemma(first_label=8) -> dict[str, torch.Tensor]:
+    """Images in prompts, in the third sample also between turns and where no target sees it; none in the last, all of
+    which has labels.
+    """
+    torch.manual_seed(1)
+    tokens = torch.randint(3, 99, (4, 32))
+    tokens[:2, 2:6] = tokens[2, 3:7] = tokens[2, 16:20] = tokens[2, 28:] = IMAGE
+    labels = tokens.clone()
+    labels[:3, :first_label] = labels[2, 14:22] = labels[2, 26:] = IGNORED
+    types, pixels = (tokens == IMAGE).long(), torch.randn(5, 3, 16, 16, dtype=torch.float64)
+    return {
+        "input_ids": tokens,
+        "labels": labels,
+        "token_type_ids": types,
+        "pixel_values": pixels,
+        "attention_mask": torch.ones_like(tokens),
+        "use_cache": False,
+    }
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"context_gradient": "full"},
+        {"context_gradient": "full", "shared_context": True},
+        {"context_gradient": "one_hop"},
+        {"context_gradient": "one_hop", "checkpoint": "kept"},
+    ],
+    ids=str,
+)
+def test_images_whose_tokens_see_each_other(attention, options, monkeypatch):
+    monkeypatch.setattr(staged_decoder, "rows_at_once", lambda *_: 6)  # two columns, which would tear an image
+    model, batch = gemma(attention), batch_of_gemma()
+    if "shared_context" in options:
+        for name in ("input_ids", "token_type_ids"):
+            batch[name][1, :8] = batch[name][0, :8]
+        batch["pixel_values"][1] = batch["pixel_values"][0]
+    else:
+        batch["attention_mask"][0, 30:] = 0
+        batch["labels"][0, 30:] = IGNORED
+        if attention == "sdpa":  # transformers' eager masks make NaN of a padded row on the left in float64
+            batch["attention_mask"][1, :2] = 0
+    if options["context_gradient"] == "one_hop":
+        cut_inputs(model.model.language_model, is_target(batch["labels"]))
+    dense = backward(model, batch)
+    model = gemma(attention)
+    apply_dropbp(model, 0.0, context="inference", families=["gemma3"], **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "inputs_embeds: expected to depend on no trained parameter")
+        assert_same(backward(model, batch), dense, **CLOSE)
+
+
+def test_batches_of_such_models_without_images():
+    batch = batch_of_gemma()
+    del batch["pixel_values"]
+    batch["input_ids"] %= 99
+    batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+    dense = backward(gemma(), batch)
+    model = gemma()
+    apply_dropbp(model, 0.0, context="inference", context_gradient="full", families=["gemma3"])
+    assert_same(backward(model, batch), dense, **CLOSE)
+
+
+def test_a_label_behind_an_image_whose_tokens_see_each_other():
+    model = gemma()
+    apply_dropbp(model, 0.0, context="inference", context_gradient="full", families=["gemma3"])
+    with pytest.raises(ValueError, match="attention_mask: expected rows that attend to none of a later stage"):
+        model(**batch_of_gemma(first_label=6))  # so that the image's last token is a target
+
+
+def test_a_mask_of_the_models_that_is_causal_gives_the_masks_without_it():
+    plan = plan_targets(batch_of_gemma()["labels"])
+    masks, causal = StageMasks(plan.documents), torch.ones(1, 1, 32, 32, dtype=torch.bool).tril()
+    for stage in plan.stages:
+        masks.add(stage)
+        assert masks.of_model(causal).any(3).all()  # padded rows too
+        is_row = stage.is_row[:, None, :, None]
+        assert torch.equal(masks.of_model(causal) & is_row, masks.mask() & is_row)
+
+
+def test_a_mask_that_looks_one_row_ahead_is_seen():
+    sees = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    added = torch.zeros(1, 1, 4, 4).masked_fill(~sees, torch.finfo(torch.float32).min)
+    assert not any(map(looks_ahead, (sees, added, sees[0, 0], None)))
+    sees[..., 1, 2], added[..., 1, 2] = True, 0.0
+    assert all(map(looks_ahead, (sees, added)))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ..stage_masks import StageMasks
@@ -194,6 +195,16 @@ def is_flash(config: Any) -> bool:
     return str(config._attn_implementation).startswith("flash_attention_")
 
 
+def looks_ahead(mask: Any) -> bool:
+    """Whether a row attends to a later one by `mask`, (B, 1, S, S), which models with images make themselves."""
+    return isinstance(mask, Tensor) and mask.dim() == 4 and bool(as_bool(mask).triu(1).any())
+
+
+def as_bool(mask: Tensor) -> Tensor:
+    """A mask of which keys to attend to, also where it is given as what is added to scores."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
 def _may_slide(decoder: Any) -> bool:
     """Whether a decoder whose layers are of one type masks by the window that its configuration names.
 
@@ -208,11 +219,14 @@ class ModelMasks:
     Args:
         decoder: its attention and its sliding window, if any, count.
         documents: int64 (B, S), as in `TargetPlan`.
+        given: the mask that the model made, (B or 1, 1, S, S), or one for each type of layer; None or of fewer
+            dimensions where rows attend to earlier ones alone.
     """
 
-    def __init__(self, decoder: Any, documents: Tensor):
+    def __init__(self, decoder: Any, documents: Tensor, given: Any = None):
         config = decoder.config
         self.masks = StageMasks(documents)
+        self.given = tree_map_only(Tensor, as_bool, given) if any(map(looks_ahead, tree_leaves(given))) else None
         self.is_additive = config._attn_implementation == "eager"
         self.is_flash = is_flash(config)
         layer_types = set(getattr(config, "layer_types", None) or ())
@@ -226,6 +240,8 @@ class ModelMasks:
         For flash attention: which keys so far are no padding, (B, keys so far).
         """
         self.masks.add(stage)
+        if self.given is not None:
+            return tree_map_only(Tensor, lambda sees: self._spelled(self.masks.of_model(sees), dtype), self.given)
         if self.masks.is_causal:
             return None
         if self.is_flash:  # its last query sees the last key, so stages of one document follow each other by themselves

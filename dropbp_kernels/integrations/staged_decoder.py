@@ -54,8 +54,9 @@ def run_in_stages(decoder: Any, run: Callable[..., Any], inputs: dict[str, Any],
     positions = _positions(decoder, inputs, plan)
     inputs["position_ids"] = positions.expand(*positions.shape[:-2], *plan.documents.shape)
     parameter = next(p for p in decoder.parameters() if p.is_floating_point())
-    plan = sliced(parts, rule, plan)
-    masks = ModelMasks(decoder, plan.documents)
+    masks = ModelMasks(decoder, plan.documents, inputs.get("attention_mask"))
+    if masks.given is None or parts.gathers_weights:  # else slices could tear images, whose tokens see each other
+        plan = sliced(parts, rule, plan)
     staged = plan.staged_rows(with_context=rule.context_gradient == "full")
     ends_at = None if rule.context_gradient == "full" else parts.last_keys
     keys, hidden = StageKeys(), []

@@ -181,12 +181,6 @@ def check_inputs(decoder: Any, inputs: dict[str, Any], plan: TargetPlan) -> None
         if inputs.get(name, getattr(decoder.config, name, False)):
             raise ValueError(f"{name}: expected False with labels and context: context and targets run apart")
     shape = plan.documents.shape
-    masks = inputs.get("attention_mask")
-    if any(map(_looks_ahead, masks.values() if isinstance(masks, dict) else [masks])):
-        raise ValueError(
-            "attention_mask: expected rows that attend to no later ones with context, got a mask of the model's by "
-            "which some do (those of an image?)"
-        )
     position_ids = inputs.get("position_ids")
     if position_ids is not None and tuple(position_ids.shape[-2:]) not in (tuple(shape), (1, shape[1])):
         raise ValueError(
@@ -232,14 +226,6 @@ def warn_of_embeds(decoder: nn.Module, embeds: Tensor | None, rule: TargetRule) 
             UserWarning,
             stacklevel=2,
         )
-
-
-def _looks_ahead(mask: Any) -> bool:
-    """Whether a row attends to a later one by `mask`, (B, heads, S, S), which models with images make themselves."""
-    if not isinstance(mask, Tensor) or mask.dim() != 4:
-        return False
-    sees = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return bool(sees.triu(1).any())
 
 
 def _check_shared(embeds: Tensor | None, position_ids: Tensor | None, plan: TargetPlan) -> None:
