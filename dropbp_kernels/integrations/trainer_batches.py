@@ -2,6 +2,7 @@
 
 - Labels, where the Trainer smooths them, and those that releases of TRL before 1.15 do not give to the model of
   `DPOTrainer`, `GRPOTrainer`, `RLOOTrainer` and `KTOTrainer`: every such batch has a `completion_mask`.
+- Labels of TRL's trainers that call the model without and have no such mask: `_FINDS`.
 - Which samples have a loss without a gradient: completions of `GRPOTrainer` and `RLOOTrainer` whose advantage is zero.
 """
 
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..targets import IGNORED, TargetRule
 
@@ -23,7 +25,7 @@ def tell_of_batches(
 ) -> None:
     """Let `rule` know of each batch before `trainer` makes its loss: labels, as if they were given to `step`."""
     original = trainer.compute_loss
-    find_labels = labels_by_user or (_given_labels if _smooths_labels(trainer) else labels_of)
+    find_labels = labels_by_user or _way_to_find(trainer)
 
     def compute_loss(model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         rule.labels = find_labels(inputs)
@@ -39,6 +41,14 @@ def tell_of_batches(
 def stop_telling_of_batches(trainer: Any) -> None:
     """Undo `tell_of_batches`."""
     del trainer.compute_loss
+
+
+def _way_to_find(trainer: Any) -> Callable[[dict[str, Any]], Tensor | None]:
+    if getattr(trainer, "use_uld_loss", False):  # GOLDTrainer between tokenizers: also reads the logits behind labels
+        return labels_of
+    if (known := _FINDS.get(type(trainer).__module__)) is not None:
+        return known
+    return _given_labels if _smooths_labels(trainer) else labels_of
 
 
 def _smooths_labels(trainer: Any) -> bool:
@@ -62,6 +72,34 @@ def labels_of(inputs: dict[str, Any]) -> Tensor | None:
         return inputs["input_ids"].masked_fill(mask == 0, IGNORED)
     completions = inputs["completion_ids"].masked_fill(mask == 0, IGNORED)
     return torch.cat([torch.full_like(inputs["prompt_ids"], IGNORED), completions], dim=1)
+
+
+def _labels_of_pairs(inputs: dict[str, Any]) -> Tensor:
+    """Of chosen completions, and of rejected ones below them, which run as one batch."""
+    return pad_sequence([*inputs["chosen_labels"], *inputs["rejected_labels"]], True, IGNORED)
+
+
+def _labels_of_whole_chosen(inputs: dict[str, Any]) -> Tensor:
+    """The same, where the loss has a term of the prompts of chosen completions too."""
+    chosen = inputs["chosen_input_ids"].masked_fill(inputs["chosen_attention_mask"] == 0, IGNORED)
+    return _labels_of_pairs({**inputs, "chosen_labels": chosen})
+
+
+def _labels_of_last(inputs: dict[str, Any]) -> Tensor:
+    """Of the last `logits_to_keep` tokens those that are no padding."""
+    labels: Tensor = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORED)
+    return labels.index_fill(1, torch.arange(labels.shape[1] - inputs["logits_to_keep"], device=labels.device), IGNORED)
+
+
+# By the module of a trainer's own class, since a subclass of the user's may read any logits.
+_FINDS: dict[str, Callable[[dict[str, Any]], Tensor | None]] = {
+    "trl.experimental.a2po.a2po_trainer": _labels_of_last,
+    "trl.experimental.cpo.cpo_trainer": _labels_of_pairs,
+    "trl.experimental.gkd.gkd_trainer": _given_labels,
+    "trl.experimental.gold.gold_trainer": _given_labels,
+    "trl.experimental.iw_opd.iw_opd_trainer": _given_labels,
+    "trl.experimental.orpo.orpo_trainer": _labels_of_whole_chosen,
+}
 
 
 def without_gradient_of(trainer: Any, inputs: dict[str, Any]) -> Tensor | None:
