@@ -146,7 +146,17 @@ def test_a_function_that_finds_labels_is_checked():
         DropBPCallback(0.5, labels=len)
 
 
-def test_a_loss_function_of_the_users_may_read_the_logits_of_context(tmp_path):
+class AllLogits(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return sum_of_all(model(input_ids=inputs["input_ids"]), inputs["labels"])
+
+
+def sum_of_all(outputs, labels, num_items_in_batch=None):
+    return outputs.logits.square().mean()
+
+
+@pytest.mark.parametrize(("trainer_class", "function"), [(Trainer, sum_of_all), (AllLogits, None)])
+def test_a_loss_of_the_users_may_read_the_logits_of_context(trainer_class, function, tmp_path):
     """So its labels are not told; a warning says that nothing is left out."""
     data = [{name: values[row] for name, values in with_labels().items()} for row in range(4)]
     arguments = TrainingArguments(
@@ -159,10 +169,6 @@ def test_a_loss_function_of_the_users_may_read_the_logits_of_context(tmp_path):
     )
     callback = DropBPCallback(0.0, context="inference")
     model = tiny(dtype=torch.float32)
-
-    def sum_of_all(outputs, labels, num_items_in_batch=None):
-        return outputs.logits.square().mean()
-
-    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[callback], compute_loss_func=sum_of_all)
+    trainer = trainer_class(model, arguments, train_dataset=data, callbacks=[callback], compute_loss_func=function)
     with pytest.warns(UserWarning, match="no labels were seen in a training step"):
         trainer.train()

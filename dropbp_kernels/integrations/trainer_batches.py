@@ -15,6 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..targets import IGNORED, TargetRule
 
+# Where `compute_loss` is defined that smooths the labels it keeps from the model, and reads no other logits.
+_SMOOTHING = ("transformers.trainer", "trl.trainer.sft_trainer")
 # Where the losses are defined whose only terms without an advantage are those of `_TERMS`.
 _LOSSES = ("trl.trainer.grpo_trainer", "trl.trainer.rloo_trainer")
 _TERMS = ("beta", "_entropy_bonus_enabled", "aux_loss_enabled")
@@ -53,7 +55,9 @@ def _way_to_find(trainer: Any) -> Callable[[dict[str, Any]], Tensor | None]:
 
 def _smooths_labels(trainer: Any) -> bool:
     """Whether transformers' own loss is taken of labels that the model is not given; others may read any logits."""
-    return trainer.label_smoother is not None and trainer.compute_loss_func is None
+    if trainer.label_smoother is None or trainer.compute_loss_func is not None:
+        return False
+    return type(trainer).compute_loss.__module__ in _SMOOTHING
 
 
 def _given_labels(inputs: dict[str, Any]) -> Tensor | None:
