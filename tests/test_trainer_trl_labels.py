@@ -48,7 +48,6 @@ def trained(folder, kind, callback, rows, others, settings, own=lambda trainer_c
     module = importlib.import_module("trl.experimental." + kind.lower().replace("iwopd", "iw_opd"))
     words = tokenizer()
     words.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.padding_side = "left"  # A2PO pads prompts by it
     words.chat_template = "{% for message in messages %}{{ 'w3 ' + message['content'] + ' ' }}{% endfor %}"
     model = student(folder)
     model.save_pretrained(folder)
@@ -87,7 +86,6 @@ def a_reward(folder):
         ("GKD", CHATS, a_teacher, {"max_new_tokens": 4}),
         ("GOLD", CHATS, a_teacher, BYTES),
         ("IWOPD", CHATS, a_teacher, {"max_completion_length": 4}),
-        ("A2PO", PROMPTS, a_reward, {"max_completion_length": 4, "filter_all_incorrect": False}),
         ("SDFT", PROMPTS, none, {"max_completion_length": 4, "num_generations": 2, "distillation_topk": 5}),
         ("SDPO", PROMPTS, a_reward, {"max_completion_length": 4, "num_generations": 2}),
     ],

@@ -89,15 +89,8 @@ def _labels_of_whole_chosen(inputs: dict[str, Any]) -> Tensor:
     return _labels_of_pairs({**inputs, "chosen_labels": chosen})
 
 
-def _labels_of_last(inputs: dict[str, Any]) -> Tensor:
-    """Of the last `logits_to_keep` tokens those that are no padding."""
-    labels: Tensor = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORED)
-    return labels.index_fill(1, torch.arange(labels.shape[1] - inputs["logits_to_keep"], device=labels.device), IGNORED)
-
-
 # By the module of a trainer's own class, since a subclass of the user's may read any logits.
 _FINDS: dict[str, Callable[[dict[str, Any]], Tensor | None]] = {
-    "trl.experimental.a2po.a2po_trainer": _labels_of_last,
     "trl.experimental.cpo.cpo_trainer": _labels_of_pairs,
     "trl.experimental.gkd.gkd_trainer": _given_labels,
     "trl.experimental.gold.gold_trainer": _given_labels,
