@@ -29,7 +29,7 @@ from .settings import Settings
 MAX_GRAD_NORM = 1.0
 WEIGHT_DECAY = 0.0
 HEARD = b"\ninterrupted: the step under way is finished and a checkpoint written; Ctrl-C again to stop at once\n"
-NUM_VALIDATIONS = 4  # after the one before the first step
+NUM_VALIDATIONS = 3  # after the one before the first step
 
 
 @dataclass
